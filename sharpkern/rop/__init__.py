@@ -1,0 +1,9 @@
+"""Pearlmutter's R-operator as a program: export, four sweeps, one rule per op."""
+
+from . import linear  # noqa: F401
+from .export import FunctionalLoss as FunctionalLoss
+from .export import LossModule as LossModule
+from .export import UnsupportedModelError as UnsupportedModelError
+from .export import export as export
+from .fallback import UnsupportedOpError as UnsupportedOpError
+from .program import Program as Program

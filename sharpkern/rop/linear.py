@@ -1,0 +1,236 @@
+"""Matrix products: linear, addmm, mm, bmm, baddbmm, matmul.
+
+y = x W' + b:   dy = dx W' + x dW' + db        gx = g W          d(gx) = dg W + g dW
+                                               gW = g' x         d(gW) = dg' x + g' dx        gb = sum g
+Each line is a sum of products into one accumulator (a GEMM with beta = 1).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .rule import Rule, align, reduce_to, rule
+
+aten = torch.ops.aten
+
+
+@rule(aten.linear.default)
+class Linear(Rule):
+    """``y = x W' + b`` with x ``[..., in]``, W ``[out, in]``."""
+
+    def forward(self, x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+        """Save x as rows and W."""
+        self.x = x.reshape(-1, x.shape[-1])
+        self.w = w
+        self.lead = x.shape[:-1]
+        y: Tensor = aten.linear.default(x, w, b)
+        return y
+
+    def tangent(self, dx: Tensor | None, dw: Tensor | None, db: Tensor | None) -> Tensor:
+        """Return ``dx W' + x dW' + db``."""
+        self.dw = dw
+        self.dx = None if dx is None else dx.reshape(dx.shape[0], *self.x.shape)
+        k = _first(dx, dw, db).shape[0]
+        rows, width = self.x.shape[0], self.w.shape[0]
+        if k == 1:
+            bias = None if db is None else db[0]
+            y = _sum_of_products([(self._dx0(), self.w.t()), (self.x, None if dw is None else dw[0].t())], bias)
+            y = bias.expand(rows, width) if y is None and bias is not None else y
+            assert y is not None
+        elif dw is None:
+            y = _add_bias(None if self.dx is None else self.dx @ self.w.t(), db, rows)
+        else:
+            x = self.x.expand(k, *self.x.shape)
+            y = torch.bmm(x, dw.mT) if db is None else torch.baddbmm(db[:, None], x, dw.mT)
+            if self.dx is not None:
+                y.view(k * rows, width).addmm_(self.dx.view(k * rows, -1), self.w.t())
+        return y.reshape(k, *self.lead, width)
+
+    def _dx0(self) -> Tensor | None:
+        return None if self.dx is None else self.dx[0]
+
+    def backward(self, g: Tensor) -> tuple[Tensor | None, ...]:
+        """Return ``g W, g' x, sum g``."""
+        k = g.shape[0]
+        g = g.reshape(k, *self.x.shape[:1], self.w.shape[0])
+        gx = gw = gb = None
+        if self.needs[0]:
+            gx = (g @ self.w).view(k, *self.lead, -1)
+        if self.needs[1]:
+            gw = self._weight([(g, self.x.expand(k, *self.x.shape))])
+        if self.needs[2]:
+            gb = torch.sum(g, 1, out=self.out(2, (k, g.shape[-1]), g))
+        return gx, gw, gb
+
+    def backward_tangent(self, dg: Tensor, g: Tensor) -> tuple[Tensor | None, ...]:
+        """Return ``dg W + g dW, dg' x + g' dx, sum dg``."""
+        k = dg.shape[0]
+        dg = dg.reshape(k, *self.x.shape[:1], self.w.shape[0])
+        g = g.reshape(1, *dg.shape[1:])
+        dgx = dgw = dgb = None
+        if self.needs[0]:
+            if self.dw is None:
+                dgx = dg @ self.w
+            elif k == 1:
+                dgx = torch.mm(dg[0], self.w).addmm_(g[0], self.dw[0])
+            else:
+                dgx = torch.bmm(g.expand(k, *g.shape[1:]), self.dw)
+                dgx.view(-1, dgx.shape[-1]).addmm_(dg.view(-1, dg.shape[-1]), self.w)
+            dgx = dgx.view(k, *self.lead, -1)
+        if self.needs[1]:
+            pairs = [(dg, self.x.expand(k, *self.x.shape))]
+            if self.dx is not None:
+                pairs.append((g.expand(k, *g.shape[1:]), self.dx))
+            dgw = self._weight(pairs)
+        if self.needs[2]:
+            dgb = torch.sum(dg, 1, out=self.out(2, (k, dg.shape[-1]), dg))
+        return dgx, dgw, dgb
+
+    def _weight(self, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
+        """Sum ``a' b`` over the pairs ``[k, rows, out], [k, rows, in]``, into the flat result where possible."""
+        k = pairs[0][0].shape[0]
+        out = self.out(1, (k, *self.w.shape), pairs[0][0])
+        for index, (a, b) in enumerate(pairs):
+            if k == 1:
+                target = out[0]
+                if index == 0:
+                    torch.mm(a[0].t(), b[0], out=target)
+                else:
+                    target.addmm_(a[0].t(), b[0])
+            elif index == 0:
+                torch.bmm(a.mT, b, out=out)
+            else:
+                out.baddbmm_(a.mT, b)
+        return out
+
+
+def _first(*tensors: Tensor | None) -> Tensor:
+    return next(t for t in tensors if t is not None)
+
+
+def _add_bias(y: Tensor | None, db: Tensor | None, rows: int) -> Tensor:
+    if y is None:
+        assert db is not None
+        return db[:, None].expand(-1, rows, -1)
+    return y if db is None else y + db[:, None]
+
+
+def _sum_of_products(pairs: list[tuple[Tensor | None, Tensor | None]], bias: Tensor | None) -> Tensor | None:
+    """Accumulate 2-d products into one buffer; the bias rides along with the first."""
+    y: Tensor | None = None
+    for a, b in pairs:
+        if a is None or b is None:
+            continue
+        if y is not None:
+            y.addmm_(a, b)
+        elif bias is not None:
+            y = torch.addmm(bias, a, b)
+        else:
+            y = torch.mm(a, b)
+    return y
+
+
+@rule(aten.mm.default, aten.bmm.default, aten.matmul.default)
+class MatMul(Rule):
+    """``y = a b`` with any of matmul's broadcasting: the product rule, batched over k."""
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        """Save both factors, as matrices."""
+        self.vector = a.ndim == 1, b.ndim == 1
+        self.shapes = a.shape, b.shape
+        y: Tensor = self.op(a, b)
+        self.a, self.b = (a[None] if a.ndim == 1 else a), (b[:, None] if b.ndim == 1 else b)
+        self.rank = max(self.a.ndim, self.b.ndim)
+        return y
+
+    def _left(self, da: Tensor) -> Tensor:
+        return align(da[:, None] if self.vector[0] else da, self.rank)
+
+    def _right(self, db: Tensor) -> Tensor:
+        return align(db[..., None] if self.vector[1] else db, self.rank)
+
+    def _result(self, y: Tensor) -> Tensor:
+        y = y.squeeze(-1) if self.vector[1] else y
+        return y.squeeze(-1 if self.vector[1] else -2) if self.vector[0] else y
+
+    def _cotangent(self, g: Tensor) -> Tensor:
+        if self.vector[0]:
+            g = g.unsqueeze(-1 if self.vector[1] else -2)
+        return g.unsqueeze(-1) if self.vector[1] else g
+
+    def tangent(self, da: Tensor | None, db: Tensor | None) -> Tensor:
+        """Return ``da b + a db``."""
+        self.da = None if da is None else self._left(da)
+        self.db = None if db is None else self._right(db)
+        y = None if self.da is None else self.da @ self.b
+        if self.db is not None:
+            y = self.a @ self.db if y is None else y + self.a @ self.db
+        assert y is not None
+        return self._result(y)
+
+    def backward(self, g: Tensor) -> tuple[Tensor | None, ...]:
+        """Return ``g b', a' g``."""
+        g = self._cotangent(g)
+        ga = g @ self.b.mT if self.needs[0] else None
+        gb = self.a.mT @ g if self.needs[1] else None
+        return self._shrink(ga, gb)
+
+    def backward_tangent(self, dg: Tensor, g: Tensor) -> tuple[Tensor | None, ...]:
+        """Return ``dg b' + g db', a' dg + da' g``."""
+        dg, g = self._cotangent(dg), self._cotangent(g)
+        dga = dgb = None
+        if self.needs[0]:
+            dga = dg @ self.b.mT if self.db is None else dg @ self.b.mT + g @ self.db.mT
+        if self.needs[1]:
+            dgb = self.a.mT @ dg if self.da is None else self.a.mT @ dg + self.da.mT @ g
+        return self._shrink(dga, dgb)
+
+    def _shrink(self, ga: Tensor | None, gb: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Sum over broadcast batch dimensions and restore the arguments' shapes."""
+        if ga is not None:
+            ga = reduce_to(ga, self.a.shape).reshape(ga.shape[0], *self.shapes[0])
+        if gb is not None:
+            gb = reduce_to(gb, self.b.shape).reshape(gb.shape[0], *self.shapes[1])
+        return ga, gb
+
+
+@rule(aten.addmm.default, aten.baddbmm.default)
+class AddMM(Rule):
+    """``y = beta c + alpha a b``."""
+
+    def __init__(self, op: Any, needs: tuple[Any, ...]) -> None:
+        super().__init__(op, needs)
+        self.product = MatMul(aten.matmul.default, needs[1:])
+
+    def forward(self, c: Tensor, a: Tensor, b: Tensor, beta: float = 1, alpha: float = 1) -> Tensor:
+        """Save the factors and the scalars."""
+        self.c_shape, self.beta, self.alpha = c.shape, beta, alpha
+        y: Tensor = beta * c + alpha * self.product.forward(a, b)
+        self.rank = y.ndim
+        self.y_shape = y.shape
+        return y
+
+    def tangent(self, dc: Tensor | None, da: Tensor | None, db: Tensor | None) -> Tensor:
+        """Return ``beta dc + alpha (da b + a db)``."""
+        self.bilinear = da is not None or db is not None
+        y = self.alpha * self.product.tangent(da, db) if self.bilinear else None
+        if dc is None:
+            assert y is not None
+            return y
+        dc = self.beta * align(dc, self.rank)
+        return dc.expand(dc.shape[0], *self.y_shape) if y is None else y + dc
+
+    def backward(self, g: Tensor) -> tuple[Tensor | None, ...]:
+        """Return ``beta g, alpha g b', alpha a' g``."""
+        gc = reduce_to(self.beta * g, self.c_shape) if self.needs[0] else None
+        return gc, *self.product.backward(self.alpha * g)
+
+    def backward_tangent(self, dg: Tensor, g: Tensor) -> tuple[Tensor | None, ...]:
+        """Product rule on ``backward``."""
+        if not self.bilinear:
+            return self.backward(dg)
+        dgc = reduce_to(self.beta * dg, self.c_shape) if self.needs[0] else None
+        return dgc, *self.product.backward_tangent(self.alpha * dg, self.alpha * g)

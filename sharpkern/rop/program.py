@@ -1,0 +1,386 @@
+"""The four sweeps over an exported loss: forward, backward, tangent, backward tangent (Pearlmutter 1994).
+
+The first two run once per parameter value and are the training step's own forward and backward. The last two run once
+per block of k vectors and give the Hessian-vector products; they touch nothing but what the rules saved.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ..flat import Layout
+from .export import Graph
+from .fallback import Fallback
+from .rule import RULES, Rule
+
+# Ops that no derivative passes, although they give floating tensors.
+_STOPS = {torch.ops.aten.detach.default, torch.ops.aten.sign.default}
+_TENSOR_TYPES = {"Tensor", "Optional[Tensor]", "List[Tensor]", "List[Optional[Tensor]]"}
+NOTHING = -1  # the slot that always holds None
+
+
+@dataclass
+class Step:
+    """One call: where its arguments come from and where its results go (slots are indices into lists of values)."""
+
+    name: str
+    op: Any
+    template: list[Any]  # schema arguments in order; tensors filled in at run time
+    refs: list[tuple[int, int]]  # (argument position, slot)
+    list_refs: list[tuple[int, list[Any]]]  # (argument position, slots of a list argument)
+    inputs: list[Any]  # per tensor argument of the schema: slot, NOTHING, or a list of those
+    outputs: list[int]  # slots; more than one for a multi-output op
+    rule: Rule | None = None
+    g: Any = None  # the primal cotangent of the result, kept for backward_tangent
+    last_use: list[int] = field(default_factory=list)
+    kwarg_names: list[str] = field(default_factory=list)  # keyword-only schema arguments, the last of template
+
+
+class Program:
+    """An exported loss that can be run forward, backward, and along tangents.
+
+    Args:
+        graph: from ``export``.
+        params: name -> parameter, the flat order of vectors; gradients flow to these only.
+    """
+
+    def __init__(self, graph: Graph, params: Mapping[str, Tensor]) -> None:
+        self.graph = graph
+        self.layout = Layout(params)
+        self._build(graph)
+        self._mark_live()
+
+    # -- building -----------------------------------------------------------------------------------------------
+
+    def _build(self, graph: Graph) -> None:
+        slot_of: dict[str, Any] = {}
+        self.steps: list[Step] = []
+        self.size = 0
+        by_tensor: dict[int, int] = {}
+        for node in graph.nodes:
+            if node.op == "placeholder" or node.op == "get_attr":
+                tensor = graph.parameters.get(node.name)
+                if tensor is not None and id(tensor) in by_tensor:  # tied: one tensor, one slot
+                    slot_of[node.name] = by_tensor[id(tensor)]
+                    continue
+                slot_of[node.name] = self._new_slot()
+                if tensor is not None:
+                    by_tensor[id(tensor)] = slot_of[node.name]
+            elif node.op == "call_function" and node.target is operator.getitem:
+                slot_of[node.name] = slot_of[node.args[0].name][node.args[1]]
+            elif node.op == "call_function":
+                value = node.meta["val"]
+                many = isinstance(value, tuple | list)
+                slots = [self._new_slot() for _ in value] if many else [self._new_slot()]
+                self.steps.append(_step(node, slot_of, slots))
+                slot_of[node.name] = slots if many else slots[0]
+        self._params = [(slot, t) for t, slot in ((t, by_tensor[id(t)]) for t in _unique(graph.parameters.values()))]
+        self.param_slots = [by_tensor.get(id(t), NOTHING) for t in self.layout.tensors]
+        self._buffers = [(slot_of[name], target) for name, target in graph.buffers.items()]
+        self._constants = [(slot_of[name], value) for name, value in graph.constants.items()]
+        self._user = [None if name is None else slot_of[name] for name in graph.user_inputs]
+        self._mutations = [(target, slot_of[node.name]) for target, node in graph.mutations.items()]
+        self.loss_slot: int = slot_of[graph.loss.name]
+        self.output_slots: list[int] = [slot_of[node.name] for node in graph.outputs]
+        self._floating = _floating_slots(graph.nodes, slot_of)
+
+    def _new_slot(self) -> int:
+        self.size += 1
+        return self.size - 1
+
+    def _mark_live(self) -> None:
+        """Give a rule to each step on a path from a parameter to the loss; find the last use of every value."""
+        active = {slot for slot in self.param_slots if slot != NOTHING}
+        candidates = []
+        for step in self.steps:
+            differentiable = RULES[step.op].differentiable if step.op in RULES else None
+            outs = [s for i, s in enumerate(step.outputs) if differentiable is None or i in differentiable]
+            if step.op not in _STOPS and any(s in active for s in _flat(step.inputs)):
+                outs = [s for s in outs if s in self._floating]
+                active.update(outs)
+                if outs:
+                    candidates.append(step)
+        wanted = {self.loss_slot}
+        live = []
+        for step in reversed(candidates):
+            if wanted.intersection(step.outputs) and active.intersection(step.outputs):
+                wanted.update(_flat(step.inputs))
+                live.append(step)
+        self.live = live[::-1]
+        for step in self.live:
+            step.inputs = [_keep(entry, active) for entry in step.inputs]
+            needs = tuple(_needs(entry) for entry in step.inputs)
+            cls = RULES.get(step.op)
+            step.rule = cls(step.op, needs) if cls else Fallback(step.op, needs, step.kwarg_names)
+        self.fallback_ops = sorted({str(step.op) for step in self.live if isinstance(step.rule, Fallback)})
+        self._find_last_uses()
+        self._find_direct_results()
+        model_part = set(self.output_slots)
+        self.model_steps = []
+        for step in reversed(self.live):
+            if model_part.intersection(step.outputs):
+                model_part.update(_flat(step.inputs))
+                self.model_steps.append(step.name)
+
+    def _find_last_uses(self) -> None:
+        keep = {self.loss_slot, *self.output_slots, *(slot for _, slot in self._mutations)}
+        seen = set(keep)
+        for step in reversed(self.steps):
+            used = [slot for _, slot in step.refs] + [s for _, slots in step.list_refs for s in slots if _is_slot(s)]
+            for slot in [*used, *step.outputs]:
+                if slot not in seen:
+                    seen.add(slot)
+                    step.last_use.append(slot)
+
+    def _find_direct_results(self) -> None:
+        """Find parameters used once: their rule may write its result into the flat vector itself."""
+        uses: dict[int, list[tuple[Rule, int]]] = {}
+        for step in self.live:
+            assert step.rule is not None
+            for position, entry in enumerate(step.inputs):
+                for slot in entry if isinstance(entry, list) else [entry]:
+                    place = (step.rule, -1 if isinstance(entry, list) else position)
+                    uses.setdefault(slot, []).append(place)
+        self._direct: list[tuple[int, Rule, int]] = []
+        for index, slot in enumerate(self.param_slots):
+            places = uses.get(slot, [])
+            if slot != NOTHING and len(places) == 1 and places[0][1] >= 0:
+                self._direct.append((index, *places[0]))
+
+    # -- primal sweeps ------------------------------------------------------------------------------------------
+
+    def forward(self, module: torch.nn.Module, batch_leaves: Iterable[Any], *, update_buffers: bool = False) -> Tensor:
+        """Run the loss at the parameters' present values and save what the other sweeps need.
+
+        Args:
+            module: holds the buffers; written only with ``update_buffers``.
+            batch_leaves: the batch, flattened as at export.
+            update_buffers: write the buffers that the forward pass changes (batch-norm statistics).
+
+        Returns:
+            The loss, 0-d, detached.
+        """
+        with torch.no_grad():
+            values: list[Any] = [None] * self.size
+            for slot, tensor in self._params:
+                values[slot] = tensor.detach()
+            for slot, target in self._buffers:
+                values[slot] = module.get_buffer(target)
+            for slot, value in self._constants:
+                values[slot] = value
+            for slot_or_none, leaf in zip(self._user, batch_leaves, strict=True):
+                if slot_or_none is not None:
+                    values[slot_or_none] = leaf.detach()
+            for step in self.steps:
+                args = step.template.copy()
+                for position, slot in step.refs:
+                    args[position] = values[slot]
+                for position, slots in step.list_refs:
+                    args[position] = [values[s] if _is_slot(s) else s for s in slots]
+                result = step.rule.forward(*args) if step.rule is not None else _call(step, args)
+                if isinstance(result, tuple | list):
+                    for slot, value in zip(step.outputs, result, strict=True):
+                        values[slot] = value
+                else:
+                    values[step.outputs[0]] = result
+                for slot in step.last_use:
+                    values[slot] = None
+            if update_buffers:
+                for target, slot in self._mutations:
+                    module.get_buffer(target).copy_(values[slot])
+            loss: Tensor = values[self.loss_slot].clone()
+        return loss
+
+    def backward(self) -> Tensor:
+        """Run the backward sweep of the last ``forward``.
+
+        Returns:
+            The gradient ``[n]``.
+        """
+        with torch.no_grad():
+            seed = torch.ones(1, dtype=self._loss_dtype(), device=self.layout.device)
+            result = self._reverse(seed, None, 1)
+        return result[0]
+
+    def _loss_dtype(self) -> torch.dtype:
+        dtype: torch.dtype = self.graph.loss.meta["val"].dtype
+        return dtype
+
+    # -- tangent sweeps -----------------------------------------------------------------------------------------
+
+    def hvp(self, block: Tensor) -> Tensor:
+        """Multiply the Hessian with k vectors: ``[k, n] -> [k, n]``, after ``forward`` and ``backward``."""
+        with torch.no_grad():
+            self._tangent(block)
+            return self._reverse(None, frozenset(), block.shape[0])
+
+    def ggn(self, block: Tensor) -> Tensor:
+        """Multiply the generalised Gauss-Newton matrix J' (d2 loss / d output2) J with k vectors ``[k, n]``.
+
+        The tangent sweep, then the loss's own second derivative, then the linear part of the model's backward sweep
+        (Schraudolph 2002).
+        """
+        with torch.no_grad():
+            self._tangent(block)
+            return self._reverse(None, frozenset(self.model_steps), block.shape[0])
+
+    def _tangent(self, block: Tensor) -> None:
+        tangents: list[Any] = [None] * (self.size + 1)
+        for slot, view, tensor in zip(self.param_slots, self.layout.views(block), self.layout.tensors, strict=True):
+            if slot != NOTHING:
+                tangents[slot] = view.to(tensor.dtype)
+        for step in self.live:
+            assert step.rule is not None
+            result = step.rule.tangent(*[_pick(tangents, entry) for entry in step.inputs])
+            if isinstance(result, tuple | list):
+                for slot, value in zip(step.outputs, result, strict=True):
+                    tangents[slot] = value
+            else:
+                tangents[step.outputs[0]] = result
+            for slot in step.last_use:
+                tangents[slot] = None
+
+    def _reverse(self, seed: Tensor | None, linear_steps: frozenset[str] | None, k: int) -> Tensor:
+        """Sweep from the loss to the parameters: primal when ``linear_steps`` is None, else along tangents.
+
+        The steps named in ``linear_steps`` contribute only the part that is linear in the cotangent's tangent.
+        """
+        primal = linear_steps is None
+        device = self.layout.device
+        cotangents: list[Any] = [None] * (self.size + 1)
+        owned: set[int] = set()
+        cotangents[self.loss_slot] = seed if primal else torch.zeros(k, dtype=self._loss_dtype(), device=device)
+        flat = torch.empty(k, self.layout.n, dtype=self.layout.dtype, device=device)
+        parts = list(self.layout.views(flat))
+        for index, rule, position in self._direct:
+            rule.destination[position] = parts[index]
+        for step in reversed(self.live):
+            rule = step.rule
+            assert rule is not None
+            outs = step.outputs
+            g = cotangents[outs[0]] if len(outs) == 1 else tuple(cotangents[s] for s in outs)
+            for slot in outs:
+                cotangents[slot] = None
+            if linear_steps is None:
+                step.g = g
+                results = rule.backward(g)
+            elif step.name in linear_steps:
+                results = rule.backward(g)
+            else:
+                results = rule.backward_tangent(g, step.g)
+            for entry, result in zip(step.inputs, results, strict=True):
+                if entry == NOTHING:
+                    continue
+                if isinstance(entry, list):
+                    for slot, part in zip(entry, result, strict=True):
+                        _accumulate(cotangents, owned, slot, part)
+                else:
+                    _accumulate(cotangents, owned, entry, result)
+        for _, rule, position in self._direct:
+            rule.destination[position] = None
+        for slot, part in zip(self.param_slots, parts, strict=True):
+            value = cotangents[slot]
+            if value is None:
+                part.zero_()
+            elif value is not part:
+                part.copy_(value)
+        return flat
+
+
+def _step(node: fx.Node, slot_of: Mapping[str, Any], outputs: list[int]) -> Step:
+    schema = node.target._schema.arguments  # type: ignore[union-attr]
+    step = Step(node.name, node.target, [], [], [], [], outputs)
+    for position, argument in enumerate(schema):
+        if position < len(node.args):
+            value: Any = node.args[position]
+        elif argument.name in node.kwargs:
+            value = node.kwargs[argument.name]
+        else:
+            value = argument.default_value
+        if argument.kwarg_only:
+            step.kwarg_names.append(argument.name)
+        entry: Any = NOTHING
+        if isinstance(value, fx.Node):
+            entry = slot_of[value.name]
+            step.refs.append((position, entry))
+            value = None
+        elif isinstance(value, list | tuple) and any(isinstance(v, fx.Node) for v in value):
+            entry = [slot_of[v.name] if isinstance(v, fx.Node) else NOTHING for v in value]
+            slots = [_Slot(slot_of[v.name]) if isinstance(v, fx.Node) else v for v in value]
+            step.list_refs.append((position, slots))
+            value = None
+        step.template.append(value)
+        if str(argument.type) in _TENSOR_TYPES:
+            step.inputs.append(entry)
+    return step
+
+
+class _Slot(int):
+    """A slot inside a list argument, told apart from a plain integer of that list."""
+
+
+def _is_slot(value: Any) -> bool:
+    return type(value) is _Slot
+
+
+def _call(step: Step, args: list[Any]) -> Any:
+    split = len(args) - len(step.kwarg_names)
+    return step.op(*args[:split], **dict(zip(step.kwarg_names, args[split:], strict=True)))
+
+
+def _flat(inputs: list[Any]) -> Iterable[int]:
+    for entry in inputs:
+        if isinstance(entry, list):
+            yield from entry
+        else:
+            yield entry
+
+
+def _keep(entry: Any, active: set[int]) -> Any:
+    """Replace the slots that do not depend on the parameters by NOTHING."""
+    if isinstance(entry, list):
+        kept = [s if s in active else NOTHING for s in entry]
+        return kept if any(s != NOTHING for s in kept) else NOTHING
+    return entry if entry in active else NOTHING
+
+
+def _needs(entry: Any) -> Any:
+    return [s != NOTHING for s in entry] if isinstance(entry, list) else entry != NOTHING
+
+
+def _pick(values: list[Any], entry: Any) -> Any:
+    return [values[s] for s in entry] if isinstance(entry, list) else values[entry]
+
+
+def _accumulate(values: list[Any], owned: set[int], slot: int, value: Tensor | None) -> None:
+    """Add a cotangent into its slot; the first sum makes a tensor of its own, since rules may return aliases."""
+    if slot == NOTHING or value is None:
+        return
+    if values[slot] is None:
+        values[slot] = value
+    elif slot in owned:
+        values[slot] += value
+    else:
+        values[slot] = values[slot] + value
+        owned.add(slot)
+
+
+def _unique(tensors: Iterable[Tensor]) -> list[Tensor]:
+    return list({id(t): t for t in tensors}.values())
+
+
+def _floating_slots(nodes: list[fx.Node], slot_of: Mapping[str, Any]) -> set[int]:
+    floating = set()
+    for node in nodes:
+        value = node.meta.get("val")
+        entries = zip(slot_of[node.name], value, strict=True) if isinstance(value, tuple | list) and node.op == "call_function" else None
+        for slot, val in entries or [(slot_of.get(node.name), value)]:
+            if isinstance(val, Tensor) and val.dtype.is_floating_point and isinstance(slot, int):
+                floating.add(slot)
+    return floating

@@ -1,0 +1,102 @@
+"""The four methods of a rule, and the table from ATen op to rule.
+
+Names, throughout ``rop/``: a ``d`` prefix is a tangent (directional derivative along v), a ``g`` prefix is a cotangent
+(derivative of the loss). So ``dg`` is the tangent of a cotangent. Tangents and cotangents carry a leading dimension k,
+one slice for each vector of the block; the primal sweep's own cotangents have k = 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Op = Any  # torch._ops.OpOverload
+RULES: dict[Op, type[Rule]] = {}
+
+
+class Rule:
+    """One op of the program: the primal's saved tensors and four methods.
+
+    ``tangent``, ``backward`` and ``backward_tangent`` see the *tensor* arguments of the op's schema, in order: one
+    entry each (a list for ``Tensor[]``). An entry is None where the argument is no tensor or does not depend on the
+    parameters; ``needs`` says which. Results follow the same order; entries for which ``needs`` is False are ignored.
+    An op with several outputs gives and takes tuples.
+    """
+
+    differentiable: tuple[int, ...] | None = None  # indices of the differentiable outputs; None: every floating one
+
+    def __init__(self, op: Op, needs: tuple[Any, ...]) -> None:
+        self.op = op
+        self.needs = needs
+        self.destination: list[Tensor | None] = [None] * len(needs)
+
+    def forward(self, *args: Any) -> Any:
+        """Run the op on all its schema arguments (positional, in order); save what the other sweeps need."""
+        raise NotImplementedError
+
+    def tangent(self, *dargs: Any) -> Any:
+        """Map tangents ``[k, *shape]`` of the arguments to the tangent ``[k, *shape]`` of the result."""
+        raise NotImplementedError
+
+    def backward(self, g: Any) -> tuple[Any, ...]:
+        """Map a cotangent ``[k, *shape]`` of the result to those of the arguments: linear in g, saves nothing."""
+        raise NotImplementedError
+
+    def backward_tangent(self, dg: Any, g: Any) -> tuple[Any, ...]:
+        """Return the tangent of ``backward(g)`` along the last ``tangent``: dg ``[k, *shape]``, g ``[1, *shape]``."""
+        raise NotImplementedError
+
+    def out(self, position: int, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """Return memory for the result at a position: the parameter's part of the flat result, or a new tensor."""
+        dest = self.destination[position]
+        if dest is not None and dest.dtype == like.dtype and dest.shape == shape:
+            return dest
+        return like.new_empty(shape)
+
+
+class LinearInArgs(Rule):
+    """An op that is linear in all its differentiable arguments together: second derivatives vanish."""
+
+    def backward_tangent(self, dg: Any, g: Any) -> tuple[Any, ...]:  # noqa: ARG002
+        """Return ``backward(dg)``."""
+        return self.backward(dg)
+
+
+def rule(*ops: Op) -> Callable[[type[Rule]], type[Rule]]:
+    """Register a class as the rule of these ATen overloads."""
+
+    def register(cls: type[Rule]) -> type[Rule]:
+        for op in ops:
+            RULES[op] = cls
+        return cls
+
+    return register
+
+
+def align(d: Tensor, ndim: int) -> Tensor:
+    """View a tangent ``[k, *shape]`` so that it broadcasts against ``[k, *(ndim dims)]``: ones after k."""
+    missing = ndim + 1 - d.ndim
+    return d if missing <= 0 else d.reshape(d.shape[0], *([1] * missing), *d.shape[1:])
+
+
+def reduce_to(g: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
+    """Sum a cotangent ``[k, *broadcast]`` down to ``[k, *shape]``: the adjoint of broadcasting."""
+    if g.shape[1:] == shape:
+        return g
+    extra = g.ndim - 1 - len(shape)
+    dims = list(range(1, 1 + extra))
+    dims += [i + 1 + extra for i, size in enumerate(shape) if size == 1 and g.shape[i + 1 + extra] != 1]
+    return g.sum(dims).reshape(g.shape[0], *shape) if dims else g.reshape(g.shape[0], *shape)
+
+
+def fold(d: Tensor) -> Tensor:
+    """Merge k into the batch: ``[k, N, ...] -> [k*N, ...]``."""
+    return d.reshape(-1, *d.shape[2:])
+
+
+def unfold(y: Tensor, k: int) -> Tensor:
+    """Undo ``fold``: ``[k*N, ...] -> [k, N, ...]``."""
+    return y.view(k, -1, *y.shape[1:]) if y.is_contiguous() else y.reshape(k, -1, *y.shape[1:])
