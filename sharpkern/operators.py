@@ -127,7 +127,12 @@ class _Curvature(_Operator):
     ) -> None:
         model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
         self.params = select_parameters(model, params)
-        self.module = FunctionalLoss(self.params, loss_fn) if model is None else LossModule(model, loss_fn)
+        self.module: nn.Module
+        if model is None:
+            self.module = FunctionalLoss(self.params, loss_fn)
+            self.params = dict(zip(self.params, self.module.values, strict=True))
+        else:
+            self.module = LossModule(model, loss_fn)
         layout = Layout(self.params)
         self.n, self.dtype, self.device = layout.n, layout.dtype, layout.device
         self.products = 0
@@ -149,7 +154,8 @@ class _Curvature(_Operator):
         """
         self.batch = batch = self.batch if batch is None else batch
         leaves, spec = pytree.tree_flatten(batch)
-        _check_batch(leaves, self.device)
+        self._inputs = [x for x in leaves if isinstance(x, Tensor)]
+        _check_batch(self._inputs, self.device)
         signature = [(x.shape, x.dtype) if isinstance(x, Tensor) else x for x in leaves]
         key = (spec, str(signature), tuple(m.training for m in self.module.modules()))
         if key not in self._engines:
@@ -180,11 +186,11 @@ class _Curvature(_Operator):
         return self._engine.fallback_ops
 
     def _present_versions(self) -> list[int]:
-        return [p._version for p in self.params.values()]
+        return [t._version for t in (*self.params.values(), *self._inputs)]
 
     def _apply(self, block: Tensor) -> Tensor:
         if self._present_versions() != self._versions:
-            raise RuntimeError("the parameters changed since the operator was made: call refresh() first.")
+            raise RuntimeError("parameters or batch changed in place since the last refresh(): call refresh() first.")
         self.products += block.shape[0]
         if block.shape[0] <= _MAX_BLOCK:
             return self._product(block)
@@ -310,10 +316,8 @@ def select_parameters(
     return chosen
 
 
-def _check_batch(leaves: list[Any], device: torch.device) -> None:
-    for leaf in leaves:
-        if not isinstance(leaf, Tensor):
-            continue
+def _check_batch(inputs: list[Tensor], device: torch.device) -> None:
+    for leaf in inputs:
         if leaf.numel() == 0:
             raise ValueError(f"the batch is empty: a tensor has shape {list(leaf.shape)}.")
         if leaf.device != device:

@@ -62,7 +62,10 @@ def tensors_of(output: Any) -> list[Tensor]:
 
 
 class FunctionalLoss(nn.Module):
-    """A loss of named parameters and a batch, without a module: ``loss_fn(params, batch)``."""
+    """A loss of named parameters and a batch, without a module: ``loss_fn(params, batch)``.
+
+    ``values`` are parameters that share the memory of the tensors given.
+    """
 
     def __init__(self, params: Mapping[str, Tensor], loss_fn: Callable[..., Tensor]) -> None:
         super().__init__()

@@ -1,0 +1,48 @@
+"""Time contenders round by round in one process, so that a stall of the machine hits all of them alike."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+import torch
+
+
+def interleave(contenders: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Run each contender once per round.
+
+    Args:
+        contenders: name -> call.
+        rounds: how many; two more run first, untimed.
+
+    Returns:
+        name -> seconds, one entry a round.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for index in range(rounds + 2):
+        for name, call in contenders.items():
+            start = time.perf_counter()
+            call()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if index >= 2:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def ratio(seconds: Mapping[str, list[float]], name: str, base: str) -> dict[str, float]:
+    """Compare two contenders.
+
+    Returns:
+        ``minima``: ratio of the smallest times; ``median``: median of the per-round ratios; ``low`` and ``high``: its
+        quartiles.
+    """
+    paired = sorted(a / b for a, b in zip(seconds[name], seconds[base], strict=True))
+    quarter = len(paired) // 4
+    return {
+        "minima": min(seconds[name]) / min(seconds[base]),
+        "median": statistics.median(paired),
+        "low": paired[quarter],
+        "high": paired[-1 - quarter],
+    }

@@ -1,0 +1,184 @@
+"""SharpnessTracker against dense matrices, along real training runs."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from problems import Problem, dense_hessian, double, loss_and_gradient, mlp
+from problems import relative as error
+from torch import nn
+
+import sharpkern as sk
+
+
+def optimizer_of(name: str, model: nn.Module) -> torch.optim.Optimizer:
+    return {
+        "sgd": lambda: torch.optim.SGD(model.parameters(), lr=0.3),
+        "momentum": lambda: torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
+        "adam": lambda: torch.optim.Adam(model.parameters(), lr=0.01),
+        "gi-adam": lambda: sk.GIAdam(model.parameters(), lr=0.01),
+    }[name]()
+
+
+@pytest.mark.parametrize("name", ["sgd", "momentum", "adam", "gi-adam"])
+def test_records_agree_with_dense_truth_at_every_step(name: str) -> None:
+    problem = double(mlp())
+    optimizer = optimizer_of(name, problem.model)
+    tracker = sk.SharpnessTracker(problem.model, problem.loss_fn, optimizer, tol=1e-4)
+    for step in range(1, 9):
+        loss, gradient = loss_and_gradient(problem)
+        dense = dense_hessian(problem)
+        rec = tracker.step(problem.batch)
+        assert rec.step == step and rec.measured and rec.converged
+        assert abs(rec.loss - float(loss)) <= 1e-10 * abs(rec.loss)
+        assert abs(rec.grad_norm - float(gradient.norm())) <= 1e-10 * rec.grad_norm
+        got = torch.cat([p.grad.flatten() for p in problem.model.parameters()])
+        assert error(got, gradient.detach()) <= 1e-10
+        top = float(torch.linalg.eigvalsh(dense)[-1])
+        assert abs(rec.sharpness - top) <= 1e-4 * top
+        optimizer.step()
+        if name in ("adam", "gi-adam"):  # P of the step just taken is in the optimizer's state now
+            s = sk.preconditioner(optimizer).inv_sqrt(list(problem.model.parameters()))
+            top = float(torch.linalg.eigvalsh(s[:, None] * dense * s)[-1])
+            assert abs(rec.preconditioned_sharpness - top) <= 1e-4 * top
+        else:
+            assert rec.preconditioned_sharpness is None
+        kappa = {"sgd": 2.0, "momentum": 3.8, "adam": 38.0, "gi-adam": 38.0}[name]
+        assert rec.threshold == pytest.approx(kappa / rec.lr)
+        assert rec.ratio == pytest.approx(rec.lr * top / kappa, rel=2e-4)
+
+
+def test_training_with_the_tracker_equals_training_without() -> None:
+    tracked = double(mlp())
+    plain = Problem(copy.deepcopy(tracked.model), tracked.loss_fn, tracked.batch)
+    first, second = optimizer_of("adam", tracked.model), optimizer_of("adam", plain.model)
+    tracker = sk.SharpnessTracker(tracked.model, tracked.loss_fn, first)
+    for _ in range(6):
+        tracker.step(tracked.batch)
+        first.step()
+        second.zero_grad()
+        plain.loss_fn(plain.model(plain.batch[0]), plain.batch[1]).backward()
+        second.step()
+    for p, q in zip(tracked.model.parameters(), plain.model.parameters(), strict=True):
+        assert error(p.detach(), q.detach()) <= 1e-9
+
+
+def test_warm_start_spends_fewer_products_than_a_cold_one() -> None:
+    problem = double(mlp())
+    optimizer = torch.optim.SGD(problem.model.parameters(), lr=0.05)
+    tracker = sk.SharpnessTracker(problem.model, problem.loss_fn, optimizer, tol=0.01)
+    warm = []
+    for _ in range(10):
+        warm.append(tracker.step(problem.batch).matvecs)
+        optimizer.step()
+    cold = sk.sharpness(problem.model, problem.loss_fn, problem.batch, tol=0.01).matvecs
+    assert sum(warm[1:]) / 9 <= 0.7 * cold
+    assert tracker.hessian.products == sum(warm)
+
+
+def test_every_skips_steps_and_carries_the_value() -> None:
+    problem = double(mlp())
+    optimizer = torch.optim.SGD(problem.model.parameters(), lr=0.1)
+    tracker = sk.SharpnessTracker(problem.model, problem.loss_fn, optimizer, every=3)
+    records = []
+    for _ in range(7):
+        records.append(tracker.step(problem.batch))
+        optimizer.step()
+    assert [r.measured for r in records] == [True, False, False, True, False, False, True]
+    assert [r.matvecs > 0 for r in records] == [r.measured for r in records]
+    assert records[1].sharpness == records[0].sharpness != records[3].sharpness
+    assert records[1].loss != records[0].loss
+
+
+def test_resumed_tracker_continues_identically(tmp_path) -> None:
+    problem = mlp()
+    optimizer = torch.optim.Adam(problem.model.parameters(), lr=0.01)
+    tracker = sk.SharpnessTracker(problem.model, problem.loss_fn, optimizer)
+    for _ in range(3):
+        tracker.step(problem.batch)
+        optimizer.step()
+    torch.save([problem.model.state_dict(), optimizer.state_dict(), tracker.state_dict()], tmp_path / "state.pt")
+    first = []
+    for _ in range(3):
+        first.append(tracker.step(problem.batch))
+        optimizer.step()
+    model_state, optimizer_state, tracker_state = torch.load(tmp_path / "state.pt", weights_only=True)
+    other = mlp().model
+    other.load_state_dict(model_state)
+    optimizer = torch.optim.Adam(other.parameters(), lr=0.01)
+    optimizer.load_state_dict(optimizer_state)
+    tracker = sk.SharpnessTracker(other, problem.loss_fn, optimizer)
+    tracker.load_state_dict(tracker_state)
+    for want in first:
+        assert tracker.step(problem.batch) == want
+        optimizer.step()
+
+
+def test_batch_norm_statistics_advance_once_per_step() -> None:
+    model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 2)).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    tracker = sk.SharpnessTracker(model, nn.MSELoss(), optimizer)
+    batch = torch.randn(8, 4).double(), torch.randn(8, 2).double()
+    for step in range(3):
+        tracker.step(batch)
+        optimizer.step()
+        assert int(model[1].num_batches_tracked) == step + 1
+
+
+def test_non_finite_loss_names_the_step_and_touches_nothing() -> None:
+    model, loss_fn, (x, y) = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    tracker = sk.SharpnessTracker(model, loss_fn, optimizer)
+    tracker.step((x, y))
+    before = [(p.detach().clone(), p.grad.clone()) for p in model.parameters()]
+    with pytest.raises(sk.NonFiniteLossError, match="nan at step 2") as caught:
+        tracker.step((x * float("nan"), y))
+    assert caught.value.step == 2
+    for p, (value, grad) in zip(model.parameters(), before, strict=True):
+        assert torch.equal(p, value) and torch.equal(p.grad, grad)
+
+
+def test_zero_learning_rate_has_an_infinite_threshold() -> None:
+    model, loss_fn, batch = mlp()
+    tracker = sk.SharpnessTracker(model, loss_fn, torch.optim.SGD(model.parameters(), lr=0.0))
+    rec = tracker.step(batch)
+    assert rec.threshold == float("inf") and rec.ratio == 0.0
+
+
+def test_optimizer_without_a_known_threshold_is_tracked_without_one() -> None:
+    model, loss_fn, batch = mlp()
+    with pytest.warns(UserWarning, match="Rprop"):
+        tracker = sk.SharpnessTracker(model, loss_fn, torch.optim.Rprop(model.parameters()))
+    rec = tracker.step(batch)
+    assert rec.threshold is None and rec.ratio is None and rec.sharpness > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"tol": 0.0}, "tol must lie between 0 and 1, got 0.0"), ({"every": 0}, "got 0 and 80"), ({"max_matvecs": 0}, "got 1 and 0")],
+)
+def test_bad_options_are_refused(options: dict, message: str) -> None:
+    model, loss_fn, _ = mlp()
+    with pytest.raises(ValueError, match=message):
+        sk.SharpnessTracker(model, loss_fn, torch.optim.SGD(model.parameters(), lr=0.1), **options)
+
+
+def test_one_call_sharpness_and_preconditioned_sharpness() -> None:
+    problem = double(mlp())
+    dense = dense_hessian(problem)
+    top = float(torch.linalg.eigvalsh(dense)[-1])
+    r = sk.sharpness(*problem, tol=1e-6)
+    assert r.converged and abs(r.value - top) <= 1e-9 * top + r.error_bound
+    assert abs(r.value - top) <= 1e-6 * top
+    assert error(dense @ r.vector, r.value * r.vector) <= 1e-4
+    optimizer = torch.optim.Adam(problem.model.parameters(), lr=0.01)
+    r = sk.preconditioned_sharpness(*problem, optimizer, tol=1e-6)
+    g = loss_and_gradient(problem)[1].detach()
+    s = (0.1 * (g.abs() + 1e-8)) ** -0.5  # at t = 1, v / (1 - b2) is the squared gradient
+    top = float(torch.linalg.eigvalsh(s[:, None] * dense * s)[-1])
+    assert abs(r.value - top) <= 1e-5 * top
+    assert not optimizer.state
+    low = sk.sharpness(*problem, max_matvecs=2, tol=1e-9)
+    assert not low.converged and low.matvecs == 2 and "max_matvecs" in low.reason
