@@ -2,7 +2,7 @@
 
 Contenders run interleaved: torch's forward + backward (the unit), sharpkern's primal sweeps, its product with one vector
 and with four, and double backward with the graph kept (attention on the math path, which alone has second derivatives).
-Every timed product is checked against double backward first.
+The floor is the product's matrix products and convolutions alone. Every timed product is checked against double backward first.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import platform
 from pathlib import Path
 
 import torch
+from floor import floor_of
 from interleave import interleave, ratio
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from workloads import WORKLOADS
@@ -47,10 +48,12 @@ def measure(name: str, rounds: int) -> dict[str, object]:
             "HVP": lambda: H.matvec(V[0]),
             "HVP, 4 vectors": lambda: H.matmat(V.t()),
             "autograd, graph kept": double_backward,
+            "floor": floor_of(lambda: H.matvec(V[0])),
         },
         rounds,
     )
     ratios = {key: ratio(seconds, key, "gradient") for key in seconds if key != "gradient"}
+    ratios["HVP / floor"] = ratio(seconds, "HVP", "floor")
     return {
         "parameters": H.n,
         "error": error,
@@ -70,7 +73,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     results = {}
-    columns = ["primal sweeps", "HVP", "HVP, 4 vectors", "autograd, graph kept"]
+    columns = ["primal sweeps", "HVP", "HVP, 4 vectors", "autograd, graph kept", "HVP / floor"]
     print("Ratios to one gradient (torch's forward + backward): of minima, and median of per-round ratios.\n")
     print(f"| {'workload':<9} | parameters | gradient ms | " + " | ".join(f"{c:>20}" for c in columns) + " |")
     print("|---|---|---|" + "---|" * len(columns))

@@ -1,0 +1,67 @@
+"""The floor of a computation: its matrix products and convolutions alone, on the same shapes and strides.
+
+The calls are recorded while the computation runs, then replayed on tensors of their own. What lies above the floor is
+everything that is not a product: pointwise passes, norms, softmax, allocation, Python.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+aten = torch.ops.aten
+PRODUCTS = {
+    aten.mm.default, aten.mm.out, aten.addmm.default, aten.addmm_.default, aten.addmm.out,
+    aten.bmm.default, aten.bmm.out, aten.baddbmm.default, aten.baddbmm_.default, aten.baddbmm.out,
+    aten.convolution.default, aten.convolution_backward.default,
+    aten.linear.default, aten.matmul.default, aten.conv2d.default,
+}  # fmt: skip
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, Any, Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ARG002
+        kwargs = kwargs or {}
+        if func in PRODUCTS:
+            self.calls.append((func, *pytree.tree_map_only(Tensor, _twin, (args, kwargs))))
+        return func(*args, **kwargs)
+
+
+def _twin(t: Tensor) -> Tensor:
+    """A tensor of the same shape, strides and dtype, filled with small random numbers."""
+    twin = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device)
+    return twin.fill_(0.01) if 0 in t.stride() else twin.normal_(0, 0.01)
+
+
+def floor_of(computation: Callable[[], object]) -> Callable[[], None]:
+    """Return a call that runs only the products of a computation.
+
+    Products that allocate their result in the computation write into preallocated memory here.
+    """
+    with torch.no_grad(), _Recorder() as recorder:
+        computation()
+    replays = [_replay(*call) for call in recorder.calls]
+
+    def run() -> None:
+        with torch.no_grad():
+            for replay in replays:
+                replay()
+
+    return run
+
+
+def _replay(func: Any, args: Any, kwargs: Any) -> Callable[[], object]:
+    into = {aten.mm.default: aten.mm.out, aten.addmm.default: aten.addmm.out, aten.bmm.default: aten.bmm.out,
+            aten.baddbmm.default: aten.baddbmm.out}.get(func)  # fmt: skip
+    if into is None:
+        return lambda: func(*args, **kwargs)
+    out = func(*args, **kwargs)
+    return lambda: into(*args, **kwargs, out=out)
