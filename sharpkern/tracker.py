@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .eigen import EigenResult, lanczos
 from .operators import HessianOperator, NonFiniteLossError, Operator, PreconditionedOperator
-from .preconditioning import preconditioner
+from .preconditioning import is_adaptive, preconditioner
 from .measure import gradients_of
 from .warmup import stability_threshold
 
@@ -99,13 +99,12 @@ class SharpnessTracker:
         self._vectors: dict[str, Tensor] = {}
         self._steps = 0
         self._last: dict[str, float] = {}
-        self._adaptive = not isinstance(optimizer, torch.optim.SGD)
         try:
             stability_threshold(optimizer)
-            self._has_threshold = True
+            self._adaptive, self._has_threshold = is_adaptive(optimizer), True
         except TypeError as error:
             warnings.warn(f"SharpnessTracker reports no threshold: {error}", stacklevel=2)
-            self._has_threshold = self._adaptive = False
+            self._adaptive = self._has_threshold = False
 
     def step(self, batch: Any) -> Record:
         """Compute loss and gradients on a batch, set ``p.grad``, and measure.
