@@ -1,3 +1,70 @@
-"""Placeholder until the compiled module is bound."""
+"""Tensors to addresses for the compiled kernels in ``sharpkern._C``; same names and results as ``reference``."""
 
-REASON: str | None = "the compiled module sharpkern._C is not built"
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    from .. import _C
+except ImportError as error:
+    _C = None
+    REASON: str | None = f"the compiled module is missing ({error}): reinstall with a C++ compiler present"
+else:
+    REASON = None
+
+
+def _function(kernel: str, x: Tensor) -> Any:
+    return getattr(_C, f"{kernel}_f64" if x.dtype == torch.float64 else f"{kernel}_f32")
+
+
+def gram(V: Tensor, W: Tensor) -> Tensor:
+    """See ``kernels.gram``."""
+    out = torch.empty(V.shape[0], W.shape[0], dtype=torch.float64)
+    _function("gram", V)(
+        V.data_ptr(), V.shape[0], W.data_ptr(), W.shape[0], V.shape[1], out.data_ptr(), torch.get_num_threads()
+    )
+    return out
+
+
+def power_step(V: Tensor, HV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """See ``kernels.power_step``."""
+    k, n = V.shape
+    sums = torch.empty(2, k, dtype=torch.float64)
+    theta, residual, following = sums[0], sums[1], torch.empty_like(V)
+    _function("power_step", V)(
+        V.data_ptr(), HV.data_ptr(), k, n, theta.data_ptr(), residual.data_ptr(), following.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return theta, residual, following
+
+
+def combine(C: Tensor, V: Tensor, out: Tensor | None = None) -> Tensor:
+    """See ``kernels.combine``."""
+    out = V.new_empty(C.shape[0], V.shape[1]) if out is None else out
+    _function("combine", V)(
+        C.data_ptr(), C.shape[0], C.shape[1], V.data_ptr(), V.shape[1], out.data_ptr(), torch.get_num_threads()
+    )
+    return out
+
+
+def scale(V: Tensor, d: Tensor, out: Tensor | None = None) -> Tensor:
+    """See ``kernels.scale``."""
+    out = torch.empty_like(V) if out is None else out
+    _function("scale", V)(
+        V.data_ptr(), V.shape[0], V.shape[1], d.data_ptr(), out.data_ptr(), torch.get_num_threads()
+    )
+    return out
+
+
+def inv_sqrt_adam(
+    v: Tensor, *, bias_correction2: float, eps: float, factor: float, out: Tensor | None = None
+) -> Tensor:
+    """See ``kernels.inv_sqrt_adam``."""
+    out = torch.empty_like(v) if out is None else out
+    _function("inv_sqrt_adam", v)(
+        v.data_ptr(), v.numel(), bias_correction2, eps, factor, out.data_ptr(), torch.get_num_threads()
+    )
+    return out

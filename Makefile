@@ -1,0 +1,37 @@
+# Two commands do all set-up on a fresh machine with Python 3.11 or 3.12 and g++: make demo, make test.
+PYTHON ?= python3
+# Another build of torch: make test TORCH="torch --index-url <where it is>" CONSTRAINTS=
+TORCH ?= torch
+CONSTRAINTS ?= --constraint constraints.txt
+BIN := .venv/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS)
+NATIVE := setup.py $(shell find csrc -type f)
+
+.PHONY: demo test lint bench clean
+
+demo: .venv/installed
+	$(BIN)/sharpkern train --preset demo
+
+test: .venv/installed lint
+	$(BIN)/python -m pytest -q
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: .venv/installed
+	$(BIN)/python benchmarks/bench_hvp.py
+	$(BIN)/python -m pytest -q benchmarks/bench_kernels.py
+
+.venv/torch:
+	$(PYTHON) -m venv .venv
+	$(PIP) $(TORCH) numpy "setuptools>=77" wheel pybind11
+	touch $@
+
+.venv/installed: .venv/torch pyproject.toml $(NATIVE)
+	$(PIP) --no-build-isolation --editable ".[test,dev]"
+	touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info sharpkern/_C*.so
