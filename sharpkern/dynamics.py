@@ -1,7 +1,8 @@
-"""What happened in a run: crossings of the stability threshold, catapults, and the natural trend of the sharpness.
+"""What a run's records say: crossings of the stability threshold, catapults, regimes. Pure functions of
+sequences.
 
-Pure functions of a run's rows (one entry a step; None where a step was not measured), usable on anyone's logs. Steps
-are indices into the sequences, from 0.
+Steps are indices into the sequences, from 0. None (or NaN) in a curvature sequence is a step without a
+measurement.
 """
 
 from __future__ import annotations
@@ -9,20 +10,23 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
-Series = Sequence[float | None]
+Measured = Sequence[float | None]
 
 
 @dataclass(frozen=True)
 class Catapult:
-    """One excursion beyond the threshold that raised the loss and came back.
+    """One catapult: the learning rate passes the threshold, the loss jumps, the sharpness falls, the loss
+    returns.
 
     Attributes:
-        start: first step beyond the threshold from which the loss rose.
-        peak: step of the highest loss.
-        end: first step back below the threshold with the loss no higher than at the start; None if the run ended first.
-        loss_ratio: peak loss / loss at the start.
-        sharpness_drop: 1 - sharpness at the end (or the run's last) / sharpness at the start.
+        start: the step beyond the threshold at which the loss begins to rise.
+        peak: the step of the largest loss.
+        end: the first step below the threshold with the loss back at its start value; None if the run ends
+            first.
+        loss_ratio: loss at the peak over loss at the start; infinite for a loss that is not finite.
+        sharpness_drop: ``1 - sharpness at the end / at the start``: 0.25 is a fall by a quarter.
     """
 
     start: int
@@ -34,101 +38,163 @@ class Catapult:
 
 @dataclass(frozen=True)
 class Regime:
-    """The natural trend of the sharpness before the first crossing.
+    """How the sharpness meets the stability threshold.
 
     Attributes:
-        name: "C1" progressive sharpening, "C2" sharpness reduction, "C3" constant.
-        trend: sharpness at the first crossing (or the last value) / initial sharpness.
-        crossing: first step beyond the threshold, or None.
-        persistence: share of the later steps with sharpness within 0.8 to 1.3 of the threshold; None if none crossed.
+        name: "C1" progressive sharpening, "C2" sharpness reduction, "C3" nearly constant sharpness.
+        trend: sharpness at the first crossing (or at the end, if none) over the first measured sharpness.
+        crossing: the first step beyond the threshold; None if there is none.
+        persistence: the share of measured steps after the crossing with ``lr * sharpness`` within 0.8 to 1.3
+            times the threshold; None without a crossing or without a step after it.
+        confident: False if the crossing came within the first eight measured steps: too early to show a
+            trend.
+        evidence: the figures in a sentence.
     """
 
-    name: str
+    name: Literal["C1", "C2", "C3"]
     trend: float
     crossing: int | None
     persistence: float | None
+    confident: bool
+    evidence: str
 
 
-def first_crossing(ratio: Series) -> int | None:
-    """Return the first step whose ratio ``lr * sharpness / kappa`` exceeds 1, or None."""
-    return next((t for t, r in enumerate(ratio) if r is not None and r > 1), None)
+def first_crossing(ratio: Measured, level: float = 1.0) -> int | None:
+    """Return the first step whose ratio is above a level, None if there is none.
+
+    Args:
+        ratio: ``lr * curvature / kappa`` at each step, as in ``Record.ratio``; None where unmeasured.
+        level: what counts as crossed.
+
+    >>> first_crossing([0.5, None, 1.2, 0.9])
+    2
+    """
+    return next((t for t, r in enumerate(ratio) if r is not None and r > level), None)
 
 
 def detect_catapults(
-    loss: Series, sharpness: Series, ratio: Series, *, min_rise: float = 0.0, min_drop: float = 0.0
+    loss: Sequence[float],
+    sharpness: Measured,
+    lr: Sequence[float],
+    threshold: float | Sequence[float],
+    *,
+    min_drop: float = 0.0,
 ) -> list[Catapult]:
-    """Find catapults in a full-batch run.
+    """Find the catapults of a full-batch run.
 
-    A catapult starts at a step beyond the threshold (ratio > 1) whose next loss is higher, and ends when the ratio is
-    back below 1 and the loss no higher than at the start. For mini-batches, smooth the loss first and ask for a rise
-    and a drop.
+    A catapult starts at a step t with ``lr_t * sharpness_t > kappa`` and ``loss_{t+1} > loss_t``, and ends at
+    the first later step with ``lr * sharpness <= kappa`` and a loss not above ``loss_t``. Between
+    measurements the last measured sharpness stands, so an end can only be seen at a measured step.
 
     Args:
-        loss: of each step; NaN and infinity count as a rise.
-        sharpness: of each step; the preconditioned one for an adaptive optimizer.
-        ratio: ``lr * sharpness / kappa`` of each step.
-        min_rise: the least relative rise of the loss that counts.
-        min_drop: the least relative drop of the sharpness that counts.
+        loss: of each step, before its update.
+        sharpness: likewise; the preconditioned one for Adam; None where unmeasured.
+        lr: of each step.
+        threshold: kappa from ``stability_threshold`` (not divided by lr), one number or one per step.
+        min_drop: the smallest ``sharpness_drop`` that counts. With momentum or minibatches the loss also
+            rises for other reasons: use 0.1, and smooth a minibatch loss first.
+
+    Returns:
+        Catapults in order; they do not overlap. The last may be unfinished (``end`` None): it may be a
+        divergence.
 
     Raises:
         ValueError: the sequences differ in length.
 
-    Source: Lewkowycz et al., The large learning rate phase (2020); Kalra and Barkeshli (2024), section 3.
+    Source: after the self-stabilisation cycle of Kalra and Barkeshli, Why warmup the learning rate? (2024),
+    section 4, which gives no numeric definition.
+
+    >>> detect_catapults([1.0, 1.5, 0.9], [30.0, 25.0, 15.0], [0.1, 0.1, 0.1], 2.0)
+    [Catapult(start=0, peak=1, end=2, loss_ratio=1.5, sharpness_drop=0.5)]
     """
-    if not len(loss) == len(sharpness) == len(ratio):
-        raise ValueError(f"the sequences differ in length: {len(loss)}, {len(sharpness)}, {len(ratio)}.")
-    height = [math.inf if x is None or math.isnan(x) else x for x in loss]
-    known, beyond = _filled(sharpness), [r is not None and r > 1 for r in ratio]
+    kappa = _kappa(threshold, loss=loss, sharpness=sharpness, lr=lr)
+    held = _hold(sharpness)
+    loss = [x if math.isfinite(x) else math.inf for x in loss]
     found: list[Catapult] = []
-    t = 0
-    while t + 1 < len(height):
-        if not (beyond[t] and height[t + 1] > height[t]):
+    t, steps = 0, len(loss)
+    while t < steps - 1:
+        if not (lr[t] * held[t] > kappa[t] and loss[t + 1] > loss[t]):
             t += 1
             continue
-        end = next((s for s in range(t + 1, len(height)) if not beyond[s] and height[s] <= height[t]), None)
-        last = len(height) - 1 if end is None else end
-        peak = max(range(t, last + 1), key=height.__getitem__)
-        rise = height[peak] / height[t] if height[t] > 0 else math.inf
-        before, after = known[t], known[last]
-        drop = 1 - after / before if before and after is not None else 0.0
-        if rise >= 1 + min_rise and drop >= min_drop:
-            found.append(Catapult(t, peak, end, rise, drop))
+        later = range(t + 1, steps)
+        end = next((s for s in later if lr[s] * held[s] <= kappa[s] and loss[s] <= loss[t]), None)
+        last = steps - 1 if end is None else end
+        peak = max(range(t, last + 1), key=lambda s: loss[s])
+        ratio = loss[peak] / loss[t] if loss[t] > 0 else math.inf
+        drop = 1 - held[last] / held[t]
+        if drop >= min_drop:
+            found.append(Catapult(t, peak, end, ratio, drop))
         t = last
     return found
 
 
-def classify_regime(sharpness: Series, ratio: Series) -> Regime:
-    """Classify the natural trend of the sharpness by its value at the first crossing of the threshold.
+def classify_regime(sharpness: Measured, lr: Sequence[float], threshold: float | Sequence[float]) -> Regime:
+    """Tell whether training sharpens or flattens before it meets the stability threshold.
 
-    C1 if it rose by more than 20%, C2 if it fell by more than 20%, else C3. The initial slope says little: runs that
-    sharpen later often dip first. A fast warmup crosses early and hides the trend.
+        trend = sharpness at the first step with lr * sharpness > kappa (at the end without one) / first
+        sharpness C1: trend > 1.2        C2: trend < 0.8        C3: between
+
+    The early slope would mislead: runs that sharpen later often dip first. Use a slow warmup, or the crossing
+    comes before the trend shows.
 
     Args:
-        sharpness: of each step.
-        ratio: ``lr * sharpness / kappa`` of each step.
+        sharpness: of each step; the preconditioned one for Adam; None where unmeasured.
+        lr: of each step.
+        threshold: kappa from ``stability_threshold``, one number or one per step.
+
+    Returns:
+        A ``Regime``.
 
     Raises:
-        ValueError: no sharpness was measured.
+        ValueError: the sequences differ in length, or the first measured sharpness is missing or not
+            positive.
 
-    Source: Kalra and Barkeshli (2024), section 4; the limits of 20% and the persistence are this package's.
+    Source: the regimes of Kalra and Barkeshli, Why warmup the learning rate? (2024); the limits 1.2 and 0.8
+    are ours.
+
+    >>> classify_regime([1.0, 2.0, 3.0], [0.1, 0.4, 0.8], 2.0).name
+    'C1'
     """
-    known = [s for s in _filled(sharpness) if s is not None]
-    if not known:
-        raise ValueError("no sharpness was measured: every entry is None.")
-    crossing = first_crossing(ratio)
-    at = known[-1] if crossing is None else known[min(crossing, len(known) - 1)]
-    trend = at / known[0] if known[0] else math.inf
-    name = "C1" if trend > 1.2 else "C2" if trend < 0.8 else "C3"
+    kappa = _kappa(threshold, sharpness=sharpness, lr=lr)
+    values = {t: s for t, s in enumerate(sharpness) if s is not None and not math.isnan(s)}
+    first = next(iter(values.values()), None)
+    if first is None or first <= 0:
+        raise ValueError(f"the first measured sharpness must be positive, got {first}.")
+    ratio = {t: lr[t] * s / kappa[t] for t, s in values.items()}
+    crossing = next((t for t, r in ratio.items() if r > 1), None)
+    at = max(values) if crossing is None else crossing
+    trend = values[at] / first
     persistence = None
     if crossing is not None:
-        later = [r for r in ratio[crossing:] if r is not None]
-        persistence = sum(0.8 <= r <= 1.3 for r in later) / len(later)
-    return Regime(name, trend, crossing, persistence)
+        after = [r for t, r in ratio.items() if t > crossing]
+        persistence = sum(0.8 <= r <= 1.3 for r in after) / len(after) if after else None
+    before = sum(t < at for t in values)
+    confident = before >= 8
+    name: Literal["C1", "C2", "C3"] = "C1" if trend > 1.2 else "C2" if trend < 0.8 else "C3"
+    where = "at the end (no crossing)" if crossing is None else f"at the first crossing (step {crossing})"
+    evidence = f"sharpness {values[at]:.4g} {where} is {trend:.2f} of the first, {first:.4g}"
+    if persistence is not None:
+        evidence += f"; {persistence:.0%} of later steps near the threshold"
+    if not confident:
+        evidence += f"; only {before} measured steps before it: use a slower warmup"
+    return Regime(name, trend, crossing, persistence, confident, evidence + ".")
 
 
-def _filled(series: Series) -> list[float | None]:
-    """Carry the last known value over gaps."""
-    result: list[float | None] = []
-    for x in series:
-        result.append(x if x is not None or not result else result[-1])
-    return result
+def _kappa(threshold: float | Sequence[float], **sequences: Sequence[float | None]) -> list[float]:
+    """Check that the sequences have one length, and spread the threshold over it."""
+    lengths = {name: len(values) for name, values in sequences.items()}
+    if isinstance(threshold, Sequence):
+        lengths["threshold"] = len(threshold)
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"one value per step is needed in each sequence, got lengths {lengths}.")
+    steps = next(iter(lengths.values()))
+    return list(threshold) if isinstance(threshold, Sequence) else [threshold] * steps
+
+
+def _hold(values: Measured) -> list[float]:
+    """Fill unmeasured steps with the last measured value; NaN, which crosses nothing, before the first."""
+    held: list[float] = []
+    for value in values:
+        missing = value is None or math.isnan(value)
+        held.append((held[-1] if held else math.nan) if missing else float(value))  # type: ignore[arg-type]
+    return held

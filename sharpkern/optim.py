@@ -1,129 +1,111 @@
-"""GI-Adam: Adam whose second moment starts at the squared gradient."""
+"""GI-Adam: Adam whose second moment starts from a gradient instead of zero."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
 
 
-class GIAdam(Optimizer):
-    """Adam with ``v_0 = g_0^2``, both bias corrections kept.
+class GIAdam(torch.optim.Adam):
+    """Adam with the second moment initialised by a gradient, ``v_0 = g_0^2``; both bias corrections are kept.
 
-        m_t = b1 m_{t-1} + (1 - b1) g_t          v_t = b2 v_{t-1} + (1 - b2) g_t^2,   v_0 = g_0^2
+        m_t = b1 m_{t-1} + (1 - b1) g_t       v_t = b2 v_{t-1} + (1 - b2) g_t^2
         theta <- theta - lr (m_t / (1 - b1^t)) / (sqrt(v_t / (1 - b2^t)) + eps)
 
-    Since v_0 has the size of v already, dividing by ``1 - b2^t`` makes the first steps short: a built-in warmup
-    ``lr sqrt(1 - b2^t)``, which lowers the preconditioned sharpness at initialisation by up to ``1 / sqrt(1 - b2)``,
-    31.6 for b2 = 0.999. A parameter whose g_0 is zero starts as in Adam.
+    As v is at its full size from the start, dividing it by ``1 - b2^t`` inflates it: a built-in warmup, of
+    effective lr ``lr sqrt(1 - b2^t)``, 0.03 lr at the first step. Weights with ``g_0 = 0`` are plain Adam's.
 
-    g_0 is the gradient at initialisation: of the batch for which ``initialize()`` was called after ``backward()``, else
-    of the first step.
+    ``initialize()`` sets v_0 from the gradients present then (the paper draws one batch for it before
+    training). A parameter not initialised by its first step uses that step's own gradient as g_0. State,
+    state_dict and parameter groups are those of ``torch.optim.Adam``.
 
     Args:
-        params: parameters or parameter groups.
+        params: parameters or groups.
         lr: learning rate.
-        betas: decay of the first and second moment.
-        eps: added to the root.
-        weight_decay: added to the gradient times the parameter, or with ``decoupled`` subtracted from the parameter.
-        decoupled: weight decay as in AdamW.
+        betas: decay rates of the two moments.
+        eps: added to the root of the second moment, after its bias correction.
+        weight_decay: coupled (added to the gradient), unless decoupled.
+        decoupled: shrink the weights by ``1 - lr weight_decay`` instead, as AdamW.
+        amsgrad: divide by the largest second moment so far.
+        foreach: one call for many tensors; None chooses.
+        maximize: ascend.
+        capturable: keep the step on the device, for CUDA graphs.
 
     Raises:
-        ValueError: a hyperparameter out of range.
+        ValueError: an argument is out of range.
 
-    Source: Kalra and Barkeshli, Why Warmup the Learning Rate? (2024), section on GI-Adam.
+    Source: Kalra and Barkeshli, Why warmup the learning rate? (2024), GI-Adam.
+
+    >>> p = torch.nn.Parameter(torch.zeros(1))
+    >>> p.grad = torch.ones(1)
+    >>> GIAdam([p], lr=1.0).step()
+    >>> round(p.item(), 5)  # Adam's first step is -1
+    -0.03162
     """
+
+    starts_from_gradient = True  # read by sharpkern.preconditioner: P of the first step differs from Adam's
 
     def __init__(
         self,
-        params: Iterable[Any],
-        lr: float = 1e-3,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         *,
         decoupled: bool = False,
+        amsgrad: bool = False,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
     ) -> None:
-        if lr < 0 or eps < 0 or weight_decay < 0:
-            raise ValueError(f"lr, eps and weight_decay must not be negative, got {lr}, {eps} and {weight_decay}.")
-        if not all(0 <= b < 1 for b in betas):
-            raise ValueError(f"betas must lie in [0, 1), got {betas}.")
-        defaults = {
-            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay,
-            "decoupled_weight_decay": decoupled, "gradient_init": True,
-        }  # fmt: skip
-        super().__init__(params, defaults)
+        super().__init__(
+            params, lr, betas, eps, weight_decay, amsgrad,
+            decoupled_weight_decay=decoupled,
+            foreach=foreach, maximize=maximize, capturable=capturable,
+        )  # fmt: skip
 
     @torch.no_grad()
-    def initialize(self) -> None:
-        """Set ``v_0`` to the square of the present ``p.grad``.
-
-        Raises:
-            RuntimeError: a step was taken already.
-        """
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                if int(self.state[p].get("step", 0)):
-                    raise RuntimeError("initialize() must come before the first step.")
-                self._start(p, _gradient(p, group))
-
-    def _start(self, p: Tensor, g: Tensor) -> None:
-        self.state[p].update(
-            step=torch.tensor(0.0), exp_avg=torch.zeros_like(p), exp_avg_sq=g.square().to(p.dtype)
-        )
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Update the parameters that have a gradient.
+    def initialize(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Set ``v_0 = g_0^2`` from the gradients in ``p.grad``; call it once, before the first step.
 
         Args:
-            closure: computes the loss and gradients anew; optional.
+            closure: computes the gradients first (backward on one batch) and returns the loss.
 
         Returns:
-            The closure's loss.
+            The closure's result, or None.
+
+        Raises:
+            RuntimeError: no parameter has a gradient, or a parameter is already initialised.
         """
-        loss = None
+        result = None
         if closure is not None:
             with torch.enable_grad():
-                loss = closure()
+                result = closure()
+        present = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if not present:
+            raise RuntimeError("initialize() needs gradients: run backward() first, or pass a closure.")
+        if started := sum(1 for p in present if self.state.get(p)):
+            raise RuntimeError(
+                f"{started} of {len(present)} parameters are initialised already: call initialize() "
+                f"once, before the first step()."
+            )
         for group in self.param_groups:
-            self._update(group)
-        return loss
+            self._init_group(group, [], [], [], [], [], [])
+        return result
 
-    def _update(self, group: dict[str, Any]) -> None:
-        params = [p for p in group["params"] if p.grad is not None]
-        if not params:
-            return
-        (beta1, beta2), lr, eps = group["betas"], float(group["lr"]), group["eps"]
-        gradients = [_gradient(p, group) for p in params]
-        for p, g in zip(params, gradients, strict=True):
-            if not self.state[p]:
-                self._start(p, g)
-        states = [self.state[p] for p in params]
-        for state in states:
-            state["step"] += 1
-        if group["decoupled_weight_decay"] and group["weight_decay"]:
-            torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
-        m, v = [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states]
-        torch._foreach_lerp_(m, gradients, 1 - beta1)
-        torch._foreach_mul_(v, beta2)
-        torch._foreach_addcmul_(v, gradients, gradients, 1 - beta2)
-        steps = [float(s["step"]) for s in states]
-        roots = torch._foreach_sqrt(v)
-        torch._foreach_div_(roots, [(1 - beta2**t) ** 0.5 for t in steps])
-        torch._foreach_add_(roots, eps)
-        torch._foreach_mul_(roots, [-(1 - beta1**t) / lr if lr else float("inf") for t in steps])
-        torch._foreach_addcdiv_(params, m, roots)
-
-
-def _gradient(p: Tensor, group: dict[str, Any]) -> Tensor:
-    """The gradient with coupled weight decay."""
-    assert p.grad is not None
-    if group["weight_decay"] and not group["decoupled_weight_decay"]:
-        return p.grad.add(p, alpha=group["weight_decay"])
-    return p.grad
+    def _init_group(self, group: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Let Adam create the state, then fill v_0 where it is new; ``step`` calls this after the closure."""
+        fresh = [p for p in group["params"] if p.grad is not None and not self.state.get(p)]
+        result = super()._init_group(group, *args, **kwargs)
+        if fresh:
+            g = [p.grad for p in fresh]
+            if group["weight_decay"] and not group["decoupled_weight_decay"]:
+                sign = -1.0 if group["maximize"] else 1.0
+                g = torch._foreach_add(g, torch._foreach_mul(fresh, sign * group["weight_decay"]))
+            torch._foreach_copy_([self.state[p]["exp_avg_sq"] for p in fresh], torch._foreach_mul(g, g))
+        return result

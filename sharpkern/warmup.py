@@ -1,132 +1,200 @@
-"""Learning-rate warmup, and the curvature that a learning rate can bear."""
+"""Where an optimizer turns unstable on a quadratic, and a learning-rate schedule that gets there slowly."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
-from torch.optim import Optimizer
+import torch
 from torch.optim.lr_scheduler import LRScheduler
 
 
-def stability_threshold(optimizer: Optimizer, *, first_step: bool = False) -> float:
-    """Return kappa: on a quadratic the optimizer is stable while ``lr * curvature < kappa``.
+def stability_threshold(optimizer: torch.optim.Optimizer, *, first_step: bool = False) -> float:
+    """Return kappa: on a quadratic loss, the optimizer is stable while ``lr * curvature < kappa``.
 
-    The curvature is an eigenvalue of H for SGD, of ``P^-1 H`` for Adam and RMSprop (P frozen; P as
-    ``preconditioner`` returns it). g is weight decay, b momentum or beta1, d dampening:
+    Curvature is the largest eigenvalue of the Hessian H for SGD, of ``P^-1 H`` with P from ``preconditioner``
+    (frozen) for the others. With momentum b, dampening d, weight decay w:
 
-    =====================================  ===========================================
-    SGD                                    2
-    SGD, momentum                          (2 + 2b) / (1 - d)
-    SGD, Nesterov momentum                 2 (1 + b) / (1 + 2b)
-    RMSprop                                2; with momentum 2 + 2b
-    Adam, AdamW, GIAdam                    (2 + 2b) / (1 - b)
-    coupled weight decay                   minus lr g, for SGD
-    decoupled weight decay (AdamW)         minus lr g (1 + b) / (1 - b)
-    =====================================  ===========================================
+        SGD                              2
+        SGD, momentum                    2 (1 + b) / (1 - d)
+        SGD, Nesterov                    2 (1 + b) / (1 + 2b)
+        Adam, AdamW, GIAdam              2 (1 + b1) / (1 - b1)
+        RMSprop                          2 (1 + b)
+        SGD's weight decay               kappa - lr w
+        decoupled decay (AdamW)          kappa (1 - lr w / 2)
+
+    Coupled weight decay of Adam and RMSprop is not in kappa: the curvature is then that of ``P^-1 (H + w)``.
+    Where parameter groups differ, the smallest kappa is returned. Minibatch noise lowers the true threshold;
+    with cross-entropy the loss often still falls beyond it.
 
     Args:
-        optimizer: its first group is read.
-        first_step: the bound of the very first step, whose moments start at zero: 2 for SGD with any momentum (the
-            first step is plain gradient descent), ``2 / (1 - b)`` for Adam with P_1.
+        optimizer: SGD, Adam, AdamW, GIAdam or RMSprop, or a subclass.
+        first_step: the bound for the very first step, when the momentum is still empty: the loss on a
+            quadratic can rise at that step beyond it.
+
+    Returns:
+        kappa, without a unit.
 
     Raises:
-        TypeError: an optimizer whose threshold is unknown.
+        TypeError: the optimizer's threshold is not known.
 
-    Source: Cohen et al. (2021, 2022); Kalra and Barkeshli (2024), appendix B; companion matrices.
+    Source: Cohen et al., Gradient descent on neural networks typically occurs at the edge of stability (2021)
+    and Adaptive gradient methods at the edge of stability (2022); the decay terms from the same
+    characteristic polynomials.
 
-    >>> import torch
-    >>> stability_threshold(torch.optim.SGD([torch.zeros(1)], lr=0.1, momentum=0.9))
+    >>> p = [torch.nn.Parameter(torch.zeros(1))]
+    >>> stability_threshold(torch.optim.SGD(p, lr=0.1, momentum=0.9))
     3.8
+    >>> round(stability_threshold(torch.optim.Adam(p)), 6)
+    38.0
     """
-    group = optimizer.param_groups[0]
-    lr, decay = float(group["lr"]), float(group.get("weight_decay", 0.0))
-    names = {cls.__name__ for cls in type(optimizer).__mro__}
-    if "SGD" in names:
-        b, d = float(group["momentum"]), float(group["dampening"])
-        if first_step or not b:
-            kappa = 2 * (1 / (1 + b) if group["nesterov"] else 1.0)
-        elif group["nesterov"]:
-            kappa = 2 * (1 + b) / (1 + 2 * b)
-        else:
-            kappa = (2 + 2 * b) / (1 - d)
-        return kappa - lr * decay
-    if "RMSprop" in names:
-        b = 0.0 if first_step else float(group["momentum"])
-        return 2 + 2 * b
-    if names & {"Adam", "AdamW", "GIAdam"}:
-        b = float(group["betas"][0])
-        decoupled = group.get("decoupled_weight_decay", "AdamW" in names)
-        if first_step:
-            return (2 - (lr * decay if decoupled else 0.0)) / (1 - b)
-        return (2 + 2 * b - (lr * decay * (1 + b) if decoupled else 0.0)) / (1 - b)
-    raise TypeError(
-        f"no stability threshold is known for {type(optimizer).__name__}; "
-        "supported are SGD, RMSprop, Adam, AdamW and GIAdam."
-    )
+    if isinstance(optimizer, torch.optim.SGD):
+        rule = _sgd
+    elif isinstance(optimizer, torch.optim.Adam):
+        rule = _adam
+    elif isinstance(optimizer, torch.optim.RMSprop):
+        rule = _rmsprop
+    else:
+        raise TypeError(
+            f"no stability threshold is known for {type(optimizer).__name__}; supported: SGD, Adam, AdamW, "
+            f"sharpkern.GIAdam, RMSprop."
+        )
+    return min(rule(group, first_step) for group in optimizer.param_groups)
+
+
+def _sgd(group: dict[str, Any], first_step: bool) -> float:
+    b, dampening = float(group["momentum"]), float(group["dampening"])
+    if b == 0:
+        kappa = 2.0
+    elif first_step:  # the first buffer is the gradient itself, not dampened
+        kappa = 2 / (1 + b) if group["nesterov"] else 2.0
+    elif group["nesterov"]:
+        kappa = 2 * (1 + b) / (1 + 2 * b)
+    else:
+        kappa = 2 * (1 + b) / (1 - dampening)
+    return kappa - float(group["lr"]) * float(group["weight_decay"])
+
+
+def _adam(group: dict[str, Any], first_step: bool) -> float:
+    b = float(group["betas"][0])
+    kappa = 2 / (1 - b) if first_step else 2 * (1 + b) / (1 - b)
+    if group.get("decoupled_weight_decay"):
+        kappa *= 1 - float(group["lr"]) * float(group["weight_decay"]) / 2
+    return kappa
+
+
+def _rmsprop(group: dict[str, Any], first_step: bool) -> float:
+    return 2.0 if first_step else 2 * (1 + float(group["momentum"]))
 
 
 class WarmupLR(LRScheduler):
-    """Warm the learning rate up to a target, then keep it or let it decay along a cosine.
+    """Learning rate that grows from ``lr_init`` to ``lr_target``, then stays or decays along a cosine.
 
-        lr_t = min(target, init + (target - init) (t / warmup_steps)^power)                     t = 1, 2, ...
-        cosine, after warmup:  lr_t = lr_min + (target - lr_min) (1 + cos(pi s)) / 2
+        t <= T:            lr_t = lr_init + (lr_target - lr_init) (t / T)^power,        T = warmup_steps
+        t > T, constant:   lr_t = lr_target
+        t > T, cosine:     lr_t = lr_min + (lr_target - lr_min) (1 + cos(pi s)) / 2
+                           s = min(1, (t - T) / (total_steps - T))
 
-    with s running from 0 at the end of warmup to 1 at ``total_steps``. The first ``optimizer.step()`` uses t = 1, so
-    ``warmup_steps=1`` is no warmup. Call ``step()`` after each ``optimizer.step()``. All parameter groups get the same
-    learning rate.
+    The first ``optimizer.step()`` uses t = 1; call ``step()`` after each. ``warmup_steps=1`` means no warmup.
+    Beyond ``total_steps`` a cosine stays at ``lr_min``. The optimizer's own lr is ignored.
+    ``load_state_dict`` also sets the optimizer's lr, so scheduler and optimizer may be restored in either
+    order.
 
     Args:
-        optimizer: whose learning rate is set.
-        lr_target: the learning rate after warmup.
-        warmup_steps: at least 1.
-        lr_init: where warmup starts, reached before the first step.
-        power: exponent; 1 is linear.
+        optimizer: any torch optimizer.
+        lr_target: a number, or one for each parameter group.
+        warmup_steps: T, at least 1.
+        lr_init: a number, or one for each group.
+        power: exponent of the warmup; 1 is linear.
         decay: "constant" or "cosine".
-        total_steps: with cosine, the step at which lr_min is reached.
-        lr_min: with cosine; default lr_target / 10.
+        total_steps: where the cosine ends; more than warmup_steps. Not used by "constant".
+        lr_min: end value of the cosine, a number or one for each group; default ``lr_target / 10``.
+        last_epoch: as for every torch scheduler.
 
     Raises:
-        ValueError: an argument out of range.
+        ValueError: an argument is out of range.
 
-    Source: Kalra and Barkeshli, Why Warmup the Learning Rate? (2024), section on schedules.
+    Source: Kalra and Barkeshli, Why warmup the learning rate? (2024), polynomial warmup.
+
+    >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
+    >>> schedule = WarmupLR(optimizer, 1.0, 4)
+    >>> schedule.get_last_lr()
+    [0.25]
     """
 
     def __init__(
         self,
-        optimizer: Optimizer,
-        lr_target: float,
+        optimizer: torch.optim.Optimizer,
+        lr_target: float | Sequence[float],
         warmup_steps: int,
         *,
-        lr_init: float = 0.0,
+        lr_init: float | Sequence[float] = 0.0,
         power: float = 1.0,
-        decay: str = "constant",
+        decay: Literal["constant", "cosine"] = "constant",
         total_steps: int | None = None,
-        lr_min: float | None = None,
+        lr_min: float | Sequence[float] | None = None,
+        last_epoch: int = -1,
     ) -> None:
-        if warmup_steps < 1 or power <= 0:
-            raise ValueError(f"warmup_steps must be at least 1 and power positive, got {warmup_steps} and {power}.")
-        if not 0 <= lr_init <= lr_target:
-            raise ValueError(f"0 <= lr_init <= lr_target is needed, got lr_init={lr_init}, lr_target={lr_target}.")
+        groups = len(optimizer.param_groups)
+        self.lr_target = _per_group("lr_target", lr_target, groups)
+        self.lr_init = _per_group("lr_init", lr_init, groups)
+        self.lr_min = (
+            [lr / 10 for lr in self.lr_target] if lr_min is None else _per_group("lr_min", lr_min, groups)
+        )
+        for target, start, end in zip(self.lr_target, self.lr_init, self.lr_min, strict=True):
+            if start > target:
+                raise ValueError(f"lr_init must be at most lr_target = {target}, got {start}.")
+            if end > target:
+                raise ValueError(f"lr_min must be at most lr_target = {target}, got {end}.")
+        if warmup_steps < 1:
+            raise ValueError(f"warmup_steps must be at least 1 (1 is no warmup), got {warmup_steps}.")
+        if not 0 < power < math.inf:
+            raise ValueError(f"power must be positive, got {power}.")
         if decay not in ("constant", "cosine"):
             raise ValueError(f"decay must be 'constant' or 'cosine', got {decay!r}.")
         if decay == "cosine" and (total_steps is None or total_steps <= warmup_steps):
-            raise ValueError(f"cosine decay needs total_steps > warmup_steps = {warmup_steps}, got {total_steps}.")
-        self.lr_target, self.warmup_steps, self.lr_init, self.power = lr_target, warmup_steps, lr_init, power
-        self.decay, self.total_steps = decay, total_steps
-        self.lr_min = lr_target / 10 if lr_min is None else lr_min
-        super().__init__(optimizer)
+            raise ValueError(
+                f"decay='cosine' needs total_steps above warmup_steps = {warmup_steps}, got {total_steps}."
+            )
+        self.warmup_steps, self.power, self.decay, self.total_steps = warmup_steps, power, decay, total_steps
+        super().__init__(optimizer, last_epoch)
 
-    def lr_at(self, t: int) -> float:
-        """Return the learning rate of step t = 1, 2, ..."""
+    def lr_at(self, t: int) -> list[float]:
+        """Return the lr of optimizer step t = 1, 2, ..., for each parameter group."""
         if t <= self.warmup_steps:
-            rise = (self.lr_target - self.lr_init) * (t / self.warmup_steps) ** self.power
-            return min(self.lr_target, self.lr_init + rise)
+            grown = (t / self.warmup_steps) ** self.power
+            pairs = zip(self.lr_target, self.lr_init, strict=True)
+            return [min(target, start + (target - start) * grown) for target, start in pairs]
         if self.decay == "constant" or self.total_steps is None:
-            return self.lr_target
+            return list(self.lr_target)
         s = min(1.0, (t - self.warmup_steps) / (self.total_steps - self.warmup_steps))
-        return self.lr_min + (self.lr_target - self.lr_min) * (1 + math.cos(math.pi * s)) / 2
+        left = (1 + math.cos(math.pi * s)) / 2
+        return [end + (target - end) * left for target, end in zip(self.lr_target, self.lr_min, strict=True)]
 
-    def get_lr(self) -> list[Any]:
-        """Return the learning rate of the coming step, for every group."""
-        return [self.lr_at(self.last_epoch + 1)] * len(self.optimizer.param_groups)
+    def get_lr(self) -> list[float | torch.Tensor]:
+        """Return the lr of the next optimizer step, for each parameter group."""
+        return list(self.lr_at(self.last_epoch + 1))
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore a schedule, and the optimizer's lr with it."""
+        super().load_state_dict(state_dict)
+        for group, lr in zip(self.optimizer.param_groups, self.lr_at(self.last_epoch + 1), strict=True):
+            if isinstance(group["lr"], torch.Tensor):
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
+
+
+def _per_group(name: str, value: float | Sequence[float], groups: int) -> list[float]:
+    """Spread a number over the groups, and check."""
+    values = [float(v) for v in value] if isinstance(value, Sequence) else [float(value)] * groups
+    if len(values) != groups:
+        raise ValueError(
+            f"{name} must be a number or {groups}, one for each parameter group, got {len(values)}."
+        )
+    least = 0.0 if name != "lr_target" else math.nextafter(0.0, 1.0)
+    if not all(least <= v < math.inf for v in values):
+        kind = "positive" if name == "lr_target" else "not negative"
+        raise ValueError(f"{name} must be finite and {kind}, got {value}.")
+    return values

@@ -1,6 +1,6 @@
 """Pearlmutter's R-operator as a program: export, four sweeps, one rule per op."""
 
-from . import linear  # noqa: F401
+from . import arithmetic, indexing, linear, pointwise, reduce, views  # noqa: F401  (each registers its rules)
 from .export import FunctionalLoss as FunctionalLoss
 from .export import LossModule as LossModule
 from .export import UnsupportedModelError as UnsupportedModelError

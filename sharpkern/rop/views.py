@@ -1,0 +1,331 @@
+"""Ops that only move numbers: views, concatenation, slices and their scatters. Linear, so ``backward`` is all."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .rule import LinearInArgs, Op, reduce_to, rule
+
+aten = torch.ops.aten
+
+
+@rule(
+    aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.flatten.using_ints, aten.unflatten.int,
+    aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims,
+)  # fmt: skip
+class Reshape(LinearInArgs):
+    """The same numbers in another shape."""
+
+    def forward(self, x: Tensor, *args: Any) -> Tensor:
+        """Save both shapes."""
+        y: Tensor = self.op(x, *args)
+        self.before, self.after = x.shape, y.shape
+        return y
+
+    def tangent(self, dx: Tensor) -> Tensor:
+        """Reshape."""
+        return dx.reshape(dx.shape[0], *self.after)
+
+    def backward(self, g: Tensor) -> tuple[Tensor]:
+        """Reshape back."""
+        return (g.reshape(g.shape[0], *self.before),)
+
+
+@rule(aten.permute.default, aten.transpose.int, aten.t.default, aten.numpy_T.default, aten.mT.default)
+class Permute(LinearInArgs):
+    """Dimensions in another order."""
+
+    def forward(self, x: Tensor, *args: Any) -> Tensor:
+        """Save the order."""
+        y: Tensor = self.op(x, *args)
+        order = list(range(x.ndim))
+        if self.op is aten.permute.default:
+            order = [d % x.ndim for d in args[0]]
+        elif self.op is aten.transpose.int:
+            a, b = (d % x.ndim for d in args)
+            order[a], order[b] = order[b], order[a]
+        elif self.op is aten.mT.default:
+            order[-1], order[-2] = order[-2], order[-1]
+        else:
+            order.reverse()
+        self.order = [0, *(d + 1 for d in order)]
+        self.inverse = [self.order.index(d) for d in range(len(self.order))]
+        return y
+
+    def tangent(self, dx: Tensor) -> Tensor:
+        """Permute."""
+        return dx.permute(self.order)
+
+    def backward(self, g: Tensor) -> tuple[Tensor]:
+        """Permute back."""
+        return (g.permute(self.inverse),)
+
+
+@rule(aten.expand.default, aten.broadcast_to.default)
+class Expand(LinearInArgs):
+    """Broadcast to a shape."""
+
+    def forward(self, x: Tensor, *args: Any) -> Tensor:
+        """Save both shapes."""
+        y: Tensor = self.op(x, args[0])
+        self.before, self.after = x.shape, y.shape
+        return y
+
+    def tangent(self, dx: Tensor) -> Tensor:
+        """Expand, after k."""
+        missing = len(self.after) - len(self.before)
+        return dx.reshape(dx.shape[0], *([1] * missing), *self.before).expand(dx.shape[0], *self.after)
+
+    def backward(self, g: Tensor) -> tuple[Tensor]:
+        """Sum what was broadcast."""
+        return (reduce_to(g, self.before),)
+
+
+@rule(aten.select.int, aten.slice.Tensor, aten.diagonal.default)
+class Part(LinearInArgs):
+    """A part of x; the rest of its cotangent is zero."""
+
+    def forward(self, x: Tensor, *args: Any) -> Tensor:
+        """Save how to take the part, one dimension further."""
+        y: Tensor = self.op(x, *args)
+        self.shape = x.shape
+        if self.op is aten.diagonal.default:
+            offset, first, second = args
+            self.args: tuple[Any, ...] = (offset, first % x.ndim + 1, second % x.ndim + 1)
+        else:
+            self.args = (args[0] % x.ndim + 1, *args[1:])
+        return y
+
+    def tangent(self, dx: Tensor) -> Tensor:
+        """Take the part."""
+        part: Tensor = self.op(dx, *self.args)
+        return part
+
+    def backward(self, g: Tensor) -> tuple[Tensor]:
+        """Put the part into zeros."""
+        gx = g.new_zeros(g.shape[0], *self.shape)
+        self.op(gx, *self.args).copy_(g)
+        return (gx,)
+
+
+@rule(aten.select_scatter.default, aten.slice_scatter.default, aten.diagonal_scatter.default)
+class Scatter(LinearInArgs):
+    """x with a part replaced by src: what an assignment to a view becomes."""
+
+    def __init__(self, op: Op, needs: tuple[Any, ...]) -> None:
+        super().__init__(op, needs)
+        self.part = {
+            aten.select_scatter.default: aten.select.int,
+            aten.slice_scatter.default: aten.slice.Tensor,
+            aten.diagonal_scatter.default: aten.diagonal.default,
+        }[op]
+
+    def forward(self, x: Tensor, src: Tensor, *args: Any) -> Tensor:
+        """Save how to take the part, one dimension further."""
+        y: Tensor = self.op(x, src, *args)
+        self.x_shape, self.src_shape = x.shape, src.shape
+        if self.part is aten.diagonal.default:
+            offset, first, second = args
+            self.args: tuple[Any, ...] = (offset, first % x.ndim + 1, second % x.ndim + 1)
+        else:
+            self.args = (args[0] % x.ndim + 1, *args[1:])
+        return y
+
+    def tangent(self, dx: Tensor | None, dsrc: Tensor | None) -> Tensor:
+        """Replace the part of dx by dsrc."""
+        if dx is None:
+            assert dsrc is not None
+            dx = dsrc.new_zeros(dsrc.shape[0], *self.x_shape)
+        else:
+            dx = dx.clone()
+        part = self.part(dx, *self.args)
+        if dsrc is None:
+            part.zero_()
+        else:
+            part.copy_(dsrc)
+        return dx
+
+    def backward(self, g: Tensor) -> tuple[Tensor | None, ...]:
+        """Give the part to src and the rest to x."""
+        gx = gsrc = None
+        if self.needs[1]:
+            gsrc = self.part(g, *self.args).clone()
+        if self.needs[0]:
+            gx = g.clone()
+            self.part(gx, *self.args).zero_()
+        return gx, gsrc
+
+
+@rule(aten.cat.default)
+class Cat(LinearInArgs):
+    """Concatenation along a dimension."""
+
+    def forward(self, tensors: list[Tensor], dim: int = 0) -> Tensor:
+        """Save the sizes."""
+        self.shapes = [t.shape for t in tensors]
+        y = torch.cat(tensors, dim)
+        self.dim = dim % y.ndim
+        return y
+
+    def tangent(self, dtensors: list[Tensor | None]) -> Tensor:
+        """Concatenate, with zeros for what does not depend on the parameters."""
+        first = next(d for d in dtensors if d is not None)
+        parts = [
+            first.new_zeros(first.shape[0], *shape) if d is None else d
+            for d, shape in zip(dtensors, self.shapes, strict=True)
+        ]
+        return torch.cat([p for p in parts if p.ndim == len(max(self.shapes, key=len)) + 1], self.dim + 1)
+
+    def backward(self, g: Tensor) -> tuple[list[Tensor]]:
+        """Split."""
+        sizes = [shape[self.dim] if len(shape) > self.dim else 0 for shape in self.shapes]
+        parts = g.split(sizes, self.dim + 1)
+        return ([p.reshape(g.shape[0], *s) for p, s in zip(parts, self.shapes, strict=True)],)
+
+
+@rule(aten.stack.default)
+class Stack(LinearInArgs):
+    """Concatenation along a new dimension."""
+
+    def forward(self, tensors: list[Tensor], dim: int = 0) -> Tensor:
+        """Save the dimension."""
+        self.shape = tensors[0].shape
+        self.dim = dim % (tensors[0].ndim + 1)
+        return torch.stack(tensors, dim)
+
+    def tangent(self, dtensors: list[Tensor | None]) -> Tensor:
+        """Stack, with zeros for what does not depend on the parameters."""
+        first = next(d for d in dtensors if d is not None)
+        return torch.stack([torch.zeros_like(first) if d is None else d for d in dtensors], self.dim + 1)
+
+    def backward(self, g: Tensor) -> tuple[list[Tensor]]:
+        """Unbind."""
+        return (list(g.unbind(self.dim + 1)),)
+
+
+@rule(
+    aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int, aten.chunk.default, aten.split_with_sizes_copy.default,
+)  # fmt: skip
+class Split(LinearInArgs):
+    """Several parts along a dimension."""
+
+    def forward(self, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
+        """Save the sizes."""
+        dim = args[-1] if len(args) > (0 if self.op is aten.unbind.int else 1) else 0
+        self.dim = dim % x.ndim
+        parts: tuple[Tensor, ...] = tuple(self.op(x, *args))
+        self.unbinds = self.op is aten.unbind.int
+        self.shapes = [p.shape for p in parts]
+        self.sizes = [1 if self.unbinds else p.shape[self.dim] for p in parts]
+        return parts
+
+    def tangent(self, dx: Tensor) -> tuple[Tensor, ...]:
+        """Split."""
+        d = self.dim + 1
+        return tuple(dx.unbind(d)) if self.unbinds else tuple(dx.split(self.sizes, d))
+
+    def backward(self, g: tuple[Tensor | None, ...]) -> tuple[Tensor]:
+        """Concatenate, with zeros for unused parts."""
+        first = next(p for p in g if p is not None)
+        parts = [first.new_zeros(first.shape[0], *s) if p is None else p for p, s in zip(g, self.shapes, strict=True)]
+        d = self.dim + 1
+        return (torch.stack(parts, d) if self.unbinds else torch.cat(parts, d),)
+
+
+@rule(aten.flip.default, aten.roll.default)
+class Reorder(LinearInArgs):
+    """Entries in reverse, or rolled."""
+
+    def forward(self, x: Tensor, *args: Any) -> Tensor:
+        """Save the arguments, one dimension further."""
+        y: Tensor = self.op(x, *args)
+        self.shape = x.shape
+        if self.op is aten.flip.default:
+            dims = [d % x.ndim + 1 for d in args[0]]
+            self.there: tuple[Any, ...] = (dims,)
+            self.back: tuple[Any, ...] = (dims,)
+        else:
+            shifts, dims = args[0], [d % x.ndim + 1 for d in args[1]]
+            self.there, self.back = (shifts, dims), ([-s for s in shifts], dims)
+            self.flat = not dims
+        return y
+
+    def _move(self, d: Tensor, args: tuple[Any, ...]) -> Tensor:
+        if self.op is aten.roll.default and self.flat:
+            return torch.roll(d.reshape(d.shape[0], -1), args[0], [1]).view(d.shape)
+        moved: Tensor = self.op(d, *args)
+        return moved
+
+    def tangent(self, dx: Tensor) -> Tensor:
+        """Reorder."""
+        return self._move(dx, self.there)
+
+    def backward(self, g: Tensor) -> tuple[Tensor]:
+        """Reorder back."""
+        return (self._move(g, self.back),)
+
+
+@rule(aten.tril.default, aten.triu.default)
+class Triangle(LinearInArgs):
+    """One triangle of the last two dimensions."""
+
+    def forward(self, x: Tensor, diagonal: int = 0) -> Tensor:
+        """Save the diagonal."""
+        self.diagonal = diagonal
+        y: Tensor = self.op(x, diagonal)
+        return y
+
+    def tangent(self, dx: Tensor) -> Tensor:
+        """Keep the triangle."""
+        y: Tensor = self.op(dx, self.diagonal)
+        return y
+
+    def backward(self, g: Tensor) -> tuple[Tensor]:
+        """Keep the triangle."""
+        return (self.tangent(g),)
+
+
+@rule(aten.constant_pad_nd.default)
+class Pad(LinearInArgs):
+    """Constant padding; negative sizes crop."""
+
+    def forward(self, x: Tensor, pad: list[int], value: Any = 0) -> Tensor:
+        """Save the padding."""
+        self.pad = pad
+        y: Tensor = self.op(x, pad, value)
+        return y
+
+    def tangent(self, dx: Tensor) -> Tensor:
+        """Pad with zeros."""
+        y: Tensor = self.op(dx, self.pad, 0)
+        return y
+
+    def backward(self, g: Tensor) -> tuple[Tensor]:
+        """Crop."""
+        gx: Tensor = self.op(g, [-p for p in self.pad], 0)
+        return (gx,)
+
+
+@rule(aten.repeat.default)
+class Repeat(LinearInArgs):
+    """Tiles of x."""
+
+    def forward(self, x: Tensor, repeats: list[int]) -> Tensor:
+        """Save the tiling."""
+        self.shape, self.repeats = x.shape, repeats
+        return x.repeat(repeats)
+
+    def tangent(self, dx: Tensor) -> Tensor:
+        """Tile."""
+        missing = len(self.repeats) - len(self.shape)
+        return dx.reshape(dx.shape[0], *([1] * missing), *self.shape).repeat(1, *self.repeats)
+
+    def backward(self, g: Tensor) -> tuple[Tensor]:
+        """Sum over tiles."""
+        missing = len(self.repeats) - len(self.shape)
+        shape = [1] * missing + list(self.shape)
+        tiled = g.reshape(g.shape[0], *(n for r, s in zip(self.repeats, shape, strict=True) for n in (r, s)))
+        return (tiled.sum([1 + 2 * i for i in range(len(shape))]).reshape(g.shape[0], *self.shape),)
