@@ -103,9 +103,9 @@ class GIAdam(torch.optim.Adam):
         fresh = [p for p in group["params"] if p.grad is not None and not self.state.get(p)]
         result = super()._init_group(group, *args, **kwargs)
         if fresh:
-            g = [p.grad for p in fresh]
-            if group["weight_decay"] and not group["decoupled_weight_decay"]:
-                sign = -1.0 if group["maximize"] else 1.0
-                g = torch._foreach_add(g, torch._foreach_mul(fresh, sign * group["weight_decay"]))
-            torch._foreach_copy_([self.state[p]["exp_avg_sq"] for p in fresh], torch._foreach_mul(g, g))
+            decay = 0.0 if group["decoupled_weight_decay"] else group["weight_decay"]
+            decay = -decay if group["maximize"] else decay
+            for p in fresh:
+                g = p.grad if decay == 0 else p.grad.add(p, alpha=decay)
+                self.state[p]["exp_avg_sq"].copy_(g).square_()
         return result

@@ -1,5 +1,4 @@
-"""The diagonal P that scales an optimizer's step, read from a live torch optimizer: ``theta <- theta - lr
-P^-1 m``."""
+"""The diagonal P that scales an optimizer's step, from its live state: ``theta <- theta - lr P^-1 m``."""
 
 from __future__ import annotations
 

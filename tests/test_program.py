@@ -45,7 +45,7 @@ def agrees(problem: Problem, tolerance: float = 1e-10) -> sk.HessianOperator:
 def add_in_place(x: Tensor) -> Tensor:
     y = x * 2
     y += x.sin()
-    y[..., 0] = y[..., 1] * y[..., 2]
+    y[..., 0] = y[..., 1].clone() * y[..., 2].clone()
     y[:, 3:5].mul_(x[:, :2])
     return y
 

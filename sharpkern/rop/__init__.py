@@ -1,6 +1,18 @@
 """Pearlmutter's R-operator as a program: export, four sweeps, one rule per op."""
 
-from . import arithmetic, indexing, linear, pointwise, reduce, views  # noqa: F401  (each registers its rules)
+from . import (  # noqa: F401  (each registers its rules)
+    arithmetic,
+    attention,
+    dropout,
+    indexing,
+    linear,
+    loss,
+    norm,
+    pointwise,
+    reduce,
+    softmax,
+    views,
+)
 from .export import FunctionalLoss as FunctionalLoss
 from .export import LossModule as LossModule
 from .export import UnsupportedModelError as UnsupportedModelError

@@ -21,7 +21,9 @@ class Reshape(LinearInArgs):
 
     def forward(self, x: Tensor, *args: Any) -> Tensor:
         """Save both shapes."""
-        y: Tensor = self.op(x, *args)
+        # reshape, not view: a rule's result may have other strides than the op that the view was recorded after
+        is_view = self.op._schema.name in ("aten::view", "aten::_unsafe_view")
+        y: Tensor = x.reshape(args[0]) if is_view else self.op(x, *args)
         self.before, self.after = x.shape, y.shape
         return y
 
