@@ -128,8 +128,8 @@ def lanczos(
         basis.extend(basis.orthonormal(residuals[worst : worst + 1]))
     if complete and not done:
         reason = (
-            f"stopped with a basis of the whole space, yet a residual of {float(norms.max()):.1e}: the operator "
-            f"is not symmetric, or its products differ from call to call."
+            f"stopped with a basis of the whole space, yet a residual norm of {float(norms.max()):.1e}: the "
+            f"operator is not symmetric, or its products differ from call to call."
         )
     else:
         reason = _reason(done, norms, theta[:k], tol, max_matvecs)
@@ -175,7 +175,7 @@ class _Basis:
         return theta.flip(0), Y.flip(1)
 
     def residuals(self, theta: Tensor, Y: Tensor) -> tuple[Tensor, Tensor]:
-        """Return ``A v - theta v`` ``[k, n]`` of Ritz pairs, from the kept products, and their norms ``[k]``."""
+        """Return ``A v - theta v`` ``[k, n]`` of Ritz pairs, from the kept products, and their norms."""
         R = self.combination(Y, self.W).sub_(self.combination(Y * theta, self.Q))
         return R, kernels.gram(R, R).diagonal().sqrt().cpu()
 
@@ -193,7 +193,7 @@ class _Basis:
         self.T[: self.size, : self.size] = kept
 
     def orthonormal(self, rows: Tensor) -> Tensor:
-        """Orthonormalise rows against Q and each other, with random rows for those without a new direction."""
+        """Orthonormalise rows against Q and each other; a row without a new direction becomes random."""
         result: list[Tensor] = []
         for i in range(len(rows)):
             unit = self._unit(rows[i : i + 1], result)
@@ -203,7 +203,7 @@ class _Basis:
         return torch.cat(result)
 
     def _unit(self, row: Tensor, others: list[Tensor]) -> Tensor | None:
-    X
+        """Project out Q and others until little is left (twice is enough); None if nothing remains."""
         row = row / torch.linalg.vector_norm(row)
         for _ in range(3):
             for block in [self.Q[: self.size], *others]:

@@ -1,8 +1,10 @@
-"""Dropout: the primal's mask serves every product of a step."""
+"""Dropout: y = m x with the mask m of the primal sweep, the same for every product until the next ``forward``.
+
+The other dropouts (feature, alpha, in place) export as arithmetic with a mask drawn by ``aten.bernoulli``, which the
+forward sweep runs once; they need no rule of their own.
+"""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,27 +14,24 @@ from .rule import LinearInArgs, rule
 aten = torch.ops.aten
 
 
-@rule(aten.native_dropout.default, aten.dropout.default)
+@rule(aten.native_dropout.default)
 class Dropout(LinearInArgs):
-    """``y = x mask / (1 - p)``."""
+    """``y, mask = native_dropout(x)``: linear in x."""
 
     differentiable = (0,)
 
-    def forward(self, x: Tensor, p: float, train: bool | None = True) -> Any:
-        """Draw the mask as torch does."""
+    def forward(self, x: Tensor, p: float, train: bool | None) -> tuple[Tensor, Tensor]:
+        """Draw the mask; save it with its scale (None: the identity)."""
         y, mask = aten.native_dropout.default(x, p, train)
-        active = train is None or train
-        self.scale = mask.to(x.dtype) * (1 / (1 - p) if p < 1 else 0.0) if active else None
-        return (y, mask) if self.op is aten.native_dropout.default else y
+        self.factor: Tensor | None = None
+        if train is None or train:
+            self.factor = mask.to(x.dtype).mul_(0.0 if p == 1 else 1 / (1 - p))
+        return y, mask
 
-    def _times(self, d: Tensor) -> Tensor:
-        return d if self.scale is None else d * self.scale
+    def tangent(self, dx: Tensor) -> tuple[Tensor, None]:
+        """Return ``m dx``."""
+        return (dx if self.factor is None else dx * self.factor), None
 
-    def tangent(self, dx: Tensor) -> Any:
-        """Mask the tangent."""
-        y = self._times(dx)
-        return (y, None) if self.op is aten.native_dropout.default else y
-
-    def backward(self, g: Any) -> tuple[Tensor]:
-        """Mask the cotangent."""
-        return (self._times(g[0] if isinstance(g, tuple) else g),)
+    def backward(self, g: tuple[Tensor, None]) -> tuple[Tensor]:
+        """Return ``m g``."""
+        return (g[0] if self.factor is None else g[0] * self.factor,)

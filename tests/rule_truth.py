@@ -1,0 +1,250 @@
+"""One rule at a time through the whole program, against ``torch.func`` in float64.
+
+``check`` takes any functional loss; ``check_op`` wraps one op so that every term of its rule matters: parameters go
+through a curved map, then the op, then a weighted sum of squares.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import jacrev, jvp
+
+from sharpkern.rop import FunctionalLoss, Program, export
+from sharpkern.rop.rule import RULES, Rule
+
+Loss = Callable[[Mapping[str, Tensor], Any], Tensor]
+
+
+def check(
+    params: Mapping[str, Tensor],
+    loss_fn: Loss,
+    batch: Any = None,
+    *,
+    rule: type[Rule] | None = None,
+    op: Any = None,
+    truth: Callable[[Loss, dict[str, Tensor], Any, dict[str, Tensor]], dict[str, Tensor]] | None = None,
+    fallback: tuple[str, ...] = (),
+    tolerance: float = 1e-10,
+) -> Program:
+    """Compare gradient and products with the truth, at two parameter values, for one and three vectors.
+
+    ``rule`` and ``op`` must be among the program's live steps; ``fallback`` lists the ops expected there.
+    """
+    params = {name: nn.Parameter(p.detach().clone()) for name, p in params.items()}
+    module = FunctionalLoss(params, loss_fn)
+    tied = dict(zip(params, module.values, strict=True))
+    program = Program(export(module, (batch,) if batch is None else batch), tied)
+    _assert_on_the_path(program, rule, op, fallback)
+    for step in program.live:
+        _watch(step.rule)
+    leaves = torch.utils._pytree.tree_leaves((batch,) if batch is None else batch)
+    for _ in range(2):  # the second time at other parameters: nothing may be left over from the first
+        _compare(program, module, tied, loss_fn, batch, leaves, truth or forward_over_reverse, tolerance)
+        with torch.no_grad():
+            for p in tied.values():
+                p.add_(0.1 * torch.randn_like(p))
+    return program
+
+
+def check_op(
+    f: Callable[..., Any],
+    *shapes: tuple[int, ...],
+    op: Any = None,
+    rule: type[Rule] | None = None,
+    inner: Callable[[Tensor], Tensor] | None = None,
+    **options: Any,
+) -> Program:
+    """Check ``f`` of one curved parameter per shape, followed by a weighted sum of squares of all its outputs."""
+    inner = inner or curved
+    params = {f"p{i}": torch.randn(*shape, dtype=torch.float64) for i, shape in enumerate(shapes)}
+    weights = [torch.randn_like(y) for y in _floating(f(*(inner(p) for p in params.values())))]
+
+    def loss(p: Mapping[str, Tensor], _: Any) -> Tensor:
+        ys = _floating(f(*(inner(p[name]) for name in params)))
+        total = sum((w * y * y).sum() + (w * y).sum() for w, y in zip(weights, ys, strict=True))
+        return total + sum((0.1 * p[name] ** 2).sum() for name in params)
+
+    return check(params, loss, op=op, rule=rule or (RULES[op] if op else None), **options)
+
+
+def curved(p: Tensor) -> Tensor:
+    """Map onto (-2, 2)."""
+    return 2 * torch.tanh(p)
+
+
+def positive(p: Tensor) -> Tensor:
+    """Map onto [0.3, inf)."""
+    return 0.3 + p * p
+
+
+def within_one(p: Tensor) -> Tensor:
+    """Map onto (-0.9, 0.9)."""
+    return 0.9 * torch.tanh(p)
+
+
+def forward_over_reverse(
+    loss_fn: Loss, primals: dict[str, Tensor], batch: Any, v: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """``jvp(jacrev(loss))``."""
+    product: dict[str, Tensor] = jvp(jacrev(lambda p: loss_fn(p, batch)), (primals,), (v,))[1]
+    return product
+
+
+def double_backward(loss_fn: Loss, primals: dict[str, Tensor], batch: Any, v: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Reverse over reverse, where torch's forward mode is the one that is wrong or missing."""
+    leaves = {name: p.clone().requires_grad_() for name, p in primals.items()}
+    grads = torch.autograd.grad(
+        loss_fn(leaves, batch), list(leaves.values()), create_graph=True, materialize_grads=True
+    )
+    dot = sum((g * v[name]).sum() for g, name in zip(grads, leaves, strict=True))
+    hv = torch.autograd.grad(dot, list(leaves.values()), materialize_grads=True)
+    return dict(zip(leaves, hv, strict=True))
+
+
+def _compare(
+    program: Program, module: Any, params: Any, loss_fn: Any, batch: Any, leaves: Any, truth: Any, tolerance: float
+) -> None:
+    primals = {name: p.detach().clone() for name, p in params.items()}
+    loss = program.forward(module, leaves)
+    gradient = program.backward()
+    _close(loss, loss_fn(primals, batch), tolerance, "loss")
+    _close(gradient, _flat(jacrev(lambda p: loss_fn(p, batch))(primals)), tolerance, "gradient")
+    block = torch.randn(3, program.layout.n, dtype=torch.float64)
+    want = torch.stack([_flat(truth(loss_fn, primals, batch, _named(params, v))) for v in block])
+    three = program.hvp(block)
+    _close(three, want, tolerance, "Hv, k = 3")
+    _close(program.hvp(block[1:2]), want[1:2], tolerance, "Hv, k = 1")
+    _close(program.hvp(block), three, 0.0, "Hv again")
+    uhv, vhu = (block[0] * three[1]).sum(), (block[1] * three[0]).sum()
+    size = block[0].norm() * three[1].norm()
+    assert abs(uhv - vhu) <= tolerance * size, f"u'Hv - v'Hu = {float(uhv - vhu):.3g}, |u||Hv| = {float(size):.3g}"
+    for step in program.live:
+        _backward_is_linear_in_blocks(step)
+
+
+def _backward_is_linear_in_blocks(step: Any) -> None:
+    """``backward`` of k cotangents is k times ``backward`` of one (the GGN's use of it)."""
+    gs = [_random_like(step.g) for _ in range(2)]
+    both = _results(step.rule.backward(_together(gs)))
+    single = [_results(step.rule.backward(g)) for g in gs]
+    for together, *apart in zip(both, *single, strict=True):
+        if together is not None:
+            _close(together, torch.cat(apart), 1e-12, f"{step.op}: backward of a block")
+
+
+def _random_like(g: Any) -> Any:
+    if isinstance(g, tuple):
+        return tuple(_random_like(part) for part in g)
+    return None if g is None else torch.randn_like(g)
+
+
+def _together(gs: list[Any]) -> Any:
+    if isinstance(gs[0], tuple):
+        return tuple(_together(list(parts)) for parts in zip(*gs, strict=True))
+    return None if gs[0] is None else torch.cat(gs)
+
+
+def _results(results: tuple[Any, ...]) -> list[Tensor | None]:
+    flat: list[Tensor | None] = []
+    for r in results:
+        flat += r if isinstance(r, list) else [r]
+    return [None if r is None else r.clone() for r in flat]
+
+
+def _assert_on_the_path(program: Program, rule: Any, op: Any, fallback: tuple[str, ...]) -> None:
+    seen = [f"{step.op}: {type(step.rule).__name__}" for step in program.live]
+    assert tuple(program.fallback_ops) == fallback, f"on the fallback: {program.fallback_ops}"
+    if op is not None:
+        assert any(step.op is op for step in program.live), f"{op} is not among {seen}"
+    if rule is not None:
+        steps = [step for step in program.live if op is None or step.op is op]
+        assert any(type(step.rule) is rule for step in steps), f"{rule.__name__} is not among {seen}"
+
+
+def _watch(rule: Any) -> None:
+    """Wrap a rule's methods: shapes and dtypes of results are the arguments' own, and inputs stay as they are."""
+    forward, tangent, backward, second = rule.forward, rule.tangent, rule.backward, rule.backward_tangent
+    seen: dict[str, Any] = {}
+
+    def watched_forward(*args: Any) -> Any:
+        schema = rule.op._schema.arguments
+        seen["in"] = [a for a, s in zip(args, schema, strict=False) if "Tensor" in str(s.type)]
+        before = _copies(seen["in"])
+        seen["out"] = forward(*args)
+        _same(before, seen["in"], f"{rule.op}.forward changed its argument")
+        return seen["out"]
+
+    def watched_tangent(*dargs: Any) -> Any:
+        k = next(t for t in _tensors(dargs)).shape[0]
+        before = _copies(dargs)
+        result = tangent(*dargs)
+        _same(before, dargs, f"{rule.op}.tangent changed its argument")
+        _fits(result, seen["out"], k, f"{rule.op}.tangent")
+        return result
+
+    def watched(method: Any, name: str) -> Any:
+        def run(*gs: Any) -> Any:
+            before = _copies(gs)
+            k = next(t for t in _tensors(gs)).shape[0]
+            results = method(*gs)
+            _same(before, gs, f"{rule.op}.{name} changed its argument")
+            for need, result, arg in zip(rule.needs, results, seen["in"], strict=True):
+                needs = need if isinstance(need, list) else [need]
+                if any(needs):
+                    parts = zip(needs, result, arg, strict=True) if isinstance(need, list) else [(need, result, arg)]
+                    for wanted, part, tensor in parts:
+                        if wanted and part is not None:
+                            _fits(part, tensor, k, f"{rule.op}.{name}")
+            return results
+
+        return run
+
+    rule.forward, rule.tangent = watched_forward, watched_tangent
+    rule.backward, rule.backward_tangent = watched(backward, "backward"), watched(second, "backward_tangent")
+
+
+def _fits(result: Any, primal: Any, k: int, what: str) -> None:
+    if isinstance(primal, tuple | list):
+        for r, p in zip(result, primal, strict=True):
+            if r is not None:
+                _fits(r, p, k, what)
+        return
+    assert result.shape == (k, *primal.shape), f"{what}: {list(result.shape)} for k = {k} and {list(primal.shape)}"
+    assert result.dtype == primal.dtype, f"{what}: {result.dtype}, the argument has {primal.dtype}"
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    return [t for part in value for t in _tensors(part)] if isinstance(value, tuple | list) else []
+
+
+def _copies(value: Any) -> list[Tensor]:
+    return [t.clone() for t in _tensors(value)]
+
+
+def _same(before: list[Tensor], after: Any, what: str) -> None:
+    assert all(torch.equal(b, a) for b, a in zip(before, _tensors(after), strict=True)), what
+
+
+def _floating(value: Any) -> list[Tensor]:
+    return [t for t in _tensors(value) if t.dtype.is_floating_point]
+
+
+def _flat(named: Mapping[str, Tensor]) -> Tensor:
+    return torch.cat([t.reshape(-1) for t in named.values()])
+
+
+def _named(params: Mapping[str, Tensor], v: Tensor) -> dict[str, Tensor]:
+    pieces = v.split([p.numel() for p in params.values()])
+    return {name: piece.view_as(p) for (name, p), piece in zip(params.items(), pieces, strict=True)}
+
+
+def _close(got: Tensor, want: Tensor, tolerance: float, what: str) -> None:
+    error = float((got.detach() - want).abs().max())
+    scale = float(want.detach().abs().max())
+    assert error <= tolerance * max(scale, 1e-30), f"{what}: off by {error:.3g}, scale {scale:.3g}"
