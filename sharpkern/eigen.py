@@ -230,11 +230,12 @@ def power_iteration(
 
         V <- orthonormal basis of (A + s) V,   rotated to Ritz vectors
 
-    Unshifted, the iteration finds the eigenvalues of largest magnitude. As soon as a Ritz value is negative,
-    s becomes 0.55 times the lowest value seen (a Ritz value less its residual), in size: enough for positive
-    eigenvalues to win; 1.05 times, which makes the whole spectrum positive, while the block still holds a
-    negative one. When s grows the block is stirred with random numbers, so that it can leave the negative
-    eigenvectors. Nothing counts as converged before s is as large as needed.
+    Unshifted, the iteration finds the eigenvalues of largest magnitude. So Rayleigh-Ritz on the last two
+    blocks together, which costs no product, watches the lower end of the spectrum. Once that is negative, s
+    becomes 0.55 times its size: enough for positive eigenvalues to win; or 1.05 times, which makes the whole
+    spectrum positive, while the block itself holds a negative Ritz value. Each time s grows, the block is
+    stirred with random numbers, so that it can leave negative eigenvectors. Nothing counts as converged
+    before s is as large as needed.
 
     Args:
         op: symmetric operator.
@@ -263,6 +264,7 @@ def power_iteration(
     V = _orthonormal_block(start, op, generator)
     lowest = shift = 0.0
     matvecs = 0
+    before = None
     while True:
         products = _multiply(op, V)
         T = kernels.gram(V, products).cpu()
@@ -273,9 +275,8 @@ def power_iteration(
             V, products = kernels.combine(rotation, V), kernels.combine(rotation, products)
         theta, norms, following = kernels.power_step(V, products)
         theta, norms = theta.cpu(), norms.cpu()
-        if float(theta.min()) < 0:
-            # theta - residual, not theta: a mixture of two ends of equal size would hide both behind its mean
-            lowest = min(lowest, float((theta - norms).min()))
+        lowest = min(lowest, float(theta.min()), _lower_end(V, products, before))
+        before = V, products
         needed = -lowest * (1.05 if float(theta.min()) <= 0 else 0.55)
         settled = shift >= 0.9 * needed or k == op.n
         rounding = _rounding(op, theta)
@@ -288,11 +289,24 @@ def power_iteration(
         elif k == 1 and shift == 0:
             V = following
         else:
-            V = _orthonormal_block(products.add_(V, alpha=shift), op, generator)
+            V = _orthonormal_block(torch.add(products, V, alpha=shift), op, generator)
     order = theta.argsort(descending=True)
     theta, norms, V = theta[order], norms[order], V[order.to(V.device)]
     reason = _reason(done, norms, theta, tol, max_matvecs)
     return EigenResult(theta, V, norms, norms + rounding, matvecs, done, reason)
+
+
+def _lower_end(V: Tensor, products: Tensor, before: tuple[Tensor, Tensor] | None) -> float:
+    """Return the lowest Ritz value of this block and the one before it; 0 without one."""
+    if before is None:
+        return 0.0
+    S, P = torch.cat([V, before[0]]), torch.cat([products, before[1]])
+    length, B = torch.linalg.eigh(kernels.gram(S, S).cpu())
+    # A negative component changes its sign from block to block, so it is never among the directions dropped
+    # here, whose Ritz values would be rounding.
+    B = (B / length.clamp(min=1e-3).sqrt())[:, length > 1e-3]
+    T = B.t() @ kernels.gram(S, P).cpu() @ B
+    return float(torch.linalg.eigvalsh((T + T.t()) / 2)[0])
 
 
 def _orthonormal_block(V: Tensor, op: SymmetricOperator, generator: torch.Generator) -> Tensor:

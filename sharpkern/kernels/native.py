@@ -68,3 +68,8 @@ def inv_sqrt_adam(
         v.data_ptr(), v.numel(), bias_correction2, eps, factor, out.data_ptr(), torch.get_num_threads()
     )
     return out
+
+
+def level() -> str:
+    """Return the instruction level in use: v2, v3, v4 (x86-64) or any."""
+    return "none" if _C is None else str(_C.level())

@@ -1,7 +1,7 @@
 """Dropout: y = m x with the mask m of the primal sweep, the same for every product until the next ``forward``.
 
-The other dropouts (feature, alpha, in place) export as arithmetic with a mask drawn by ``aten.bernoulli``, which the
-forward sweep runs once; they need no rule of their own.
+The other dropouts (feature, alpha, in place) export as arithmetic with a mask drawn by ``aten.bernoulli``, which
+the forward sweep runs once; they need no rule of their own.
 """
 
 from __future__ import annotations

@@ -14,10 +14,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .rule import RULES, Rule
+from .fallback import UnsupportedOpError
+from .rule import RULES, Rule, rule
 
 aten = torch.ops.aten
 Derivative = Callable[..., Tensor]
+_ERF = 2 / math.sqrt(math.pi)  # erf'(0)
 
 
 class Function(NamedTuple):
@@ -33,11 +35,14 @@ class Unary(Rule):
     def forward(self, x: Tensor, *constants: Any) -> Tensor:
         """Save what the derivatives are computed from."""
         y: Tensor = self._call(x, constants)
-        self.point = (x, y, *constants)
-        self.function = FUNCTIONS[self.op]
+        self._start(FUNCTIONS[self.op], x, y, *constants)
+        return y
+
+    def _start(self, function: Function, *point: Any) -> None:
+        self.function = function
+        self.point: tuple[Any, ...] = point
         self.slope: Tensor | None = None
         self.curvature: Tensor | None = None
-        return y
 
     def _call(self, x: Tensor, constants: tuple[Any, ...]) -> Tensor:
         names = [a.name for a in self.op._schema.arguments if a.kwarg_only]
@@ -45,9 +50,16 @@ class Unary(Rule):
         y: Tensor = self.op(x, *constants[:split], **dict(zip(names, constants[split:], strict=True)))
         return y
 
+    def _at_point(self, derivative: Derivative) -> Tensor:
+        """Evaluate a derivative, 16-bit floats in float32: sums of rounded terms would lose what torch's kernels keep."""
+        x, y, *constants = self.point
+        if x.dtype in (torch.bfloat16, torch.float16):
+            return derivative(x.float(), y.float(), *constants).to(x.dtype)
+        return derivative(x, y, *constants)
+
     def _slope(self) -> Tensor:
         if self.slope is None:
-            self.slope = self.function.first(*self.point)
+            self.slope = self._at_point(self.function.first)
             if self.function.second is None:
                 self.point = ()  # nothing will ask for it again
         return self.slope
@@ -66,55 +78,46 @@ class Unary(Rule):
         dgx = self._slope() * dg
         if self.function.second is not None:
             if self.curvature is None:
-                self.curvature = self.function.second(*self.point) * g
+                self.curvature = self._at_point(self.function.second) * g
             dgx.addcmul_(self.curvature, self.dx)
         return (dgx,)
 
 
+@rule(aten.pow.Scalar)
+class Exponential(Unary):
+    """``y = base ** x``: y' = log(base) y."""
+
+    def forward(self, base: float, x: Tensor) -> Tensor:  # type: ignore[override]
+        """Save y; only a positive base has derivatives everywhere."""
+        if base <= 0:
+            raise UnsupportedOpError(f"aten.pow.Scalar with base {base} has no derivative: use a positive base.")
+        y: Tensor = self.op(base, x)
+        rate = math.log(base)
+        self._start(Function(lambda x, y: rate * y, lambda x, y: rate * rate * y), x, y)
+        return y
+
+
 def _gelu_first(x: Tensor, y: Tensor, approximate: str = "none") -> Tensor:  # noqa: ARG001
-    if approximate == "tanh":
-        t, du = _gelu_tanh(x)
-        return 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * du
-    return torch.special.ndtr(x) + x * _normal_density(x)
+    slope: Tensor = aten.gelu_backward.default(torch.ones_like(x), x, approximate=approximate)
+    return slope
 
 
 def _gelu_second(x: Tensor, y: Tensor, approximate: str = "none") -> Tensor:  # noqa: ARG001
-    if approximate == "tanh":
-        t, du = _gelu_tanh(x)
-        d2u = 6 * math.sqrt(2 / math.pi) * 0.044715 * x
-        return (1 - t * t) * (du + 0.5 * x * (d2u - 2 * t * du * du))
-    return (2 - x * x) * _normal_density(x)
+    if approximate == "none":
+        square = x * x
+        return torch.exp(-0.5 * square).mul_((2 - square).mul_(1 / math.sqrt(2 * math.pi)))
+    # y = x (1 + t) / 2 with t = tanh u,  u = c (x + a x^3):  y'' = (1 - t^2) (u' + x (u'' / 2 - t u'^2))
+    a, c = 0.044715, math.sqrt(2 / math.pi)
+    square = x * x
+    t = torch.tanh((a * square).add_(1).mul_(x).mul_(c))
+    du = square.mul_(3 * a * c).add_(c)
+    inner = (3 * a * c * x).sub_(t * du * du).mul_(x).add_(du)
+    return (1 - t * t).mul_(inner)
 
 
-def _gelu_tanh(x: Tensor) -> tuple[Tensor, Tensor]:
-    scale = math.sqrt(2 / math.pi)
-    return torch.tanh(scale * (x + 0.044715 * x**3)), scale * (1 + 3 * 0.044715 * x * x)
-
-
-def _normal_density(x: Tensor) -> Tensor:
-    return torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
-
-
-def _softplus_first(x: Tensor, y: Tensor, beta: float = 1, threshold: float = 20) -> Tensor:  # noqa: ARG001
-    return torch.where(x * beta > threshold, 1.0, torch.sigmoid(x * beta)).to(x.dtype)
-
-
-def _softplus_second(x: Tensor, y: Tensor, beta: float = 1, threshold: float = 20) -> Tensor:  # noqa: ARG001
-    s = torch.sigmoid(x * beta)
-    return torch.where(x * beta > threshold, 0.0, beta * s * (1 - s)).to(x.dtype)
-
-
-def _elu_first(x: Tensor, y: Tensor, alpha: float = 1, scale: float = 1, inner: float = 1) -> Tensor:  # noqa: ARG001
-    return torch.where(x > 0, scale, scale * alpha * inner * torch.exp(inner * x)).to(x.dtype)
-
-
-def _elu_second(x: Tensor, y: Tensor, alpha: float = 1, scale: float = 1, inner: float = 1) -> Tensor:  # noqa: ARG001
-    return torch.where(x > 0, 0.0, scale * alpha * inner * inner * torch.exp(inner * x)).to(x.dtype)
-
-
-def _silu_first(x: Tensor, y: Tensor) -> Tensor:
-    s = torch.sigmoid(x)
-    return s + y * (1 - s)
+def _silu_first(x: Tensor, y: Tensor) -> Tensor:  # noqa: ARG001
+    slope: Tensor = aten.silu_backward.default(torch.ones_like(x), x)
+    return slope
 
 
 def _silu_second(x: Tensor, y: Tensor) -> Tensor:
@@ -122,50 +125,106 @@ def _silu_second(x: Tensor, y: Tensor) -> Tensor:
     return s * (1 - s) * (2 + (x - 2 * y))
 
 
-def _inside(x: Tensor, low: float | None, high: float | None) -> Tensor:
-    inside = torch.ones_like(x, dtype=torch.bool)
+def _mish_first(x: Tensor, y: Tensor) -> Tensor:  # noqa: ARG001
+    slope: Tensor = aten.mish_backward.default(torch.ones_like(x), x)
+    return slope
+
+
+def _mish_second(x: Tensor, y: Tensor) -> Tensor:  # noqa: ARG001
+    s, t = torch.sigmoid(x), torch.tanh(torch.nn.functional.softplus(x))
+    return s * (1 - t * t) * (2 + x * (1 - s - 2 * s * t))
+
+
+def _softplus_first(x: Tensor, y: Tensor, beta: float = 1, threshold: float = 20) -> Tensor:  # noqa: ARG001
+    slope: Tensor = aten.softplus_backward.default(torch.ones_like(x), x, beta, threshold)
+    return slope
+
+
+def _softplus_second(x: Tensor, y: Tensor, beta: float = 1, threshold: float = 20) -> Tensor:  # noqa: ARG001
+    s = torch.sigmoid(x * beta)
+    return (beta * s * (1 - s)).masked_fill_(x * beta >= threshold, 0)
+
+
+def _elu_first(x: Tensor, y: Tensor, alpha: float = 1, scale: float = 1, inner: float = 1) -> Tensor:  # noqa: ARG001
+    return torch.exp(inner * x).mul_(scale * alpha * inner).masked_fill_(x > 0, scale)
+
+
+def _elu_second(x: Tensor, y: Tensor, alpha: float = 1, scale: float = 1, inner: float = 1) -> Tensor:  # noqa: ARG001
+    return torch.exp(inner * x).mul_(scale * alpha * inner * inner).masked_fill_(x >= 0, 0)
+
+
+def _within(x: Tensor, low: float | None, high: float | None) -> Tensor:
+    """1 where low <= x <= high, else 0."""
+    inside = torch.ones_like(x)
     if low is not None:
-        inside &= x >= low
+        inside.masked_fill_(x < low, 0)
     if high is not None:
-        inside &= x <= high
-    return inside.to(x.dtype)
+        inside.masked_fill_(x > high, 0)
+    return inside
+
+
+def _strictly_within(x: Tensor, low: float, high: float, value: float = 1) -> Tensor:
+    return torch.zeros_like(x).masked_fill_((x > low) & (x < high), value)
 
 
 FUNCTIONS: dict[Any, Function] = {
     aten.relu.default: Function(lambda x, y: (y > 0).to(x.dtype), None),
-    aten.leaky_relu.default: Function(lambda x, y, slope=0.01: torch.where(x > 0, 1.0, slope).to(x.dtype), None),
-    aten.hardtanh.default: Function(
-        lambda x, y, low=-1, high=1: ((x > low) & (x < high)).to(x.dtype), None
+    aten.leaky_relu.default: Function(
+        lambda x, y, slope=0.01: torch.full_like(x, slope).masked_fill_(x > 0, 1), None
     ),
-    aten.clamp.default: Function(lambda x, y, low=None, high=None: _inside(x, low, high), None),
+    aten.hardtanh.default: Function(lambda x, y, low=-1, high=1: _strictly_within(x, low, high), None),
+    aten.hardsigmoid.default: Function(lambda x, y: _strictly_within(x, -3, 3, 1 / 6), None),
+    aten.hardswish.default: Function(
+        lambda x, y: (x / 3).add_(0.5).masked_fill_(x <= -3, 0).masked_fill_(x >= 3, 1),
+        lambda x, y: _strictly_within(x, -3, 3, 1 / 3),
+    ),
+    aten.clamp.default: Function(lambda x, y, low=None, high=None: _within(x, low, high), None),
     aten.abs.default: Function(lambda x, y: torch.sign(x), None),
     aten.neg.default: Function(lambda x, y: torch.full_like(x, -1), None),
     aten.gelu.default: Function(_gelu_first, _gelu_second),
     aten.silu.default: Function(_silu_first, _silu_second),
+    aten.mish.default: Function(_mish_first, _mish_second),
     aten.tanh.default: Function(lambda x, y: 1 - y * y, lambda x, y: -2 * y * (1 - y * y)),
     aten.sigmoid.default: Function(lambda x, y: y * (1 - y), lambda x, y: y * (1 - y) * (1 - 2 * y)),
+    aten.log_sigmoid.default: Function(
+        lambda x, y: torch.sigmoid(-x), lambda x, y: -torch.sigmoid(x) * torch.sigmoid(-x)
+    ),
     aten.softplus.default: Function(_softplus_first, _softplus_second),
     aten.elu.default: Function(_elu_first, _elu_second),
+    aten.celu.default: Function(
+        lambda x, y, alpha=1: _elu_first(x, y, alpha, 1, 1 / alpha),
+        lambda x, y, alpha=1: _elu_second(x, y, alpha, 1, 1 / alpha),
+    ),
     aten.exp.default: Function(lambda x, y: y, lambda x, y: y),
+    aten.exp2.default: Function(lambda x, y: math.log(2) * y, lambda x, y: math.log(2) ** 2 * y),
     aten.expm1.default: Function(lambda x, y: y + 1, lambda x, y: y + 1),
     aten.log.default: Function(lambda x, y: 1 / x, lambda x, y: -1 / (x * x)),
+    aten.log2.default: Function(lambda x, y: 1 / (math.log(2) * x), lambda x, y: -1 / (math.log(2) * x * x)),
+    aten.log10.default: Function(lambda x, y: 1 / (math.log(10) * x), lambda x, y: -1 / (math.log(10) * x * x)),
     aten.log1p.default: Function(lambda x, y: 1 / (1 + x), lambda x, y: -1 / (1 + x) ** 2),
     aten.sqrt.default: Function(lambda x, y: 0.5 / y, lambda x, y: -0.25 / (x * y)),
     aten.rsqrt.default: Function(lambda x, y: -0.5 * y / x, lambda x, y: 0.75 * y / (x * x)),
     aten.reciprocal.default: Function(lambda x, y: -y * y, lambda x, y: 2 * y**3),
-    aten.sin.default: Function(lambda x, y: torch.cos(x), lambda x, y: -y),
-    aten.cos.default: Function(lambda x, y: -torch.sin(x), lambda x, y: -y),
-    aten.erf.default: Function(
-        lambda x, y: 2 / math.sqrt(math.pi) * torch.exp(-x * x),
-        lambda x, y: -4 / math.sqrt(math.pi) * x * torch.exp(-x * x),
-    ),
     aten.square.default: Function(lambda x, y: 2 * x, lambda x, y: torch.full_like(x, 2)),
     aten.pow.Tensor_Scalar: Function(
         lambda x, y, p: p * x ** (p - 1) if p else torch.zeros_like(x),
         lambda x, y, p: p * (p - 1) * x ** (p - 2) if p not in (0, 1) else torch.zeros_like(x),
     ),
-    aten.log_sigmoid.default: Function(
-        lambda x, y: torch.sigmoid(-x), lambda x, y: -torch.sigmoid(x) * torch.sigmoid(-x)
+    aten.sin.default: Function(lambda x, y: torch.cos(x), lambda x, y: -y),
+    aten.cos.default: Function(lambda x, y: -torch.sin(x), lambda x, y: -y),
+    aten.tan.default: Function(lambda x, y: 1 + y * y, lambda x, y: 2 * y * (1 + y * y)),
+    aten.asin.default: Function(lambda x, y: torch.rsqrt(1 - x * x), lambda x, y: x * (1 - x * x) ** -1.5),
+    aten.acos.default: Function(lambda x, y: -torch.rsqrt(1 - x * x), lambda x, y: -x * (1 - x * x) ** -1.5),
+    aten.atan.default: Function(lambda x, y: 1 / (1 + x * x), lambda x, y: -2 * x / (1 + x * x) ** 2),
+    aten.sinh.default: Function(lambda x, y: torch.cosh(x), lambda x, y: y),
+    aten.cosh.default: Function(lambda x, y: torch.sinh(x), lambda x, y: y),
+    aten.asinh.default: Function(lambda x, y: torch.rsqrt(1 + x * x), lambda x, y: -x * (1 + x * x) ** -1.5),
+    aten.atanh.default: Function(lambda x, y: 1 / (1 - x * x), lambda x, y: 2 * x / (1 - x * x) ** 2),
+    aten.erf.default: Function(
+        lambda x, y: _ERF * torch.exp(-x * x), lambda x, y: -2 * _ERF * x * torch.exp(-x * x)
+    ),
+    aten.erfc.default: Function(
+        lambda x, y: -_ERF * torch.exp(-x * x), lambda x, y: 2 * _ERF * x * torch.exp(-x * x)
     ),
 }
 RULES.update(dict.fromkeys(FUNCTIONS, Unary))

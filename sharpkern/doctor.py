@@ -1,0 +1,47 @@
+"""What this installation can run, and why not the rest."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from importlib import metadata, util
+
+import torch
+
+from . import __version__, kernels
+
+
+def report() -> list[str]:
+    """Describe versions, machine and kernel backends, a line each.
+
+    Returns:
+        Lines such as ``backend triton: no (...)``.
+    """
+    lines = [
+        f"sharpkern {__version__}, torch {torch.__version__}, Python {platform.python_version()}",
+        f"machine: {platform.machine()}, {os.cpu_count()} CPUs, {torch.get_num_threads()} torch threads",
+        f"GPU: {_gpu()}",
+        f"nvcc: {shutil.which('nvcc') or 'not found'}",
+    ]
+    x = torch.zeros(1, 1)
+    for backend in kernels.BACKENDS:
+        device = "cuda" if backend in ("cuda", "triton") else "cpu"
+        reason = kernels.why_not(backend, "vector kernels", x)
+        if reason is None:
+            level = f", {kernels.native.level()} instructions" if backend == "cpu" else ""
+            lines.append(f"backend {backend}: yes ({device}{level})")
+        else:
+            lines.append(f"backend {backend}: no ({reason})")
+    forced = os.environ.get("SHARPKERN_BACKEND")
+    lines.append(f"SHARPKERN_BACKEND: {forced or 'not set, the fastest backend that fits is used'}")
+    for package in ("triton", "tyro", "tqdm", "matplotlib", "scipy"):
+        found = util.find_spec(package) is not None
+        lines.append(f"{package}: {metadata.version(package) if found else 'not installed'}")
+    return lines
+
+
+def _gpu() -> str:
+    if torch.cuda.is_available():
+        return f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
+    return f"none that torch can use (torch is built {'with' if torch.version.cuda else 'without'} CUDA)"

@@ -1,0 +1,1 @@
+"""The reference trainer: plain torch, sharpness at every step."""

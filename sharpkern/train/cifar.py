@@ -1,0 +1,43 @@
+"""Read CIFAR-10 in its binary version. No pickle is ever loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+_RECORD = 1 + 3 * 32 * 32
+TRAIN = tuple(f"data_batch_{i}.bin" for i in range(1, 6))
+TEST = ("test_batch.bin",)
+
+
+def read_cifar10(folder: Path, names: tuple[str, ...]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """Read some of the binary files.
+
+    Args:
+        folder: holds the .bin files, or a folder ``cifar-10-batches-bin`` that does.
+        names: file names.
+
+    Returns:
+        images ``[N, 3, 32, 32]`` and labels ``[N]``, uint8.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file is truncated, or a label is above 9.
+    """
+    inner = folder / "cifar-10-batches-bin"
+    folder = inner if inner.is_dir() else folder
+    parts = []
+    for name in names:
+        path = folder / name
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: missing; the binary version of CIFAR-10 has {', '.join(TRAIN + TEST)}.")
+        data = np.fromfile(path, np.uint8)
+        if data.size == 0 or data.size % _RECORD:
+            raise ValueError(f"{path}: {data.size} bytes, expected a multiple of {_RECORD}.")
+        parts.append(data.reshape(-1, _RECORD))
+    records = np.concatenate(parts)
+    if records[:, 0].max() > 9:
+        raise ValueError(f"{folder}: a label is {records[:, 0].max()}, expected 0 to 9: is this CIFAR-10?")
+    return records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0]

@@ -1,0 +1,152 @@
+"""Data sets by name: real images in the package, users' files, and text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .cifar import TEST, TRAIN, read_cifar10
+from .idx import read_idx
+from .text import read_text
+
+NAMES = ("fashion-mnist-5k", "fashion-mnist", "mnist", "cifar-10", "digits", "text")
+_DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # where Debian's dataset-fashion-mnist puts its files
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Training and test data on the CPU.
+
+    Attributes:
+        train_inputs: images ``[N, C, H, W]`` float32, each standardised to mean 0 and standard deviation 1 over all its
+            pixels and channels; or tokens ``[N, context]`` int64.
+        train_targets: classes ``[N]`` int64, or the next tokens ``[N, context]``.
+        test_inputs, test_targets: likewise.
+        classes: number of classes, or size of the vocabulary.
+        note: where the data came from.
+    """
+
+    train_inputs: Tensor
+    train_targets: Tensor
+    test_inputs: Tensor
+    test_targets: Tensor
+    classes: int
+    note: str
+
+
+def load(
+    name: str, *, data_dir: Path | None = None, text_file: Path | None = None, context: int = 64, limit: int | None = None
+) -> Dataset:
+    """Load a data set.
+
+    Args:
+        name: fashion-mnist-5k (in the package: 5,000 + 1,000 real images), fashion-mnist, mnist (IDX files in data_dir;
+            for Fashion-MNIST also where Debian's package puts them), cifar-10 (binary version in data_dir), digits
+            (needs scikit-learn), text (text_file, or Python's language reference).
+        data_dir: where the files are.
+        text_file: a UTF-8 file.
+        context: tokens in a sequence of text.
+        limit: keep the first so many training examples.
+
+    Raises:
+        ValueError: unknown name, or a damaged file.
+        FileNotFoundError: a file is missing.
+    """
+    if name == "text":
+        data = _text(text_file, context)
+    elif name in NAMES:
+        images = {
+            "fashion-mnist-5k": lambda: _packaged(),
+            "fashion-mnist": lambda: _idx(data_dir or _DEBIAN, "Fashion-MNIST"),
+            "mnist": lambda: _idx(data_dir, "MNIST"),
+            "cifar-10": lambda: _cifar(data_dir),
+            "digits": lambda: _digits(),
+        }[name]()
+        train_x, train_y, test_x, test_y = images
+        data = Dataset(
+            standardise(train_x), torch.from_numpy(train_y.astype(np.int64)),
+            standardise(test_x), torch.from_numpy(test_y.astype(np.int64)), 10, name,
+        )  # fmt: skip
+    else:
+        raise ValueError(f"unknown data set {name!r}; known are {', '.join(NAMES)}.")
+    if limit is None:
+        return data
+    if limit < 1:
+        raise ValueError(f"limit must be at least 1, got {limit}.")
+    return Dataset(
+        data.train_inputs[:limit], data.train_targets[:limit], data.test_inputs, data.test_targets, data.classes, data.note
+    )
+
+
+def standardise(images: NDArray[np.uint8]) -> Tensor:
+    """Turn bytes ``[N, ...]`` into float32 ``[N, C, H, W]``, each image with mean 0 and standard deviation 1."""
+    x = torch.from_numpy(images.astype(np.float32))
+    x = x[:, None] if x.ndim == 3 else x
+    flat = x.flatten(1)
+    flat = flat - flat.mean(1, keepdim=True)
+    flat = flat / flat.std(1, keepdim=True, correction=0).clamp(min=1e-6)
+    return flat.view_as(x)
+
+
+Arrays = tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.uint8], NDArray[np.uint8]]
+
+
+def _packaged() -> Arrays:
+    with resources.files("sharpkern.train").joinpath("assets/fashion_mnist_5k.npz").open("rb") as file:
+        arrays = np.load(file, allow_pickle=False)
+        return arrays["train_images"], arrays["train_labels"], arrays["test_images"], arrays["test_labels"]
+
+
+def _idx(folder: Path | None, what: str) -> Arrays:
+    if folder is None:
+        raise FileNotFoundError(f"{what} needs --data-dir with its IDX files.")
+    arrays = []
+    for stem in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
+        names = [f"{stem}-ubyte", f"{stem}-ubyte.gz", f"{stem}-ubyte".replace("-idx", ".idx")]
+        found = next((folder / name for name in names if (folder / name).is_file()), None)
+        if found is None:
+            hint = " (Debian: apt install dataset-fashion-mnist)" if what.startswith("Fashion") else ""
+            raise FileNotFoundError(f"{folder / names[0]}: missing, with or without .gz{hint}.")
+        arrays.append(read_idx(found))
+    for images, labels in (arrays[:2], arrays[2:]):
+        if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels):
+            raise ValueError(f"{folder}: images {list(images.shape)} and labels {list(labels.shape)} do not match.")
+    return arrays[0], arrays[1], arrays[2], arrays[3]
+
+
+def _cifar(folder: Path | None) -> Arrays:
+    if folder is None:
+        raise FileNotFoundError("CIFAR-10 needs --data-dir with the files of its binary version.")
+    return (*read_cifar10(folder, TRAIN), *read_cifar10(folder, TEST))
+
+
+def _digits() -> Arrays:
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ValueError("the data set 'digits' needs scikit-learn: pip install scikit-learn.") from error
+    images, labels = load_digits(return_X_y=True)
+    order = np.random.default_rng(0).permutation(len(images))
+    x, y = (images.reshape(-1, 8, 8) * 15).astype(np.uint8)[order], labels.astype(np.uint8)[order]
+    return x[:1500], y[:1500], x[1500:], y[1500:]
+
+
+def _text(path: Path | None, context: int) -> Dataset:
+    if context < 1:
+        raise ValueError(f"context must be at least 1, got {context}.")
+    text = read_text(path)
+    count = (len(text.tokens) - 1) // context
+    if count < 2:
+        raise ValueError(f"the text has {len(text.tokens)} characters, too few for two sequences of {context}.")
+    tokens = torch.from_numpy(text.tokens[: count * context + 1])
+    inputs, targets = tokens[:-1].view(count, context), tokens[1:].view(count, context)
+    cut = max(1, count * 9 // 10)
+    source = "pydoc_data.topics" if path is None else str(path)
+    note = f"{source}, sha256 {text.sha256[:16]}"
+    return Dataset(inputs[:cut], targets[:cut], inputs[cut:], targets[cut:], len(text.vocabulary), note)

@@ -1,0 +1,213 @@
+"""The training loop: a tracked step, an update, a row of metrics."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..operators import NonFiniteLossError
+from ..optim import GIAdam
+from ..tracker import SharpnessTracker
+from ..warmup import WarmupLR
+from . import checkpoint
+from .config import TrainConfig, to_toml
+from .data import Dataset, load
+from .metrics import MetricsFile, Row
+from .models import CNN, FCN, GPT
+
+LossFunction = Callable[[Tensor, Tensor], Tensor]
+
+
+def half_mean_squares(output: Tensor, target: Tensor) -> Tensor:
+    """Half the mean over batch and outputs of ``(output - target)^2``; the warmup paper's convention."""
+    return 0.5 * F.mse_loss(output, target)
+
+
+def token_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy over all tokens: ``[N, T, vocabulary], [N, T]``."""
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+def build_model(config: TrainConfig, data: Dataset) -> nn.Module:
+    """Make the model that fits the data."""
+    m = config.model
+    if m.kind == "gpt":
+        return GPT(
+            data.classes, config.data.context, width=m.width, heads=m.heads, blocks=m.blocks, last_norm=m.last_norm,
+            seed=config.seed,
+        )  # fmt: skip
+    if m.kind == "cnn":
+        return CNN(data.train_inputs.shape[1], data.classes, width=m.width, seed=config.seed)
+    return FCN(
+        data.train_inputs[0].numel(), data.classes, depth=m.depth, width=m.width, activation=m.activation,
+        parameterisation=m.parameterisation, zero_readout=m.zero_readout, seed=config.seed,
+    )  # fmt: skip
+
+
+def build_loss(config: TrainConfig) -> LossFunction:
+    """Choose the loss function."""
+    if config.model.kind == "gpt":
+        return token_cross_entropy
+    return half_mean_squares if config.loss == "mse" else F.cross_entropy
+
+
+def build_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
+    """Make the optimizer; the schedule sets its learning rate."""
+    o = config.optimizer
+    if o.name == "sgd":
+        return torch.optim.SGD(model.parameters(), lr=o.lr, momentum=o.momentum)
+    cls = torch.optim.Adam if o.name == "adam" else GIAdam
+    return cls(model.parameters(), lr=o.lr, betas=(o.beta1, o.beta2), eps=o.eps)
+
+
+def training_targets(config: TrainConfig, data: Dataset) -> Tensor:
+    """One-hot targets for mean squares, classes otherwise."""
+    if config.loss == "mse":
+        return F.one_hot(data.train_targets, data.classes).to(data.train_inputs.dtype)
+    return data.train_targets
+
+
+def batch_at(step: int, config: TrainConfig, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the batch of step 1, 2, ...: the full batch, or the next part of this epoch's permutation.
+
+    A function of the step and the seed alone, so that a resumed run needs no data state. Incomplete batches at the end
+    of an epoch are dropped.
+    """
+    size = config.batch_size
+    if size is None or size >= len(inputs):
+        return inputs, targets
+    per_epoch = len(inputs) // size
+    epoch, index = divmod(step - 1, per_epoch)
+    order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(config.seed * 1_000_003 + epoch))
+    chosen = order[index * size : (index + 1) * size]
+    return inputs[chosen], targets[chosen]
+
+
+class Run:
+    """A run in its folder: config.toml, metrics.jsonl, checkpoint.pt.
+
+    Args:
+        config: what to train.
+        resume: continue from the folder's checkpoint.
+
+    Raises:
+        ValueError: the folder holds another run already.
+        FileNotFoundError: nothing to resume, or missing data.
+    """
+
+    def __init__(self, config: TrainConfig, *, resume: bool = False) -> None:
+        self.config, self.folder = config, config.out
+        if not resume and (self.folder / "metrics.jsonl").exists():
+            raise ValueError(
+                f"{self.folder} holds a run already: choose another --out, or continue with --resume {self.folder}."
+            )
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        torch.manual_seed(config.seed)
+        d = config.data
+        self.data = load(d.name, data_dir=d.dir, text_file=d.text_file, context=d.context, limit=d.limit)
+        self.targets = training_targets(config, self.data)
+        self.model, self.loss_fn = build_model(config, self.data), build_loss(config)
+        self.optimizer = build_optimizer(config, self.model)
+        o, t = config.optimizer, config.tracking
+        self.schedule = WarmupLR(
+            self.optimizer, o.lr, o.warmup_steps, lr_init=o.lr_init, power=o.power, decay=o.decay,
+            total_steps=config.steps,
+        )  # fmt: skip
+        self.tracker = SharpnessTracker(
+            self.model, self.loss_fn, self.optimizer, tol=t.tol, every=t.every, max_matvecs=t.max_matvecs
+        )
+        self.done = 0
+        if resume:
+            self._load()
+        else:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "config.toml").write_text(to_toml(config))
+            self._save()
+        self.metrics = MetricsFile(self.folder / "metrics.jsonl", keep=self.done)
+
+    def steps(self) -> Iterator[Row]:
+        """Train to the end; yield each step's row after it is written.
+
+        Raises:
+            NonFiniteLossError: the loss is NaN or infinite; the last row says so.
+        """
+        try:
+            while self.done < self.config.steps:
+                yield self._step(self.done + 1)
+        finally:
+            self.metrics.close()
+
+    def _step(self, step: int) -> Row:
+        start = time.perf_counter()
+        batch = batch_at(step, self.config, self.data.train_inputs, self.targets)
+        try:
+            record = self.tracker.step(batch)
+        except NonFiniteLossError:
+            self.metrics.write({"step": step, "loss": None, "diverged": True})
+            raise
+        row = dataclasses.asdict(record)
+        if step == 1 or step % self.config.eval_every == 0 or step == self.config.steps:
+            row |= self.evaluate()
+        self.optimizer.step()
+        self.schedule.step()
+        self.done = step
+        row["seconds"] = time.perf_counter() - start
+        self.metrics.write(row)
+        if step % self.config.checkpoint_every == 0 or step == self.config.steps:
+            self._save()
+        return row
+
+    @torch.no_grad()
+    def evaluate(self) -> Row:
+        """Accuracy on training and test data, and the test loss, at the present parameters."""
+        result: Row = {}
+        for split, inputs, targets in (
+            ("train", self.data.train_inputs, self.data.train_targets),
+            ("test", self.data.test_inputs, self.data.test_targets),
+        ):
+            parts = [self.model(x) for x in inputs.split(1000)]
+            output = torch.cat(parts)
+            result[f"{split}_accuracy"] = float((output.argmax(-1) == targets).float().mean())
+            if split == "test":
+                goal = F.one_hot(targets, self.data.classes).float() if self.config.loss == "mse" else targets
+                result["test_loss"] = float(self.loss_fn(output, goal))
+        return result
+
+    def _save(self) -> None:
+        checkpoint.save(
+            self.folder / "checkpoint.pt",
+            {
+                "step": self.done,
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "schedule": self.schedule.state_dict(),
+                "tracker": self.tracker.state_dict(),
+            },
+        )
+
+    def _load(self) -> None:
+        state = checkpoint.load(self.folder / "checkpoint.pt")
+        self.done = state["step"]
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.tracker.load_state_dict(state["tracker"])
+
+
+def read_config(folder: Path) -> str:
+    """Return the text of a run folder's configuration.
+
+    Raises:
+        FileNotFoundError: not a run folder.
+    """
+    path = folder / "config.toml"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} is not a run folder: it has no config.toml.")
+    return path.read_text()

@@ -1,0 +1,86 @@
+"""A run in words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..dynamics import Catapult, classify_regime, detect_catapults, first_crossing
+from .metrics import Row
+
+
+def catapults_of(rows: list[Row]) -> list[Catapult]:
+    """Find the catapults of a run; indices into its rows, all of which have a finite loss."""
+    kappa = _kappa(rows)
+    if kappa is None:
+        return []
+    return detect_catapults(_column(rows, "loss"), _curvature(rows), _column(rows, "lr"), kappa)
+
+
+def summarise(rows: list[Row]) -> list[str]:
+    """Say what happened: initial sharpness, first crossing, catapults, regime, final accuracy, cost.
+
+    Args:
+        rows: of metrics.jsonl, at least one.
+
+    Raises:
+        ValueError: no row.
+    """
+    if not rows:
+        raise ValueError("the run has no rows yet.")
+    measured = [row for row in rows if row.get("sharpness") is not None]
+    adaptive = any(row.get("preconditioned_sharpness") is not None for row in rows)
+    what = "Preconditioned sharpness" if adaptive else "Sharpness"
+    curvature = _curvature(measured)
+    lines: list[str] = []
+    if measured:
+        lines.append(f"{what} at initialisation: {curvature[0]:.4g}; after {rows[-1]['step']} steps: {curvature[-1]:.4g}.")
+        ratio = _column(measured, "ratio")
+        crossing = first_crossing(ratio)
+        if crossing is None:
+            largest = max((r for r in ratio if r is not None), default=0.0)
+            lines.append(f"The stability threshold was never crossed: lr x curvature reached {largest:.0%} of it.")
+        else:
+            row = measured[crossing]
+            lines.append(
+                f"First crossing of the stability threshold: step {row['step']}, learning rate {row['lr']:.4g}, "
+                f"sharpness {curvature[crossing]:.4g}."
+            )
+        catapults = catapults_of(measured)
+        lines.append(_catapults(catapults, measured))
+        kappa = _kappa(measured)
+        name = {"C1": "progressive sharpening", "C2": "sharpness reduction", "C3": "constant sharpness"}[regime.name]
+        when = "at the first crossing" if crossing is not None else "at the end"
+        lines.append(f"Natural trend: {name} ({regime.name}); {when} it was {regime.trend:.2f} of its initial value.")
+    if rows[-1].get("diverged"):
+        lines.append(f"The run diverged: the loss was not finite at step {rows[-1]['step']}.")
+    losses = [row["loss"] for row in rows if row.get("loss") is not None]
+    if losses:
+        lines.append(f"Training loss: {losses[0]:.4g} to {losses[-1]:.4g}.")
+    evaluated = [row for row in rows if row.get("test_accuracy") is not None]
+    if evaluated:
+        last = evaluated[-1]
+        lines.append(f"Accuracy: {last['train_accuracy']:.1%} on training, {last['test_accuracy']:.1%} on test data.")
+    if measured:
+        matvecs, seconds = sum(r["matvecs"] for r in measured), sum(r["seconds"] for r in measured)
+        lines.append(f"Cost: {matvecs / len(measured):.1f} Hessian-vector products and {seconds / len(measured):.2f} s a step.")
+    return lines
+
+
+def _catapults(catapults: list[Catapult], rows: list[Row]) -> str:
+    if not catapults:
+        return "No catapult."
+    highest = max(catapults, key=lambda c: c.loss_ratio)
+    where = ", ".join(str(rows[c.start]["step"]) for c in catapults[:8]) + (", ..." if len(catapults) > 8 else "")
+    return (
+        f"{len(catapults)} catapult(s), starting at step(s) {where}; the largest raised the loss "
+        f"{highest.loss_ratio:.2f} times and lowered the sharpness by {highest.sharpness_drop:.0%}."
+    )
+
+
+def _curvature(rows: list[Row]) -> list[Any]:
+    adaptive = any(row.get("preconditioned_sharpness") is not None for row in rows)
+    return _column(rows, "preconditioned_sharpness" if adaptive else "sharpness")
+
+
+def _column(rows: list[Row], key: str) -> list[Any]:
+    return [row.get(key) for row in rows]
