@@ -63,7 +63,7 @@ def first_crossing(ratio: Measured, level: float = 1.0) -> int | None:
     """Return the first step whose ratio is above a level, None if there is none.
 
     Args:
-        ratio: ``lr * curvature / kappa`` at each step, as in ``Record.ratio``; None where unmeasured.
+        ratio: ``lr * sharpness / kappa`` of each step, as in ``Record.ratio``; None where unmeasured.
         level: what counts as crossed.
 
     >>> first_crossing([0.5, None, 1.2, 0.9])
@@ -73,7 +73,7 @@ def first_crossing(ratio: Measured, level: float = 1.0) -> int | None:
 
 
 def detect_catapults(
-    loss: Sequence[float],
+    loss: Measured,
     sharpness: Measured,
     lr: Sequence[float],
     threshold: float | Sequence[float],
@@ -87,7 +87,7 @@ def detect_catapults(
     measurements the last measured sharpness stands, so an end can only be seen at a measured step.
 
     Args:
-        loss: of each step, before its update.
+        loss: of each step, before its update; None, NaN and infinity are a loss that is not finite.
         sharpness: likewise; the preconditioned one for Adam; None where unmeasured.
         lr: of each step.
         threshold: kappa from ``stability_threshold`` (not divided by lr), one number or one per step.
@@ -109,20 +109,20 @@ def detect_catapults(
     """
     kappa = _kappa(threshold, loss=loss, sharpness=sharpness, lr=lr)
     held = _hold(sharpness)
-    loss = [x if math.isfinite(x) else math.inf for x in loss]
+    height = [x if x is not None and math.isfinite(x) else math.inf for x in loss]
     found: list[Catapult] = []
-    t, steps = 0, len(loss)
+    t, steps = 0, len(height)
     while t < steps - 1:
-        if not (lr[t] * held[t] > kappa[t] and loss[t + 1] > loss[t]):
+        if not (lr[t] * held[t] > kappa[t] and height[t + 1] > height[t]):
             t += 1
             continue
         later = range(t + 1, steps)
-        end = next((s for s in later if lr[s] * held[s] <= kappa[s] and loss[s] <= loss[t]), None)
+        end = next((s for s in later if lr[s] * held[s] <= kappa[s] and height[s] <= height[t]), None)
         last = steps - 1 if end is None else end
-        peak = max(range(t, last + 1), key=lambda s: loss[s])
-        ratio = loss[peak] / loss[t] if loss[t] > 0 else math.inf
+        peak = max(range(t, last + 1), key=height.__getitem__)
+        ratio = height[peak] / height[t] if height[t] > 0 else math.inf
         drop = 1 - held[last] / held[t]
-        if drop >= min_drop:
+        if drop >= min_drop or (end is None and min_drop == 0):
             found.append(Catapult(t, peak, end, ratio, drop))
         t = last
     return found

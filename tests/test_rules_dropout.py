@@ -1,7 +1,7 @@
 """Dropout: one mask for the gradient and all products of a ``refresh``.
 
-The loss is curved behind the dropout, so each mask has its own gradient and Hessian; the truth takes the mask that
-the program drew, by the same seed.
+The loss is curved behind the dropout, so each mask has its own gradient and Hessian; the truth takes the mask
+that the program drew, by the same seed.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def test_dropout(p: float) -> None:
 
 @pytest.mark.parametrize("train", [True, False, None])
 def test_native_dropout(train: bool | None) -> None:
-    """Without ``train`` torch drops and scales, but leaves the scale out of its gradient; the rule does not."""
+    """Without ``train`` torch drops and scales, but leaves the scale out of its gradient."""
 
     def drop(x: Tensor, train: bool | None = train) -> Tensor:
         return aten.native_dropout.default(x, 0.4, train)[0]
@@ -74,7 +74,7 @@ def test_native_dropout(train: bool | None) -> None:
 
 @pytest.mark.parametrize(
     "drop",
-    [F.dropout1d, F.alpha_dropout, F.feature_alpha_dropout, lambda x, p, train: F.dropout(1 * x, p, train, True)],
+    [F.dropout1d, F.alpha_dropout, F.feature_alpha_dropout, lambda x, p, t: F.dropout(1 * x, p, t, True)],
     ids=["dropout1d", "alpha", "feature_alpha", "in place"],
 )
 def test_dropouts_of_other_kinds(drop: Any) -> None:

@@ -88,8 +88,11 @@ def test_adaptive_avg_pool(rank: int, batched: bool, size: int) -> None:
     pool = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}[rank]
     check_op(
         lambda x: pool(x, size),
-        shape(rank, batched), op=named("adaptive_avg_pool{}d", rank), rule=AdaptiveAvgPool, truth=double_backward,
-    )  # fmt: skip
+        shape(rank, batched),
+        op=named("adaptive_avg_pool{}d", rank),
+        rule=AdaptiveAvgPool,
+        truth=double_backward,
+    )
 
 
 def test_pools_of_channels_last() -> None:

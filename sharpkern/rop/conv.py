@@ -5,8 +5,8 @@ gx = convT(g, w)      d(gx) = convT(dg, w) + convT(g, dw)
 gw = wgrad(x, g)      d(gw) = wgrad(x, dg) + wgrad(dx, g)         gb = sum g
 k is folded into the batch where the weight is the primal's; otherwise one call follows the other.
 
-Two calls and a sum are not slower than one convolution over concatenated channels (for wgrad: batch), measured
-on two CPU threads, batch 64, 32 to 64 channels; save for convT with a stride: one call takes two thirds.
+Two calls and a sum are not slower than one convolution over concatenated channels (batch for wgrad): measured
+on two CPU threads, batch 64, 32 to 64 channels. The exception is convT with a stride: two thirds.
 """
 
 from __future__ import annotations
@@ -38,24 +38,29 @@ class Convolution(Rule):
         spatial = w.ndim - 2
         if x.ndim != w.ndim:
             raise UnsupportedOpError(f"{self.op} without a batch dimension: add one with x[None].")
-        self.stride, self.dilation = _each(named["stride"], spatial), _each(named["dilation"], spatial)
-        self.transposed = bool(named.get("transposed", self.op._schema.name.startswith("aten::conv_transpose")))
-        self.output_padding = _each(named.get("output_padding", 0), spatial)
-        self.groups = named["groups"]
+        stride, dilation = _each(named["stride"], spatial), _each(named["dilation"], spatial)
+        is_transpose = self.op._schema.name.startswith("aten::conv_transpose")
+        transposed = bool(named.get("transposed", is_transpose))
+        output_padding, groups = _each(named.get("output_padding", 0), spatial), named["groups"]
         self.crop: list[int] | None = None
         padding = named["padding"]
         if isinstance(padding, str):
-            padding, x = self._named_padding(padding, x, w)
-        self.padding = _each(padding, spatial)
-        strided = any(s > 1 for s in self.stride)
-        self.one_call = strided and self.groups == 1 and not self.transposed and x.device.type == "cpu"
+            padding, x = self._named_padding(padding, x, w, dilation)
+        padding = _each(padding, spatial)
+        self.geometry = (stride, padding, dilation, transposed, output_padding, groups)
+        strided = any(s > 1 for s in stride)
+        self.one_call = strided and groups == 1 and not transposed and x.device.type == "cpu"
         self.x, self.w = x, w
-        self.channels = w.shape[1] * self.groups if self.transposed else w.shape[0]
-        return self._conv(x, w, b)
+        self.channels = w.shape[1] * groups if transposed else w.shape[0]
+        y = self._conv(x, w, b)
+        self.y_shape = y.shape
+        return y
 
-    def _named_padding(self, padding: str, x: Tensor, w: Tensor) -> tuple[list[int], Tensor]:
+    def _named_padding(
+        self, padding: str, x: Tensor, w: Tensor, dilation: list[int]
+    ) -> tuple[list[int], Tensor]:
         """'valid' is none; an odd total of 'same' is padded by hand, one more at the end."""
-        totals = [d * (s - 1) for d, s in zip(self.dilation, w.shape[2:], strict=True)]
+        totals = [d * (s - 1) for d, s in zip(dilation, w.shape[2:], strict=True)]
         if padding == "valid":
             return [0] * len(totals), x
         if any(t % 2 for t in totals):
@@ -64,17 +69,12 @@ class Convolution(Rule):
         return [t // 2 for t in totals], x
 
     def _conv(self, x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
-        return _tensor(
-            aten.convolution.default(
-                x, w, b, self.stride, self.padding, self.dilation, self.transposed, self.output_padding, self.groups
-            )
-        )
+        return _tensor(aten.convolution.default(x, w, b, *self.geometry))
 
     def _backward(self, g: Tensor, x: Tensor, w: Tensor, *wanted: bool) -> tuple[Tensor, ...]:
         parts: tuple[Tensor, ...] = aten.convolution_backward.default(
-            g, x, w, [self.channels], self.stride, self.padding, self.dilation, self.transposed,
-            self.output_padding, self.groups, list(wanted),
-        )  # fmt: skip
+            g, x, w, [self.channels], *self.geometry, list(wanted)
+        )
         return parts
 
     def tangent(self, dx: Tensor | None, dw: Tensor | None, db: Tensor | None) -> Tensor:
@@ -88,9 +88,8 @@ class Convolution(Rule):
             others = (self._conv(self.x, dw[i], None if db is None else db[i]) for i in range(k))
             return _add_each(y, others, k)
         if db is not None:
-            shape = y.shape[1:] if y is not None else self._conv(self.x, self.w).shape
-            db = db.reshape(k, 1, -1, *[1] * (len(shape) - 2))
-            return db.expand(k, *shape) if y is None else y.add_(db)
+            db = db.reshape(k, 1, -1, *[1] * (len(self.y_shape) - 2))
+            return db.expand(k, *self.y_shape) if y is None else y.add_(db)
         assert y is not None
         return y
 

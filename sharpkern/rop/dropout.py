@@ -1,6 +1,6 @@
-"""Dropout: y = m x with the mask m of the primal sweep, the same for every product until the next ``forward``.
+"""Dropout: y = m x with the mask m of the primal sweep, one for all products until the next ``forward``.
 
-The other dropouts (feature, alpha, in place) export as arithmetic with a mask drawn by ``aten.bernoulli``, which
+The other dropouts (feature, alpha, in place) export as arithmetic with a mask from ``aten.bernoulli``, which
 the forward sweep runs once; they need no rule of their own.
 """
 

@@ -3,8 +3,8 @@
 Maxima:    y = x[index]    dy = dx[index]    gx = sum of g at index    d(gx) = sum of dg at index
 Averages:  y = A x         dy = A dx         gx = A' g                 d(gx) = A' dg
 
-On a CPU the native backward of a maximum takes two to six times as long as ``index_add_`` with indices into the
-whole tensor, and ``gather`` ten times as long as ``index_select``.
+On a CPU the native backward of a maximum takes two to six times as long as ``index_add_`` with indices into
+the whole tensor, and ``gather`` ten times as long as ``index_select``.
 """
 
 from __future__ import annotations
@@ -63,11 +63,12 @@ class _MaxPool(_Max):
         """Pool, in one dimension as in two; save the indices."""
         if self.rank == 1:
             k, s, d = ([1, *v] if v else [] for v in (kernel, stride, dilation))
-            y, index = aten.max_pool2d_with_indices.default(x.unsqueeze(-2), k, s, [0, *padding], d, ceil_mode)
+            native = aten.max_pool2d_with_indices.default
+            y, index = native(x.unsqueeze(-2), k, s, [0, *padding], d, ceil_mode)
             y, index = y.squeeze(-2), index.squeeze(-2)
         else:
-            native = (aten.max_pool2d_with_indices if self.rank == 2 else aten.max_pool3d_with_indices).default
-            y, index = native(x, kernel, stride, padding, dilation, ceil_mode)
+            packet = aten.max_pool2d_with_indices if self.rank == 2 else aten.max_pool3d_with_indices
+            y, index = packet.default(x, kernel, stride, padding, dilation, ceil_mode)
         self._save(x, index, self.rank)
         return (y, index) if self._many() else y
 
@@ -142,7 +143,7 @@ class AvgPool(_Average):
     def forward(self, x: Tensor, kernel: Sequence[int], stride: Sequence[int], *options: Any) -> Tensor:
         """Save the options, in one dimension as in two."""
         padding, *rest = options
-        self.rank = 1 if self.op is aten.avg_pool1d.default else 2 if self.op is aten.avg_pool2d.default else 3
+        self.rank = int(self.op._schema.name[-2])  # avg_pool2d
         stride = stride or kernel
         self.options: list[Any] = [kernel, stride, padding, *rest]
         if self.rank == 1:
@@ -190,7 +191,8 @@ class AdaptiveAvgPool(_Average):
         if self.rank == 2:
             return _tensor(aten._adaptive_avg_pool2d_backward.default(g, g.new_empty(shape)))
         shape = (*shape[:-1], 1, shape[-1])
-        return _tensor(aten._adaptive_avg_pool2d_backward.default(g.unsqueeze(-2), g.new_empty(shape)).squeeze(-2))
+        gx = aten._adaptive_avg_pool2d_backward.default(g.unsqueeze(-2), g.new_empty(shape))
+        return _tensor(gx.squeeze(-2))
 
 
 def _tensor(result: Any) -> Tensor:

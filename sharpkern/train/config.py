@@ -126,9 +126,9 @@ class TrainConfig:
 
 
 DEMO = TrainConfig(
-    optimizer=OptimizerConfig(lr=0.9, warmup_steps=100),
+    optimizer=OptimizerConfig(lr=0.6, warmup_steps=100),
     loss="mse",
-    steps=130,
+    steps=110,
     out=Path("runs/demo"),
 )
 PRESETS = {"demo": DEMO}

@@ -48,9 +48,12 @@ def summarise(rows: list[Row]) -> list[str]:
         catapults = catapults_of(measured)
         lines.append(_catapults(catapults, measured))
         kappa = _kappa(measured)
-        name = {"C1": "progressive sharpening", "C2": "sharpness reduction", "C3": "constant sharpness"}[regime.name]
-        when = "at the first crossing" if crossing is not None else "at the end"
-        lines.append(f"Natural trend: {name} ({regime.name}); {when} it was {regime.trend:.2f} of its initial value.")
+        if kappa is not None and curvature[0] > 0:
+            regime = classify_regime(curvature, _column(measured, "lr"), kappa)
+            name = {"C1": "progressive sharpening", "C2": "sharpness reduction", "C3": "constant sharpness"}[regime.name]
+            when = "at the end" if crossing is None else "at the first crossing"
+            caution = "" if regime.confident else ", too early to be sure: a slower warmup would tell"
+            lines.append(f"Natural trend: {name} ({regime.name}), {regime.trend:.2f} of the initial value {when}{caution}.")
     if rows[-1].get("diverged"):
         lines.append(f"The run diverged: the loss was not finite at step {rows[-1]['step']}.")
     losses = [row["loss"] for row in rows if row.get("loss") is not None]
@@ -80,6 +83,11 @@ def _catapults(catapults: list[Catapult], rows: list[Row]) -> str:
 def _curvature(rows: list[Row]) -> list[Any]:
     adaptive = any(row.get("preconditioned_sharpness") is not None for row in rows)
     return _column(rows, "preconditioned_sharpness" if adaptive else "sharpness")
+
+
+def _kappa(rows: list[Row]) -> float | None:
+    """Return threshold x lr, which is the same at every step; None if no row has a threshold."""
+    return next((row["threshold"] * row["lr"] for row in rows if row.get("threshold") is not None and row["lr"]), None)
 
 
 def _column(rows: list[Row], key: str) -> list[Any]:

@@ -1,0 +1,319 @@
+"""Stability thresholds by iterating real optimizers on quadratics; schedules against their closed formula."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import sharpkern as sk
+
+Make = Callable[[list[nn.Parameter], float], torch.optim.Optimizer]
+
+SGD: dict[str, Make] = {
+    "plain": lambda ps, lr: torch.optim.SGD(ps, lr=lr),
+    "momentum": lambda ps, lr: torch.optim.SGD(ps, lr=lr, momentum=0.9),
+    "small momentum": lambda ps, lr: torch.optim.SGD(ps, lr=lr, momentum=0.35),
+    "average form": lambda ps, lr: torch.optim.SGD(ps, lr=lr, momentum=0.9, dampening=0.9),
+    "dampened": lambda ps, lr: torch.optim.SGD(ps, lr=lr, momentum=0.8, dampening=0.3),
+    "nesterov": lambda ps, lr: torch.optim.SGD(ps, lr=lr, momentum=0.9, nesterov=True),
+    "small nesterov": lambda ps, lr: torch.optim.SGD(ps, lr=lr, momentum=0.4, nesterov=True),
+    "decay": lambda ps, lr: torch.optim.SGD(ps, lr=lr, weight_decay=0.37),
+    "momentum, decay": lambda ps, lr: torch.optim.SGD(ps, lr=lr, momentum=0.9, weight_decay=0.37),
+    "nesterov, decay": lambda ps, lr: torch.optim.SGD(
+        ps, lr=lr, momentum=0.7, nesterov=True, weight_decay=0.37
+    ),
+    "dampening without momentum": lambda ps, lr: torch.optim.SGD(ps, lr=lr, dampening=0.5),
+}
+
+
+def rosette(n: int) -> Tensor:
+    """A random rotation."""
+    return torch.linalg.qr(torch.randn(n, n, dtype=torch.float64))[0]
+
+
+def growth(make: Make, lr: float, H: Tensor, steps: int) -> float:
+    """Run an optimizer on ``x'Hx/2`` from a random point; the distance at the end over the distance before."""
+    x = nn.Parameter(torch.randn(len(H), dtype=torch.float64))
+    start = float(x.detach().norm())
+    optimizer = make([x], lr)
+    tail = []
+    for step in range(steps):
+        x.grad = H @ x.detach()
+        optimizer.step()
+        if step >= steps - 8:
+            tail.append(float(x.detach().norm()))
+    return max(tail) / start
+
+
+def critical_lr(make: Make, top: float) -> float:
+    """Solve ``lr * top = kappa(lr)``; kappa is linear in lr where weight decay enters it."""
+    x = [nn.Parameter(torch.zeros(1))]
+    at = {lr: sk.stability_threshold(make(x, lr)) for lr in (0.0, 1.0)}
+    return at[0.0] / (top + at[0.0] - at[1.0])
+
+
+@pytest.mark.parametrize("name", SGD)
+def test_sgd_contracts_just_below_the_threshold_and_grows_just_above(name: str) -> None:
+    make = SGD[name]
+    top = 3.7
+    Q = rosette(3)
+    H = Q @ torch.diag(torch.tensor([top, 1.3, 0.4], dtype=torch.float64)) @ Q.t()
+    lr = critical_lr(make, top)
+    assert growth(make, 0.98 * lr, H, 3000) < 1e-2
+    assert growth(make, 1.02 * lr, H, 3000) > 1e2
+
+
+ADAMS: dict[str, Make] = {
+    "adam": lambda ps, lr: torch.optim.Adam(ps, lr=lr, betas=(0.9, 1 - 1e-16)),
+    "small beta1": lambda ps, lr: torch.optim.Adam(ps, lr=lr, betas=(0.3, 1 - 1e-16)),
+    "adamw": lambda ps, lr: torch.optim.AdamW(ps, lr=lr, betas=(0.9, 1 - 1e-16), weight_decay=0.0),
+    "adamw, decay": lambda ps, lr: torch.optim.AdamW(ps, lr=lr, betas=(0.9, 1 - 1e-16), weight_decay=0.2),
+    "gi-adam, decay": lambda ps, lr: sk.GIAdam(ps, lr, (0.8, 1 - 1e-16), weight_decay=0.2, decoupled=True),
+    "rmsprop": lambda ps, lr: torch.optim.RMSprop(ps, lr=lr, alpha=1.0),
+    "rmsprop, momentum": lambda ps, lr: torch.optim.RMSprop(ps, lr=lr, alpha=1.0, momentum=0.6),
+}
+
+
+def frozen(make: Make, v: Tensor) -> Make:
+    """Freeze the second moment of a real optimizer at v.
+
+    Adam's beta2 is the largest number below 1, so v hardly moves, and its step count is 1e30, so that both bias
+    corrections are 1. RMSprop's alpha is 1.
+    """
+
+    def build(params: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
+        optimizer = make(params, lr)
+        for p in params:
+            if isinstance(optimizer, torch.optim.Adam):
+                optimizer.state[p] = {
+                    "step": torch.tensor(1e30), "exp_avg": torch.zeros_like(p), "exp_avg_sq": v.clone()
+                }  # fmt: skip
+            else:
+                optimizer.state[p] = {
+                    "step": torch.tensor(1.0), "square_avg": v.clone(), "momentum_buffer": torch.zeros_like(p)
+                }  # fmt: skip
+        return optimizer
+
+    return build
+
+
+@pytest.mark.parametrize("name", ADAMS)
+def test_frozen_adaptive_optimizers_contract_below_and_grow_above(name: str) -> None:
+    v = torch.tensor([0.25, 4.0, 9.0], dtype=torch.float64)
+    make = frozen(ADAMS[name], v)
+    A = torch.randn(3, 3, dtype=torch.float64)
+    H = A @ A.t() + 0.3 * torch.eye(3, dtype=torch.float64)
+    x = nn.Parameter(torch.zeros(3, dtype=torch.float64))
+    s = sk.preconditioner(make([x], 1.0)).inv_sqrt()
+    torch.testing.assert_close(s, (v.sqrt() + 1e-8) ** -0.5)
+    top = float(torch.linalg.eigvalsh(s[:, None] * H * s)[-1])
+    lr = critical_lr(make, top)
+    assert growth(make, 0.98 * lr, H, 3000) < 1e-2
+    assert growth(make, 1.02 * lr, H, 3000) > 1e2
+
+
+FIRST: dict[str, Make] = {
+    **{name: make for name, make in SGD.items() if "decay" not in name},
+    "sgd, decay": SGD["decay"],
+    "adam": lambda ps, lr: torch.optim.Adam(ps, lr=lr, betas=(0.9, 0.99)),
+    "gi-adam": lambda ps, lr: sk.GIAdam(ps, lr=lr, betas=(0.7, 0.99)),
+    "adamw, decay": lambda ps, lr: torch.optim.AdamW(ps, lr=lr, weight_decay=0.2),
+    "rmsprop, momentum": lambda ps, lr: torch.optim.RMSprop(ps, lr=lr, momentum=0.9),
+}
+
+
+@pytest.mark.parametrize("name", FIRST)
+def test_the_very_first_step_overshoots_exactly_beyond_its_own_threshold(name: str) -> None:
+    make = FIRST[name]
+    h, x0 = 2.3, 1.7
+    for factor in (0.98, 1.02):
+        x = nn.Parameter(torch.tensor([x0], dtype=torch.float64))
+        x.grad = h * x.detach()
+        lr = 0.01
+        for _ in range(60):  # solve lr * curvature = factor * kappa; P depends on nothing that moves with lr
+            optimizer = make([x], lr)
+            curvature = h * float(sk.preconditioner(optimizer, gradients="next").inv_sqrt() ** 2)
+            lr = factor * sk.stability_threshold(optimizer, first_step=True) / curvature
+        make([x], lr).step()
+        assert (abs(x.item()) > x0) == (factor > 1)
+
+
+def test_thresholds_of_the_table() -> None:
+    p = [nn.Parameter(torch.zeros(1))]
+    table = [
+        (torch.optim.SGD(p, lr=0.3), 2.0, 2.0),
+        (torch.optim.SGD(p, lr=0.3, momentum=0.9), 3.8, 2.0),
+        (torch.optim.SGD(p, lr=0.3, momentum=0.9, dampening=0.9), 38.0, 2.0),
+        (torch.optim.SGD(p, lr=0.3, momentum=0.9, nesterov=True), 3.8 / 2.8, 2 / 1.9),
+        (torch.optim.SGD(p, lr=0.3, weight_decay=0.5), 2.0 - 0.15, 2.0 - 0.15),
+        (torch.optim.Adam(p), 38.0, 20.0),
+        (torch.optim.Adam(p, weight_decay=0.5), 38.0, 20.0),
+        (sk.GIAdam(p), 38.0, 20.0),
+        (torch.optim.AdamW(p, lr=0.3, weight_decay=0.5), 38 - 0.15 * 19, 20 - 0.15 * 10),
+        (torch.optim.RMSprop(p), 2.0, 2.0),
+        (torch.optim.RMSprop(p, momentum=0.9), 3.8, 2.0),
+        (torch.optim.SGD([{"params": p, "momentum": 0.5}], lr=torch.tensor(0.3)), 3.0, 2.0),
+    ]
+    for optimizer, kappa, first in table:
+        assert sk.stability_threshold(optimizer) == pytest.approx(kappa), optimizer
+        assert sk.stability_threshold(optimizer, first_step=True) == pytest.approx(first), optimizer
+
+
+def test_the_smallest_threshold_of_several_groups_counts() -> None:
+    a, b = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([{"params": [a]}, {"params": [b], "weight_decay": 0.5}], lr=0.4, momentum=0.5)
+    assert sk.stability_threshold(optimizer) == pytest.approx(3.0 - 0.2)
+
+
+def test_unknown_optimizers_are_refused_with_the_supported_ones() -> None:
+    p = [nn.Parameter(torch.zeros(1))]
+    for unknown in (torch.optim.NAdam(p), torch.optim.Adagrad(p), torch.optim.LBFGS(p)):
+        with pytest.raises(TypeError, match=f"{type(unknown).__name__}; supported: SGD, Adam, AdamW"):
+            sk.stability_threshold(unknown)
+
+
+def optimizer_of(groups: int = 1) -> torch.optim.Optimizer:
+    return torch.optim.SGD([{"params": [nn.Parameter(torch.zeros(2))]} for _ in range(groups)], lr=123.0)
+
+
+def run(optimizer: torch.optim.Optimizer, schedule: sk.WarmupLR, steps: int) -> list[list[float]]:
+    """The lr that each optimizer step really uses, for each group."""
+    used = []
+    for _ in range(steps):
+        used.append([float(group["lr"]) for group in optimizer.param_groups])
+        optimizer.step()
+        schedule.step()
+    return used
+
+
+@settings(max_examples=40, deadline=None, database=None)
+@given(
+    target=st.floats(1e-6, 100), part=st.floats(0, 1), warmup=st.integers(1, 12), power=st.floats(0.3, 3),
+    extra=st.integers(1, 10), cosine=st.booleans(), end=st.floats(0, 1) | st.none(),
+)  # fmt: skip
+def test_every_step_uses_the_closed_formula(
+    target: float, part: float, warmup: int, power: float, extra: int, cosine: bool, end: float | None
+) -> None:
+    optimizer = optimizer_of()
+    init, total = part * target, warmup + extra
+    schedule = sk.WarmupLR(
+        optimizer, target, warmup, lr_init=init, power=power, decay="cosine" if cosine else "constant",
+        total_steps=total, lr_min=None if end is None else end * target,
+    )  # fmt: skip
+    used = [lr for (lr,) in run(optimizer, schedule, total + 3)]
+    low = target / 10 if end is None else end * target
+    for t, lr in enumerate(used, start=1):
+        if t <= warmup:
+            want = init + (target - init) * (t / warmup) ** power
+        elif cosine:
+            want = low + (target - low) * 0.5 * (1 + math.cos(math.pi * min(1, (t - warmup) / extra)))
+        else:
+            want = target
+        assert lr == pytest.approx(want, rel=1e-9, abs=1e-15)
+        assert lr <= target
+    assert used[warmup - 1] == pytest.approx(target, rel=1e-12)
+    if cosine:
+        assert used[total - 1] == used[-1] == pytest.approx(low, rel=1e-9, abs=1e-15)
+
+
+def test_one_warmup_step_is_no_warmup() -> None:
+    optimizer = optimizer_of()
+    assert run(optimizer, sk.WarmupLR(optimizer, 0.5, 1), 3) == [[0.5]] * 3
+
+
+def test_linear_warmup_from_zero() -> None:
+    optimizer = optimizer_of()
+    used = run(optimizer, sk.WarmupLR(optimizer, 0.8, 4), 6)
+    assert used == [[pytest.approx(x)] for x in (0.2, 0.4, 0.6, 0.8, 0.8, 0.8)]
+
+
+def test_groups_share_a_number_or_have_their_own() -> None:
+    optimizer = optimizer_of(2)
+    assert run(optimizer, sk.WarmupLR(optimizer, 1.0, 2), 3) == [[0.5, 0.5], [1.0, 1.0], [1.0, 1.0]]
+    optimizer = optimizer_of(2)
+    schedule = sk.WarmupLR(
+        optimizer, [1.0, 4.0], 2, lr_init=[0.5, 0.0], decay="cosine", total_steps=4, lr_min=(0.0, 2.0)
+    )
+    want = [[0.75, 2.0], [1.0, 4.0], [0.5, 3.0], [0.0, 2.0]]
+    assert run(optimizer, schedule, 4) == [pytest.approx(row) for row in want]
+
+
+@pytest.mark.parametrize("at", [0, 3, 5, 9, 14])
+@pytest.mark.parametrize("optimizer_first", [False, True])
+def test_a_schedule_resumes_identically_from_its_state(at: int, optimizer_first: bool, tmp_path: Any) -> None:
+    def build() -> tuple[torch.optim.Optimizer, sk.WarmupLR]:
+        optimizer = optimizer_of(2)
+        schedule = sk.WarmupLR(
+            optimizer, [0.3, 0.7], 5, lr_init=0.01, power=1.5, decay="cosine", total_steps=12
+        )
+        return optimizer, schedule
+
+    optimizer, schedule = build()
+    run(optimizer, schedule, at)
+    torch.save([optimizer.state_dict(), schedule.state_dict()], tmp_path / "state.pt")
+    rest = run(optimizer, schedule, 16 - at)
+    first, second = torch.load(tmp_path / "state.pt", weights_only=True)
+    optimizer, schedule = build()
+    restores = [lambda: optimizer.load_state_dict(first), lambda: schedule.load_state_dict(second)]
+    for restore in restores if optimizer_first else reversed(restores):
+        restore()
+    assert run(optimizer, schedule, 16 - at) == rest
+
+
+def test_a_restored_schedule_sets_the_learning_rate_by_itself() -> None:
+    optimizer = optimizer_of()
+    schedule = sk.WarmupLR(optimizer, 1.0, 10)
+    run(optimizer, schedule, 6)
+    fresh = optimizer_of()
+    restored = sk.WarmupLR(fresh, 1.0, 10)
+    restored.load_state_dict(schedule.state_dict())
+    assert fresh.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"] == pytest.approx(0.7)
+    assert restored.get_last_lr() == schedule.get_last_lr()
+
+
+def test_a_tensor_learning_rate_stays_a_tensor() -> None:
+    lr = torch.tensor(9.0, dtype=torch.float64)
+    optimizer = torch.optim.Adam([nn.Parameter(torch.zeros(2))], lr=lr)
+    schedule = sk.WarmupLR(optimizer, 1.0, 4)
+    assert run(optimizer, schedule, 3) == [[0.25], [0.5], [0.75]]
+    assert optimizer.param_groups[0]["lr"] is lr
+    state = schedule.state_dict()
+    optimizer.step()
+    schedule.step()
+    schedule.load_state_dict(state)
+    assert float(lr) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr_target": 0.0}, "lr_target must be finite and positive, got 0.0"),
+        ({"lr_target": float("nan")}, "lr_target must be finite and positive, got nan"),
+        (
+            {"lr_target": [0.1, 0.2, 0.3]},
+            "lr_target must be a number or 2, one for each parameter group, got 3",
+        ),
+        ({"lr_init": -0.1}, "lr_init must be finite and not negative, got -0.1"),
+        ({"lr_init": 2.0}, "lr_init must be at most lr_target = 1.0, got 2.0"),
+        ({"lr_min": 2.0}, "lr_min must be at most lr_target = 1.0, got 2.0"),
+        ({"lr_min": float("inf")}, "lr_min must be finite and not negative, got inf"),
+        ({"warmup_steps": 0}, "warmup_steps must be at least 1 .*, got 0"),
+        ({"power": 0.0}, "power must be positive, got 0.0"),
+        ({"decay": "linear"}, "decay must be 'constant' or 'cosine', got 'linear'"),
+        ({"decay": "cosine"}, "needs total_steps above warmup_steps = 5, got None"),
+        ({"decay": "cosine", "total_steps": 5}, "needs total_steps above warmup_steps = 5, got 5"),
+    ],
+)
+def test_bad_schedules_are_refused_with_their_values(options: dict[str, Any], message: str) -> None:
+    arguments = {"lr_target": 1.0, "warmup_steps": 5, **options}
+    optimizer = optimizer_of(2)
+    with pytest.raises(ValueError, match=message):
+        sk.WarmupLR(optimizer, **arguments)
+    assert optimizer.param_groups[0]["lr"] == 123.0
