@@ -29,7 +29,15 @@ class BuildKernels(build_ext):
         target = Path(self.build_temp) / f"vectors_{level}.o"
         target.parent.mkdir(parents=True, exist_ok=True)
         march = [] if level == "any" else [f"-march=x86-64-{level}", "-mtune=generic"]
-        command = [os.environ.get("CXX", "g++"), *FLAGS, "-fPIC", *march, f"-DLEVEL={level}", "-I", str(ROOT / "csrc")]
+        command = [
+            os.environ.get("CXX", "g++"),
+            *FLAGS,
+            "-fPIC",
+            *march,
+            f"-DLEVEL={level}",
+            "-I",
+            str(ROOT / "csrc"),
+        ]
         subprocess.run([*command, "-c", str(SOURCE), "-o", str(target)], check=True)
         return str(target)
 

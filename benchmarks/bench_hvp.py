@@ -1,8 +1,9 @@
 """What a Hessian-vector product costs, in gradients of the same loss: ``python benchmarks/bench_hvp.py``.
 
-Contenders run interleaved: torch's forward + backward (the unit), sharpkern's primal sweeps, its product with one vector
-and with four, and double backward with the graph kept (attention on the math path, which alone has second derivatives).
-The floor is the product's matrix products and convolutions alone. Every timed product is checked against double backward first.
+Contenders run interleaved: torch's forward + backward (the unit), sharpkern's primal sweeps, its product with one
+vector and with four, and double backward with the graph kept (attention on the math path, which alone has second
+derivatives). The floor is the product's matrix products and convolutions alone. Every timed product is checked against
+double backward first.
 """
 
 from __future__ import annotations
@@ -82,7 +83,11 @@ def main() -> None:
         cells = " | ".join(f"{row['ratios'][c]['minima']:>9.2f} {row['ratios'][c]['median']:>10.2f}" for c in columns)
         print(f"| {name:<9} | {row['parameters']:>10,} | {row['gradient_ms']:>11.2f} | {cells} |", flush=True)
     if options.json:
-        machine = {"torch": torch.__version__, "threads": options.threads, "cpu": platform.processor() or platform.machine()}
+        machine = {
+            "torch": torch.__version__,
+            "threads": options.threads,
+            "cpu": platform.processor() or platform.machine(),
+        }
         options.json.write_text(json.dumps({"machine": machine, "results": results}, indent=1))
 
 

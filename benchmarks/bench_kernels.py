@@ -19,7 +19,9 @@ from sharpkern.kernels import reference
 SIZES = [(1, 1_200_000), (4, 1_200_000), (1, 20_000_000)]
 
 
-def _cases(V: Tensor, W: Tensor, d: Tensor) -> dict[str, tuple[Callable[..., object], tuple[object, ...], int, Callable[[], object]]]:
+def _cases(
+    V: Tensor, W: Tensor, d: Tensor
+) -> dict[str, tuple[Callable[..., object], tuple[object, ...], int, Callable[[], object]]]:
     """Name -> (kernel, arguments, numbers moved, the same in plain torch)."""
     k, n = V.shape
     C = torch.randn(k, k, dtype=torch.float64)

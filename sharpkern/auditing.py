@@ -101,7 +101,11 @@ def audit(
         rounding = 0.2 if low else 1e3 * torch.finfo(H.dtype).eps
         checks = [
             Check("symmetry, u'Hv - v'Hu", abs(float(u @ Hv - v @ Hu)) / scale, rounding),
-            Check("linearity, H(2u - 3v)", float((H @ (2 * u - 3 * v) - 2 * Hu + 3 * Hv).norm()) / scale, rounding),
+            Check(
+                "linearity, H(2u - 3v)",
+                float((H @ (2 * u - 3 * v) - 2 * Hu + 3 * Hv).norm()) / scale,
+                rounding,
+            ),
             Check("repeatability, Hv twice", float((H @ v - Hv).norm()) / scale, rounding),
         ]
         checks += _against_float64(H, model, loss_fn, batch, seed, v, Hv, 0.2 if low else 1e4 * rounding)

@@ -2,7 +2,8 @@
 
 The gradient's graph is kept, so a product is one more backward pass and sees the primal's dropout masks. Of torch's
 ways to a second derivative this is the one whose only silent error is known (weight_norm, refused here):
-``jvp(jacrev)``, ``grad(jvp)`` and ``linearize`` are silently wrong for layer norm or in-place ops (docs/correctness.md).
+``jvp(jacrev)``, ``grad(jvp)`` and ``linearize`` are silently wrong for layer norm or in-place ops
+(docs/correctness.md).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .flat import Layout, flatten
-from .rop import LossModule, UnsupportedOpError
+from .rop import UnsupportedOpError
 from .rop.export import tensors_of
 
 _WRONG = {"_weight_norm", "_weight_norm_interface"}
@@ -61,7 +62,11 @@ class AutogradProgram:
         for p in tensors:
             p.requires_grad_(True)
         try:
-            with torch.enable_grad(), _kept_buffers(module, keep=not update_buffers), sdpa_kernel(SDPBackend.MATH):
+            with (
+                torch.enable_grad(),
+                _kept_buffers(module, keep=not update_buffers),
+                sdpa_kernel(SDPBackend.MATH),
+            ):
                 loss: Tensor = module(self.batch)[0]
                 parts = torch.autograd.grad(loss, tensors, create_graph=True, allow_unused=True)
         finally:
@@ -114,7 +119,7 @@ class AutogradProgram:
 
         primals = {name: p.detach() for name, p in zip(self.names, self.layout.tensors, strict=True)}
         tangents = {name: t.to(primals[name].dtype) for name, t in zip(self.names, v, strict=True)}
-        values, pull = vjp(outputs, primals)
+        values, pull = vjp(outputs, primals)  # type: ignore[misc]
         along = jvp(outputs, (primals,), (tangents,))[1]
         with torch.enable_grad():
             points = [z.detach().requires_grad_() for z in values]

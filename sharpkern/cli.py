@@ -88,8 +88,13 @@ def _parse(command: str, description: str, arguments: list[str]) -> tuple[TrainC
             raise ValueError("--resume takes the run's own configuration: give no other option with it.")
         base = dataclasses.replace(from_toml((folder / "config.toml").read_text(), str(folder)), out=folder)
     config: Any = tyro.cli(
-        Annotated[TrainConfig, tyro.conf.FlagConversionOff], prog=f"sharpkern {command}", description=description, args=rest, default=base
+        Annotated[TrainConfig, tyro.conf.FlagConversionOff],
+        prog=f"sharpkern {command}",
+        description=description,
+        args=rest,
+        default=base,
     )
+    config.validate()
     return config, folder
 
 
@@ -160,7 +165,9 @@ def _report(config: TrainConfig) -> None:
     (config.out / "summary.txt").write_text("\n".join(lines) + "\n")
     model = config.model.kind.upper()
     batch = "full batch" if config.batch_size is None else f"batch {config.batch_size}"
-    title = f"{model}, {config.data.name}, {config.optimizer.name}, {batch}, warmup {config.optimizer.warmup_steps} steps"
+    title = (
+        f"{model}, {config.data.name}, {config.optimizer.name}, {batch}, warmup {config.optimizer.warmup_steps} steps"
+    )
     finite = [row for row in rows if row.get("loss") is not None]
     plot_run(finite, config.optimizer, catapults_of(finite), config.out / "sharpness.png", title)
     print("\n".join(lines))

@@ -108,9 +108,7 @@ def lanczos(
     generator = generator or torch.Generator().manual_seed(0)
     start = _start(op, k, v0, generator)
     if len(start) > min(max_matvecs, op.n):
-        raise ValueError(
-            f"v0 must have at most max_matvecs = {max_matvecs} and n = {op.n} rows, got {len(start)}."
-        )
+        raise ValueError(f"v0 must have at most max_matvecs = {max_matvecs} and n = {op.n} rows, got {len(start)}.")
     basis = _Basis(op, min(max(limit, len(start) + 1), op.n), generator)
     basis.extend(basis.orthonormal(start))
     while True:

@@ -26,7 +26,9 @@ class NonFiniteLossError(RuntimeError):
     def __init__(self, loss: float, step: int | None = None) -> None:
         self.loss, self.step = loss, step
         where = "" if step is None else f" at step {step}"
-        super().__init__(f"the loss is {loss}{where}: the learning rate may be too high, or the batch holds bad values.")
+        super().__init__(
+            f"the loss is {loss}{where}: the learning rate may be too high, or the batch holds bad values."
+        )
 
 
 class Operator(Protocol):
@@ -152,7 +154,8 @@ class _Curvature(_Operator):
             ValueError: the batch is empty or on another device.
             NonFiniteLossError: the loss is NaN or infinite.
         """
-        self.batch = batch = self.batch if batch is None else batch
+        self.batch: Any = self.batch if batch is None else batch
+        batch = self.batch
         leaves, spec = pytree.tree_flatten(batch)
         self._inputs = [x for x in leaves if isinstance(x, Tensor)]
         _check_batch(self._inputs, self.device)

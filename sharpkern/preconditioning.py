@@ -109,9 +109,7 @@ def preconditioner(
     """
     _check_supported(optimizer)
     if isinstance(gradients, str) and gradients != "next":
-        raise ValueError(
-            f"gradients must be None, 'next' or a mapping from parameter to gradient, got {gradients!r}."
-        )
+        raise ValueError(f"gradients must be None, 'next' or a mapping from parameter to gradient, got {gradients!r}.")
     params = [p for group in optimizer.param_groups for p in group["params"]]
     result: dict[Tensor, Tensor] = {}
     for group in optimizer.param_groups:
@@ -164,9 +162,7 @@ def _relative_lr(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> flo
     if lr == first:
         return 1.0
     if first == 0:
-        raise RuntimeError(
-            f"the first group's lr is 0 and another's is {lr}: P is relative to the first group's lr."
-        )
+        raise RuntimeError(f"the first group's lr is 0 and another's is {lr}: P is relative to the first group's lr.")
     return lr / first
 
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from .eigen import EigenResult, lanczos
+from .measure import gradients_of
 from .operators import HessianOperator, NonFiniteLossError, Operator, PreconditionedOperator
 from .preconditioning import is_adaptive, preconditioner
-from .measure import gradients_of
 from .warmup import stability_threshold
 
 # The first solve starts from a random vector, where a loose tolerance can stop on the second eigenvector and the warm
@@ -144,9 +144,7 @@ class SharpnessTracker:
     def _solve(self, name: str, operator: Operator) -> EigenResult:
         start = self._vectors.get(name)
         tol = self.tol if start is not None else self.tol * _FIRST_TOL
-        result = lanczos(
-            operator, tol=tol, v0=start, max_matvecs=self.max_matvecs, generator=self._generator
-        )
+        result = lanczos(operator, tol=tol, v0=start, max_matvecs=self.max_matvecs, generator=self._generator)
         self._vectors[name] = result.eigenvectors
         self._last[name] = float(result.eigenvalues[0])
         self._last[f"{name}_error"] = float(result.residual_norms[0])

@@ -139,9 +139,7 @@ class WarmupLR(LRScheduler):
         groups = len(optimizer.param_groups)
         self.lr_target = _per_group("lr_target", lr_target, groups)
         self.lr_init = _per_group("lr_init", lr_init, groups)
-        self.lr_min = (
-            [lr / 10 for lr in self.lr_target] if lr_min is None else _per_group("lr_min", lr_min, groups)
-        )
+        self.lr_min = [lr / 10 for lr in self.lr_target] if lr_min is None else _per_group("lr_min", lr_min, groups)
         for target, start, end in zip(self.lr_target, self.lr_init, self.lr_min, strict=True):
             if start > target:
                 raise ValueError(f"lr_init must be at most lr_target = {target}, got {start}.")
@@ -190,9 +188,7 @@ def _per_group(name: str, value: float | Sequence[float], groups: int) -> list[f
     """Spread a number over the groups, and check."""
     values = [float(v) for v in value] if isinstance(value, Sequence) else [float(value)] * groups
     if len(values) != groups:
-        raise ValueError(
-            f"{name} must be a number or {groups}, one for each parameter group, got {len(values)}."
-        )
+        raise ValueError(f"{name} must be a number or {groups}, one for each parameter group, got {len(values)}.")
     least = 0.0 if name != "lr_target" else math.nextafter(0.0, 1.0)
     if not all(least <= v < math.inf for v in values):
         kind = "positive" if name == "lr_target" else "not negative"

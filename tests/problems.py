@@ -1,4 +1,4 @@
-"""Small models with their losses and batches, and the truths that tests compare with: double backward, dense matrices."""
+"""Small models with losses and batches, and the truths that tests compare with: double backward, dense matrices."""
 
 from __future__ import annotations
 

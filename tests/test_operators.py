@@ -8,7 +8,17 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from problems import PROBLEMS, Problem, cast, dense_hessian, double, hessian_times, loss_and_gradient, mlp, operator
+from problems import (
+    PROBLEMS,
+    Problem,
+    cast,
+    dense_hessian,
+    double,
+    hessian_times,
+    loss_and_gradient,
+    mlp,
+    operator,
+)
 from problems import relative as error
 from torch import nn
 

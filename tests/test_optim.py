@@ -152,9 +152,7 @@ def test_a_state_dict_resumes_identically(at: int, tmp_path: Any) -> None:
 def test_groups_have_their_own_rates_and_parameters_may_arrive_late() -> None:
     params = parameters()
     start = [p.detach().numpy().copy() for p in params]
-    optimizer = sk.GIAdam(
-        [{"params": params[:1], "lr": 0.01}, {"params": params[1:], "betas": (0.5, 0.7)}], lr=0.1
-    )
+    optimizer = sk.GIAdam([{"params": params[:1], "lr": 0.01}, {"params": params[1:], "betas": (0.5, 0.7)}], lr=0.1)
     steps = [draw(params) for _ in range(4)]
     for t, gradients in enumerate(steps):
         set_gradients(params, gradients)
@@ -181,9 +179,7 @@ def test_a_closure_is_called_once_and_its_loss_returned() -> None:
         return loss
 
     optimizer = sk.GIAdam(params, lr=0.1)
-    assert optimizer.step(closure).item() == pytest.approx(
-        sum((q.detach() ** 2).sum().item() for q in others)
-    )
+    assert optimizer.step(closure).item() == pytest.approx(sum((q.detach() ** 2).sum().item() for q in others))
     assert calls == 1
     other = sk.GIAdam(others, lr=0.1)
     set_gradients(others, [2 * q.detach() for q in others])

@@ -106,9 +106,7 @@ def test_adamw_steps_by_decay_and_the_first_moment_over_p() -> None:
 @pytest.mark.parametrize("weight_decay", [0.0, 0.3])
 def test_rmsprop_really_steps_by_the_gradient_over_p(centered: bool, weight_decay: float) -> None:
     params = parameters()
-    optimizer = torch.optim.RMSprop(
-        params, lr=0.03, alpha=0.8, eps=1e-3, centered=centered, weight_decay=weight_decay
-    )
+    optimizer = torch.optim.RMSprop(params, lr=0.03, alpha=0.8, eps=1e-3, centered=centered, weight_decay=weight_decay)
     for _ in range(4):
         draw_gradients(params)
         promised = sk.preconditioner(optimizer, gradients="next").diagonal()

@@ -80,14 +80,22 @@ def test_construct_is_differentiated_as_autograd_does_twice(middle) -> None:
     agrees(problem_of(middle))
 
 
-@pytest.mark.parametrize("middle", [nn.LayerNorm(6), nn.GroupNorm(2, 6), nn.BatchNorm1d(6)], ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize(
+    "middle", [nn.LayerNorm(6), nn.GroupNorm(2, 6), nn.BatchNorm1d(6)], ids=lambda m: type(m).__name__
+)
 def test_norm_is_differentiated_as_autograd_does_twice(middle) -> None:
     agrees(problem_of(randomise(middle)))
 
 
 @pytest.mark.parametrize(
     "loss_fn",
-    [nn.MSELoss(), nn.HuberLoss(delta=0.3), nn.SmoothL1Loss(), nn.SoftMarginLoss(), nn.KLDivLoss(reduction="sum")],
+    [
+        nn.MSELoss(),
+        nn.HuberLoss(delta=0.3),
+        nn.SmoothL1Loss(),
+        nn.SoftMarginLoss(),
+        nn.KLDivLoss(reduction="sum"),
+    ],
     ids=lambda f: type(f).__name__,
 )
 def test_loss_is_differentiated_as_autograd_does_twice(loss_fn: nn.Module) -> None:
@@ -258,7 +266,10 @@ def test_autograd_engine_keeps_the_dropout_mask() -> None:
 def test_autograd_engine_refuses_weight_norm() -> None:
     model = nn.utils.parametrizations.weight_norm(nn.Linear(4, 3))
     wrapped = Branching(model)
-    with pytest.warns(UserWarning, match="does not export"), pytest.raises(sk.UnsupportedOpError, match="weight_norm"):
+    with (
+        pytest.warns(UserWarning, match="does not export"),
+        pytest.raises(sk.UnsupportedOpError, match="weight_norm"),
+    ):
         sk.HessianOperator(wrapped, F.cross_entropy, (torch.randn(5, 4), torch.randint(0, 3, (5,))))
 
 

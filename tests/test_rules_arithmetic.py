@@ -41,14 +41,17 @@ BINARY = {
 }
 
 
-@pytest.mark.parametrize("shapes", SHAPES, ids=str)
-@pytest.mark.parametrize("name", BINARY)
+FEW = [((3, 5), (5,)), ((4, 1), (1, 3)), ((), (3, 2))]
+CASES = [(name, shapes) for name in BINARY for shapes in (SHAPES if name in ("add", "mul", "div") else FEW)]
+
+
+@pytest.mark.parametrize(("name", "shapes"), CASES, ids=str)
 def test_products_with_both_arguments_active(name: str, shapes: tuple[Any, Any]) -> None:
     f, op, inner = BINARY[name]
     check_op(f, *shapes, op=op, inner=inner)
 
 
-@pytest.mark.parametrize("shapes", [((3, 5), (5,)), ((4, 1), (1, 3)), ((), (3, 2)), ((3, 2), ())], ids=str)
+@pytest.mark.parametrize("shapes", [((3, 5), (5,)), ((), (3, 2))], ids=str)
 @pytest.mark.parametrize("active", [0, 1])
 @pytest.mark.parametrize("name", [n for n in BINARY if n != "subtract_detached"])
 def test_products_with_one_argument_active(name: str, active: int, shapes: tuple[Any, Any]) -> None:
@@ -114,7 +117,7 @@ def at(point: dict[str, Tensor], f: Any) -> None:
         y = f(**{name: p[name] for name in point})
         return (w * y).sum() + (w * y * y).sum()
 
-    check(point, loss, truth=double_backward)
+    check(point, loss, truth=double_backward, values=1)
 
 
 @pytest.mark.parametrize("f", [torch.maximum, torch.minimum, lambda a, b: torch.clamp(a, min=b)])
@@ -152,7 +155,6 @@ def test_masked_fill() -> None:
 
 
 def test_infinite_branch_that_is_not_taken_leaves_products_finite() -> None:
-    """``where(x > 0, sqrt(x), ...)`` with the root of a detached zero: its tangent is infinite and must be dropped."""
     x = torch.tensor([0.0, 2.0, 3.0], dtype=torch.float64)
 
     def loss(p: Any, _: Any) -> Tensor:
@@ -186,7 +188,7 @@ def test_assignments_in_place() -> None:
 
 
 def test_detached_and_copied_tensors() -> None:
-    check_op(lambda a: torch.tensor([1.0, 2.0], dtype=torch.float64) * a.clone().alias() * a.detach(), (3, 2))
+    check_op(lambda a: torch.tensor([1.0, 2.0], dtype=torch.float64) * aten.alias(a.clone()) * a.detach(), (3, 2))
 
 
 @pytest.mark.parametrize("low", [torch.float32, torch.bfloat16], ids=str)

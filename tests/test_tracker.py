@@ -157,7 +157,11 @@ def test_optimizer_without_a_known_threshold_is_tracked_without_one() -> None:
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"tol": 0.0}, "tol must lie between 0 and 1, got 0.0"), ({"every": 0}, "got 0 and 80"), ({"max_matvecs": 0}, "got 1 and 0")],
+    [
+        ({"tol": 0.0}, "tol must lie between 0 and 1, got 0.0"),
+        ({"every": 0}, "got 0 and 80"),
+        ({"max_matvecs": 0}, "got 1 and 0"),
+    ],
 )
 def test_bad_options_are_refused(options: dict, message: str) -> None:
     model, loss_fn, _ = mlp()

@@ -37,7 +37,7 @@ def gram(V: Tensor, W: Tensor) -> Tensor:
     11.0
     """
     _check_blocks("W", W, V)
-    return _choose("gram", V).gram(V, W)  # type: ignore[no-any-return]
+    return _choose("gram", V).gram(V, W)
 
 
 def power_step(V: Tensor, HV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -66,7 +66,7 @@ def power_step(V: Tensor, HV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     _check_blocks("HV", HV, V)
     if V.shape != HV.shape:
         raise ValueError(f"HV must match V ({list(V.shape)}), got {list(HV.shape)}.")
-    return _choose("power_step", V).power_step(V, HV)  # type: ignore[no-any-return]
+    return _choose("power_step", V).power_step(V, HV)
 
 
 def combine(C: Tensor, V: Tensor, out: Tensor | None = None) -> Tensor:
@@ -95,7 +95,7 @@ def combine(C: Tensor, V: Tensor, out: Tensor | None = None) -> Tensor:
         )
     if out is not None:
         _check_out(out, (C.shape[0], V.shape[1]), V)
-    return _choose("combine", V).combine(C.contiguous(), V, out)  # type: ignore[no-any-return]
+    return _choose("combine", V).combine(C.contiguous(), V, out)
 
 
 def scale(V: Tensor, d: Tensor, out: Tensor | None = None) -> Tensor:
@@ -121,7 +121,7 @@ def scale(V: Tensor, d: Tensor, out: Tensor | None = None) -> Tensor:
     _check_vector("d", d, V.shape[1], V)
     if out is not None:
         _check_out(out, tuple(V.shape), V)
-    return _choose("scale", V).scale(V, d, out)  # type: ignore[no-any-return]
+    return _choose("scale", V).scale(V, d, out)
 
 
 def inv_sqrt_adam(

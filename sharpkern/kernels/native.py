@@ -24,7 +24,13 @@ def gram(V: Tensor, W: Tensor) -> Tensor:
     """See ``kernels.gram``."""
     out = torch.empty(V.shape[0], W.shape[0], dtype=torch.float64)
     _function("gram", V)(
-        V.data_ptr(), V.shape[0], W.data_ptr(), W.shape[0], V.shape[1], out.data_ptr(), torch.get_num_threads()
+        V.data_ptr(),
+        V.shape[0],
+        W.data_ptr(),
+        W.shape[0],
+        V.shape[1],
+        out.data_ptr(),
+        torch.get_num_threads(),
     )
     return out
 
@@ -45,7 +51,13 @@ def combine(C: Tensor, V: Tensor, out: Tensor | None = None) -> Tensor:
     """See ``kernels.combine``."""
     out = V.new_empty(C.shape[0], V.shape[1]) if out is None else out
     _function("combine", V)(
-        C.data_ptr(), C.shape[0], C.shape[1], V.data_ptr(), V.shape[1], out.data_ptr(), torch.get_num_threads()
+        C.data_ptr(),
+        C.shape[0],
+        C.shape[1],
+        V.data_ptr(),
+        V.shape[1],
+        out.data_ptr(),
+        torch.get_num_threads(),
     )
     return out
 
@@ -53,9 +65,7 @@ def combine(C: Tensor, V: Tensor, out: Tensor | None = None) -> Tensor:
 def scale(V: Tensor, d: Tensor, out: Tensor | None = None) -> Tensor:
     """See ``kernels.scale``."""
     out = torch.empty_like(V) if out is None else out
-    _function("scale", V)(
-        V.data_ptr(), V.shape[0], V.shape[1], d.data_ptr(), out.data_ptr(), torch.get_num_threads()
-    )
+    _function("scale", V)(V.data_ptr(), V.shape[0], V.shape[1], d.data_ptr(), out.data_ptr(), torch.get_num_threads())
     return out
 
 

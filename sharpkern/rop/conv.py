@@ -56,9 +56,7 @@ class Convolution(Rule):
         self.y_shape = y.shape
         return y
 
-    def _named_padding(
-        self, padding: str, x: Tensor, w: Tensor, dilation: list[int]
-    ) -> tuple[list[int], Tensor]:
+    def _named_padding(self, padding: str, x: Tensor, w: Tensor, dilation: list[int]) -> tuple[list[int], Tensor]:
         """'valid' is none; an odd total of 'same' is padded by hand, one more at the end."""
         totals = [d * (s - 1) for d, s in zip(dilation, w.shape[2:], strict=True)]
         if padding == "valid":

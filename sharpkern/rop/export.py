@@ -178,9 +178,7 @@ def _detach_no_grad_regions(graph_module: fx.GraphModule) -> None:
 
 def _decompositions() -> dict[Any, Callable[..., Any]]:
     """Torch's decompositions for the ops that have neither a rule nor a reason to stay whole."""
-    table = {
-        op: fn for op, fn in torch.export.default_decompositions().items() if op not in RULES and op not in _KEEP
-    }
+    table = {op: fn for op, fn in torch.export.default_decompositions().items() if op not in RULES and op not in _KEEP}
     table[aten._weight_norm.default] = _weight_norm
     table[aten._weight_norm_interface.default] = _weight_norm_interface
     return table

@@ -68,7 +68,7 @@ class Fallback(Rule):
         return tuple(t for t in parts if isinstance(t, Tensor) and t.dtype.is_floating_point)
 
     def tangent(self, *dargs: Any) -> Any:
-        """jvp of the op, for each of the k tangents."""
+        """Take the jvp of the op, for each of the k tangents."""
         chosen = [dargs[self.tensor_args.index(i)] for i, _ in self.places]
         self.dprimals = [d if j is None else d[j] for d, (_, j) in zip(chosen, self.places, strict=True)]
         primals = tuple(self._primals())

@@ -17,7 +17,9 @@ aten = torch.ops.aten
 class Embedding(LinearInArgs):
     """Rows of a table; the row of ``padding_idx`` gets no gradient, as in torch."""
 
-    def forward(self, table: Tensor, index: Tensor, padding: int = -1, by_count: bool = False, sparse: bool = False) -> Tensor:
+    def forward(
+        self, table: Tensor, index: Tensor, padding: int = -1, by_count: bool = False, sparse: bool = False
+    ) -> Tensor:
         """Save the indices."""
         if by_count or sparse:
             raise UnsupportedOpError("embedding with scale_grad_by_freq or sparse=True is not supported: turn it off.")

@@ -60,7 +60,9 @@ class CrossEntropy(_Reduced):
     ) -> Tensor:
         """Save the probabilities and the (soft) targets, classes last."""
         if any(self.needs[1:]):
-            raise UnsupportedOpError("cross_entropy_loss whose target or weight depends on the parameters: write it out.")
+            raise UnsupportedOpError(
+                "cross_entropy_loss whose target or weight depends on the parameters: write it out."
+            )
         self.reduction = reduction
         self.class_dim = 0 if z.ndim == 1 else 1
         self.lead = z.shape[: self.class_dim] + z.shape[self.class_dim + 1 :]
@@ -168,17 +170,24 @@ class MSE(_Reduced):
 
 @rule(aten.binary_cross_entropy_with_logits.default)
 class BinaryCrossEntropy(_Reduced):
-    """``w [(1 - t) z + (1 + (q - 1) t) softplus(-z)]``, q the weight of positives: slope ``w [(1 - t) s - q t (1 - s)]``.
+    """``w [(1 - t) z + (1 + (q - 1) t) softplus(-z)]``, q the weight of positives.
 
-    With s = sigmoid(z) the second derivative is ``w (1 + (q - 1) t) s (1 - s)``.
+    With s = sigmoid(z): slope ``w [(1 - t) s - q t (1 - s)]``, second derivative ``w (1 + (q - 1) t) s (1 - s)``.
     """
 
     def forward(
-        self, z: Tensor, t: Tensor, weight: Tensor | None = None, q: Tensor | None = None, reduction: int = MEAN
+        self,
+        z: Tensor,
+        t: Tensor,
+        weight: Tensor | None = None,
+        q: Tensor | None = None,
+        reduction: int = MEAN,
     ) -> Tensor:
         """Save first and second derivative."""
         if any(self.needs[1:]):
-            raise UnsupportedOpError("binary_cross_entropy_with_logits whose target or weights depend on the parameters.")
+            raise UnsupportedOpError(
+                "binary_cross_entropy_with_logits whose target or weights depend on the parameters."
+            )
         self.reduction = reduction
         s = torch.sigmoid(z)
         positive = t if q is None else q * t
@@ -200,4 +209,9 @@ class BinaryCrossEntropy(_Reduced):
 
     def backward_tangent(self, dg: Tensor, g: Tensor) -> tuple[Tensor | None, ...]:
         """Return ``dg slope + g curve dz``."""
-        return (self._spread(g) * self.curve * self.dz).addcmul(self._spread(dg), self.slope), None, None, None
+        return (
+            (self._spread(g) * self.curve * self.dz).addcmul(self._spread(dg), self.slope),
+            None,
+            None,
+            None,
+        )

@@ -23,7 +23,7 @@ aten = torch.ops.aten
 
 
 class Standardise:
-    """``xhat`` and its derivatives; the statistics run over ``dims`` (negative, so that a leading k does not matter)."""
+    """``xhat`` and its derivatives; statistics run over ``dims``, counted from the end: a leading k is no matter."""
 
     def __init__(self, x: Tensor, dims: tuple[int, ...], eps: float, *, centre: bool) -> None:
         self.dims, self.centre, self.fixed = dims, centre, False
@@ -209,7 +209,13 @@ class GroupNorm(_Norm):
     """Standardise over each group of channels and all pixels."""
 
     def forward(
-        self, x: Tensor, groups: int, w: Tensor | None = None, b: Tensor | None = None, eps: float = 1e-5, *_: Any
+        self,
+        x: Tensor,
+        groups: int,
+        w: Tensor | None = None,
+        b: Tensor | None = None,
+        eps: float = 1e-5,
+        *_: Any,
     ) -> Tensor:
         """Save xhat and 1 / sigma, from torch's own kernel."""
         n, c = x.shape[:2]
@@ -241,6 +247,7 @@ class BatchNorm(_Norm):
         self._setup(x, w, b, view, (c, 1))
         wide = self._wide(x.reshape(view))
         name = self.op._schema.name
+        dims: tuple[int, ...]
         if name == "aten::instance_norm":
             mean, var, use_input, _, eps, _ = rest
             trained, dims = use_input, (-1,)
@@ -274,7 +281,8 @@ class BatchNorm(_Norm):
 
     def tangent(self, *dargs: Tensor | None) -> Any:
         """Only the first output moves."""
-        y = super().tangent(*dargs)
+        dx, dw, db = dargs[:3]
+        y = super().tangent(dx, dw, db)
         outputs = len(self.op._schema.returns)
         return y if outputs == 1 else (y, *[None] * (outputs - 1))
 

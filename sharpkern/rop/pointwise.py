@@ -169,9 +169,7 @@ def _strictly_within(x: Tensor, low: float, high: float, value: float = 1) -> Te
 
 FUNCTIONS: dict[Any, Function] = {
     aten.relu.default: Function(lambda x, y: (y > 0).to(x.dtype), None),
-    aten.leaky_relu.default: Function(
-        lambda x, y, slope=0.01: torch.full_like(x, slope).masked_fill_(x > 0, 1), None
-    ),
+    aten.leaky_relu.default: Function(lambda x, y, slope=0.01: torch.full_like(x, slope).masked_fill_(x > 0, 1), None),
     aten.hardtanh.default: Function(lambda x, y, low=-1, high=1: _strictly_within(x, low, high), None),
     aten.hardsigmoid.default: Function(lambda x, y: _strictly_within(x, -3, 3, 1 / 6), None),
     aten.hardswish.default: Function(
@@ -220,11 +218,7 @@ FUNCTIONS: dict[Any, Function] = {
     aten.cosh.default: Function(lambda x, y: torch.sinh(x), lambda x, y: y),
     aten.asinh.default: Function(lambda x, y: torch.rsqrt(1 + x * x), lambda x, y: -x * (1 + x * x) ** -1.5),
     aten.atanh.default: Function(lambda x, y: 1 / (1 - x * x), lambda x, y: 2 * x / (1 - x * x) ** 2),
-    aten.erf.default: Function(
-        lambda x, y: _ERF * torch.exp(-x * x), lambda x, y: -2 * _ERF * x * torch.exp(-x * x)
-    ),
-    aten.erfc.default: Function(
-        lambda x, y: -_ERF * torch.exp(-x * x), lambda x, y: 2 * _ERF * x * torch.exp(-x * x)
-    ),
+    aten.erf.default: Function(lambda x, y: _ERF * torch.exp(-x * x), lambda x, y: -2 * _ERF * x * torch.exp(-x * x)),
+    aten.erfc.default: Function(lambda x, y: -_ERF * torch.exp(-x * x), lambda x, y: 2 * _ERF * x * torch.exp(-x * x)),
 }
 RULES.update(dict.fromkeys(FUNCTIONS, Unary))

@@ -19,8 +19,17 @@ from .export import Graph
 from .fallback import Fallback
 from .rule import RULES, Rule
 
-# Ops that no derivative passes, although they give floating tensors.
-_STOPS = {torch.ops.aten.detach.default, torch.ops.aten.sign.default}
+aten = torch.ops.aten
+
+# Ops that no derivative passes, although they give floating tensors: constants, random numbers, steps.
+_STOPS = {
+    op.default
+    for op in (
+        aten.detach, aten.zeros_like, aten.ones_like, aten.full_like, aten.empty_like, aten.rand_like,
+        aten.randn_like, aten.new_zeros, aten.new_ones, aten.new_full, aten.new_empty, aten.bernoulli, aten.sign,
+        aten.floor, aten.ceil, aten.round, aten.trunc,
+    )
+} | {aten.bernoulli.p, aten.round.decimals}  # fmt: skip
 _TENSOR_TYPES = {"Tensor", "Optional[Tensor]", "List[Tensor]", "List[Optional[Tensor]]"}
 NOTHING = -1  # the slot that always holds None
 
@@ -73,7 +82,8 @@ class Program:
                 if tensor is not None:
                     by_tensor[id(tensor)] = slot_of[node.name]
             elif node.op == "call_function" and node.target is operator.getitem:
-                slot_of[node.name] = slot_of[node.args[0].name][node.args[1]]
+                source: Any = node.args[0]
+                slot_of[node.name] = slot_of[source.name][node.args[1]]
             elif node.op == "call_function":
                 value = node.meta["val"]
                 many = isinstance(value, tuple | list)
@@ -261,8 +271,8 @@ class Program:
         for index, rule, position in self._direct:
             rule.destination[position] = parts[index]
         for step in reversed(self.live):
+            assert step.rule is not None
             rule = step.rule
-            assert rule is not None
             outs = step.outputs
             g = cotangents[outs[0]] if len(outs) == 1 else tuple(cotangents[s] for s in outs)
             for slot in outs:
@@ -379,7 +389,11 @@ def _floating_slots(nodes: list[fx.Node], slot_of: Mapping[str, Any]) -> set[int
     floating = set()
     for node in nodes:
         value = node.meta.get("val")
-        entries = zip(slot_of[node.name], value, strict=True) if isinstance(value, tuple | list) and node.op == "call_function" else None
+        entries = (
+            zip(slot_of[node.name], value, strict=True)
+            if isinstance(value, tuple | list) and node.op == "call_function"
+            else None
+        )
         for slot, val in entries or [(slot_of.get(node.name), value)]:
             if isinstance(val, Tensor) and val.dtype.is_floating_point and isinstance(slot, int):
                 floating.add(slot)

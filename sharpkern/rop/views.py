@@ -209,7 +209,8 @@ class Stack(LinearInArgs):
 
 
 @rule(
-    aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int, aten.chunk.default, aten.split_with_sizes_copy.default,
+    aten.split.Tensor, aten.split_with_sizes.default, aten.split_with_sizes_copy.default, aten.unbind.int,
+    aten.chunk.default,
 )  # fmt: skip
 class Split(LinearInArgs):
     """Several parts along a dimension."""

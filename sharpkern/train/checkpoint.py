@@ -30,7 +30,7 @@ def load(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{path}: no checkpoint to resume from.")
     try:
         state: dict[str, Any] = torch.load(path, weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
         raise ValueError(f"{path}: damaged checkpoint ({str(error).splitlines()[0]}).") from error
     torch.set_rng_state(state.pop("rng"))
     return state

@@ -112,8 +112,12 @@ class TrainConfig:
     out: Path = Path("runs/run")
     """run folder"""
 
-    def __post_init__(self) -> None:
-        """Refuse values that no run can have."""
+    def validate(self) -> None:
+        """Refuse values that no run can have.
+
+        Raises:
+            ValueError: which option, its value, and what is needed.
+        """
         for name in ("steps", "eval_every", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
@@ -136,11 +140,13 @@ PRESETS = {"demo": DEMO}
 
 def to_toml(config: TrainConfig) -> str:
     """Write a configuration; options that are None are left out."""
-    tables = [("", config)] + [(f.name, v) for f in dataclasses.fields(config) if _is_table(v := getattr(config, f.name))]
+    tables = [("", config)] + [
+        (f.name, v) for f in dataclasses.fields(config) if _is_table(v := getattr(config, f.name))
+    ]
     lines: list[str] = []
     for name, table in tables:
         lines += [f"\n[{name}]"] if name else []
-        for f in dataclasses.fields(table):  # type: ignore[arg-type]
+        for f in dataclasses.fields(table):
             value = getattr(table, f.name)
             if value is not None and not _is_table(value):
                 lines.append(f"{f.name} = {_toml(value)}")
@@ -158,6 +164,7 @@ def from_toml(text: str, source: str = "the configuration") -> TrainConfig:
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{source}: not TOML: {error}.") from error
     result: TrainConfig = _build(TrainConfig, tables, source)
+    result.validate()
     return result
 
 

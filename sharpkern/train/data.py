@@ -41,7 +41,12 @@ class Dataset:
 
 
 def load(
-    name: str, *, data_dir: Path | None = None, text_file: Path | None = None, context: int = 64, limit: int | None = None
+    name: str,
+    *,
+    data_dir: Path | None = None,
+    text_file: Path | None = None,
+    context: int = 64,
+    limit: int | None = None,
 ) -> Dataset:
     """Load a data set.
 
@@ -80,7 +85,12 @@ def load(
     if limit < 1:
         raise ValueError(f"limit must be at least 1, got {limit}.")
     return Dataset(
-        data.train_inputs[:limit], data.train_targets[:limit], data.test_inputs, data.test_targets, data.classes, data.note
+        data.train_inputs[:limit],
+        data.train_targets[:limit],
+        data.test_inputs,
+        data.test_targets,
+        data.classes,
+        data.note,
     )
 
 

@@ -97,11 +97,12 @@ class Run:
         resume: continue from the folder's checkpoint.
 
     Raises:
-        ValueError: the folder holds another run already.
+        ValueError: the folder holds another run already, or the configuration is invalid.
         FileNotFoundError: nothing to resume, or missing data.
     """
 
     def __init__(self, config: TrainConfig, *, resume: bool = False) -> None:
+        config.validate()
         self.config, self.folder = config, config.out
         if not resume and (self.folder / "metrics.jsonl").exists():
             raise ValueError(

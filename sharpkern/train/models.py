@@ -37,11 +37,19 @@ class ScaledLinear(nn.Module):
     """
 
     def __init__(
-        self, fan_in: int, fan_out: int, parameterisation: str, *, readout: bool, generator: torch.Generator | None
+        self,
+        fan_in: int,
+        fan_out: int,
+        parameterisation: str,
+        *,
+        readout: bool,
+        generator: torch.Generator | None,
     ) -> None:
         super().__init__()
         if parameterisation not in PARAMETERISATIONS:
-            raise ValueError(f"unknown parameterisation {parameterisation!r}; known are {', '.join(PARAMETERISATIONS)}.")
+            raise ValueError(
+                f"unknown parameterisation {parameterisation!r}; known are {', '.join(PARAMETERISATIONS)}."
+            )
         s = 1.0 if readout else 2.0
         variance = {"sp": s / fan_in, "ntp": 1.0, "mup": 1 / fan_in if readout else s / fan_out}[parameterisation]
         self.before_bias = math.sqrt(s / fan_in) if parameterisation == "ntp" else 1.0
@@ -106,7 +114,7 @@ class FCN(nn.Module):
         """``[N, ...] -> [N, classes]``."""
         x = x.flatten(1)
         for layer in self.layers[:-1]:
-            x = self.activation(layer(x))
+            x = self.activation(layer(x))  # type: ignore[operator]
         out: Tensor = self.layers[-1](x)
         return out
 

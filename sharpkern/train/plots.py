@@ -23,7 +23,10 @@ def threshold_curves(optimizer: OptimizerConfig) -> list[tuple[str, float, str]]
     b = optimizer.beta1 if optimizer.name != "sgd" else optimizer.momentum
     if optimizer.name != "sgd":
         late, early = (2 + 2 * b) / (1 - b), 2 / (1 - b)
-        return [(f"(2+2β₁)/((1-β₁)η) = {late:.3g}/η", late, "solid"), (f"first step: {early:.3g}/η", early, "dotted")]
+        return [
+            (f"(2+2β₁)/((1-β₁)η) = {late:.3g}/η", late, "solid"),
+            (f"first step: {early:.3g}/η", early, "dotted"),
+        ]
     if b:
         return [(f"(2+2β)/η = {2 + 2 * b:.3g}/η", 2 + 2 * b, "solid"), ("2/η", 2.0, "dotted")]
     return [("threshold 2/η", 2.0, "solid")]
@@ -65,7 +68,13 @@ def plot_run(rows: list[Row], optimizer: OptimizerConfig, catapults: list[Catapu
     error = _column(rows, f"{key}_error")
     bottom.fill_between(step, np.maximum(value - error, 1e-12), value + error, color=_BLUE, alpha=0.25, linewidth=0)
     if adaptive:
-        bottom.plot(step, _column(rows, "sharpness"), color=_ORANGE, linewidth=1, label="sharpness λ (not the stability variable)")
+        bottom.plot(
+            step,
+            _column(rows, "sharpness"),
+            color=_ORANGE,
+            linewidth=1,
+            label="sharpness λ (not the stability variable)",
+        )
     for name, kappa, style in threshold_curves(optimizer):
         with np.errstate(divide="ignore"):
             bottom.plot(step, kappa / lr, color=_RED, linestyle="-" if style == "solid" else ":", label=name)

@@ -33,7 +33,9 @@ def summarise(rows: list[Row]) -> list[str]:
     curvature = _curvature(measured)
     lines: list[str] = []
     if measured:
-        lines.append(f"{what} at initialisation: {curvature[0]:.4g}; after {rows[-1]['step']} steps: {curvature[-1]:.4g}.")
+        lines.append(
+            f"{what} at initialisation: {curvature[0]:.4g}; after {rows[-1]['step']} steps: {curvature[-1]:.4g}."
+        )
         ratio = _column(measured, "ratio")
         crossing = first_crossing(ratio)
         if crossing is None:
@@ -50,10 +52,14 @@ def summarise(rows: list[Row]) -> list[str]:
         kappa = _kappa(measured)
         if kappa is not None and curvature[0] > 0:
             regime = classify_regime(curvature, _column(measured, "lr"), kappa)
-            name = {"C1": "progressive sharpening", "C2": "sharpness reduction", "C3": "constant sharpness"}[regime.name]
+            name = {"C1": "progressive sharpening", "C2": "sharpness reduction", "C3": "constant sharpness"}[
+                regime.name
+            ]
             when = "at the end" if crossing is None else "at the first crossing"
             caution = "" if regime.confident else ", too early to be sure: a slower warmup would tell"
-            lines.append(f"Natural trend: {name} ({regime.name}), {regime.trend:.2f} of the initial value {when}{caution}.")
+            lines.append(
+                f"Natural trend: {name} ({regime.name}), {regime.trend:.2f} of the initial value {when}{caution}."
+            )
     if rows[-1].get("diverged"):
         lines.append(f"The run diverged: the loss was not finite at step {rows[-1]['step']}.")
     losses = [row["loss"] for row in rows if row.get("loss") is not None]
@@ -65,7 +71,9 @@ def summarise(rows: list[Row]) -> list[str]:
         lines.append(f"Accuracy: {last['train_accuracy']:.1%} on training, {last['test_accuracy']:.1%} on test data.")
     if measured:
         matvecs, seconds = sum(r["matvecs"] for r in measured), sum(r["seconds"] for r in measured)
-        lines.append(f"Cost: {matvecs / len(measured):.1f} Hessian-vector products and {seconds / len(measured):.2f} s a step.")
+        lines.append(
+            f"Cost: {matvecs / len(measured):.1f} Hessian-vector products and {seconds / len(measured):.2f} s a step."
+        )
     return lines
 
 

@@ -30,7 +30,7 @@ def read_text(path: Path | None = None) -> Text:
         ValueError: not UTF-8, or empty.
     """
     if path is None:
-        from pydoc_data.topics import topics  # type: ignore[import-untyped]
+        from pydoc_data.topics import topics
 
         text = "\n".join(topics[name] for name in sorted(topics))
     elif not path.is_file():
