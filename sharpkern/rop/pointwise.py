@@ -51,7 +51,7 @@ class Unary(Rule):
         return y
 
     def _at_point(self, derivative: Derivative) -> Tensor:
-        """Evaluate a derivative, 16-bit floats in float32: sums of rounded terms would lose what torch's kernels keep."""
+        """Evaluate a derivative, 16-bit floats in float32: rounded terms would lose what torch's kernels keep."""
         x, y, *constants = self.point
         if x.dtype in (torch.bfloat16, torch.float16):
             return derivative(x.float(), y.float(), *constants).to(x.dtype)

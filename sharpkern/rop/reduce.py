@@ -1,4 +1,4 @@
-"""Reductions: sum, mean, logsumexp, cumsum."""
+"""Reductions: sum, mean, variance, norm, logsumexp, extremes; running sums; values picked by sorting."""
 
 from __future__ import annotations
 
@@ -8,86 +8,256 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .rule import LinearInArgs, Rule, rule
+from .fallback import Fallback
+from .rule import LinearInArgs, Op, Rule, rule
 
 aten = torch.ops.aten
 
 
-def _dims(dim: Any, ndim: int) -> list[int]:
-    """Normalise an aten dimension argument; None and [] mean all."""
-    if dim is None or (isinstance(dim, list | tuple) and not len(dim)):
-        return list(range(ndim))
-    return sorted(d % ndim if ndim else 0 for d in (dim if isinstance(dim, list | tuple) else [dim]))
+def _named(op: Op, options: tuple[Any, ...]) -> dict[str, Any]:
+    """Name an op's arguments after the first."""
+    return dict(zip((a.name for a in op._schema.arguments[1:]), options, strict=True))
+
+
+class Reduction(Rule):
+    """Some dimensions go; a 0-d argument is treated as ``[1]``."""
+
+    def _start(self, x: Tensor, dim: Any, keepdim: bool) -> Tensor:
+        """Normalise the dimensions (None and [] mean all) and return x with at least one."""
+        self.shape, self.scalar, self.keep = x.shape, x.ndim == 0, keepdim
+        x = x.reshape(1) if self.scalar else x
+        dims = list(dim) if isinstance(dim, list | tuple) else [] if dim is None else [dim]
+        self.dims = sorted(d % x.ndim for d in dims) if dims else list(range(x.ndim))
+        self.dims_after_k = [d + 1 for d in self.dims]
+        self.count = math.prod(x.shape[d] for d in self.dims)
+        return x
+
+    def _primal(self, y: Tensor) -> Tensor:
+        """Drop the dimensions of size 1 that were kept."""
+        return y.reshape(()) if self.scalar else y if self.keep else y.squeeze(self.dims)
+
+    def _tangent(self, dy: Tensor) -> Tensor:
+        return dy.reshape(-1) if self.scalar else dy if self.keep else dy.squeeze(self.dims_after_k)
+
+    def _restore(self, g: Tensor) -> Tensor:
+        """Give a cotangent the dropped dimensions back, or a scalar's tangent its one dimension."""
+        if self.scalar:
+            return g.reshape(-1, 1)
+        if not self.keep:
+            for d in self.dims_after_k:
+                g = g.unsqueeze(d)
+        return g
+
+    def _enter(self, d: Tensor) -> Tensor:
+        return d.reshape(-1, 1) if self.scalar else d
+
+    def _leave(self, g: Tensor) -> Tensor:
+        return g.reshape(-1) if self.scalar else g
 
 
 @rule(aten.sum.default, aten.sum.dim_IntList, aten.mean.default, aten.mean.dim)
-class Sum(LinearInArgs):
+class Sum(Reduction, LinearInArgs):
     """Sum or mean over dimensions."""
 
     def forward(self, x: Tensor, *options: Any) -> Tensor:
         """Save the shape and which dimensions go."""
-        names = [a.name for a in self.op._schema.arguments[1:]]
-        named = dict(zip(names, options, strict=True))
-        self.shape, self.dtype = x.shape, x.dtype
-        self.dims = _dims(named.get("dim"), x.ndim)
-        self.keep = bool(named.get("keepdim", False))
-        self.weight = 1.0
-        if self.op._schema.name == "aten::mean":
-            self.weight = 1 / max(1, math.prod(x.shape[d] for d in self.dims))
-        y = torch.sum(x, self.dims, keepdim=self.keep, dtype=named.get("dtype")) if x.ndim else x.to(named.get("dtype"))
+        named = _named(self.op, options)
+        self.before = x.dtype
+        x = self._start(x, named.get("dim"), bool(named.get("keepdim", False)))
+        self.weight = 1 / self.count if self.op._schema.name == "aten::mean" and self.count else 1
+        y = torch.sum(x, self.dims, keepdim=True, dtype=named.get("dtype"))
         self.after = y.dtype
-        return y * self.weight if self.weight != 1.0 else y
+        return self._primal(y if self.weight == 1 else y * self.weight)
 
     def tangent(self, dx: Tensor) -> Tensor:
         """Sum the tangent."""
-        if not self.shape:
-            return dx.to(self.after)
-        y = torch.sum(dx, [d + 1 for d in self.dims], keepdim=self.keep, dtype=self.after)
-        return y * self.weight if self.weight != 1.0 else y
+        keep = self.keep and not self.scalar
+        y = torch.sum(self._enter(dx), self.dims_after_k, keepdim=keep, dtype=self.after)
+        return y if self.weight == 1 else y * self.weight
 
     def backward(self, g: Tensor) -> tuple[Tensor]:
         """Spread the cotangent."""
-        if self.weight != 1.0:
-            g = g * self.weight
-        if not self.keep:
-            for d in self.dims if self.shape else []:
-                g = g.unsqueeze(d + 1)
-        return (g.expand(g.shape[0], *self.shape).to(self.dtype),)
+        g = (g if self.weight == 1 else g * self.weight).to(self.before)
+        return (self._leave(self._restore(g)).expand(g.shape[0], *self.shape),)
+
+
+@rule(aten.var.correction, aten.var_mean.correction)
+class Variance(Reduction):
+    """``y = sum (x - m)^2 / d``: with c = 2 (x - m) / d, ``dy = <c, dx>``, ``d(gx) = c dg + g 2 (dx - dm) / d``."""
+
+    def forward(self, x: Tensor, dim: Any = None, correction: Any = None, keepdim: bool = False) -> Any:
+        """Save the centred x."""
+        x = self._start(x, dim, keepdim)
+        correction = 1 if correction is None else correction
+        self.scale = 2 / (self.count - correction) if self.count > correction else math.nan
+        var, mean = torch.var_mean(x, self.dims, correction=correction, keepdim=True)
+        self.centred = (x - mean).mul_(self.scale)
+        self.both = self.op is aten.var_mean.correction
+        return (self._primal(var), self._primal(mean)) if self.both else self._primal(var)
+
+    def tangent(self, dx: Tensor) -> Any:
+        """Return ``<c, dx>``, and the mean of dx."""
+        dx = self._enter(dx)
+        dmean = dx.mean(self.dims_after_k, keepdim=True)
+        self.dcentred = (dx - dmean).mul_(self.scale)
+        dvar = self._tangent((self.centred * dx).sum(self.dims_after_k, keepdim=True))
+        return (dvar, self._tangent(dmean)) if self.both else dvar
+
+    def _combine(self, terms: list[tuple[Tensor, Tensor]], gmean: Tensor | None, k: int) -> tuple[Tensor]:
+        gx: Tensor | None = None
+        for c, g in terms:
+            gx = c * self._restore(g) if gx is None else gx.addcmul_(c, self._restore(g))
+        if gmean is not None:
+            spread = self._restore(gmean) / self.count
+            gx = spread.expand(k, *self.centred.shape) if gx is None else gx.add_(spread)
+        assert gx is not None
+        return (self._leave(gx),)
+
+    def backward(self, g: Any) -> tuple[Tensor]:
+        """Return ``c g``, and the spread cotangent of the mean."""
+        gvar, gmean = g if self.both else (g, None)
+        k = (gmean if gvar is None else gvar).shape[0]
+        return self._combine([] if gvar is None else [(self.centred, gvar)], gmean, k)
+
+    def backward_tangent(self, dg: Any, g: Any) -> tuple[Tensor]:
+        """Return ``c dg + dc g``, and the spread cotangent of the mean."""
+        dgvar, dgmean = dg if self.both else (dg, None)
+        gvar = g[0] if self.both else g
+        terms = [] if dgvar is None else [(self.centred, dgvar)]
+        if gvar is not None:
+            terms.append((self.dcentred, gvar))
+        return self._combine(terms, dgmean, self.dcentred.shape[0])
+
+
+@rule(aten.linalg_vector_norm.default)
+class Norm(Reduction):
+    """``y = |x|_2``: with u = x / y, ``dy = <u, dx>``, ``d(gx) = u dg + g (dx - u dy) / y``; 0 where y = 0.
+
+    Other orders go to the fallback.
+    """
+
+    def forward(self, x: Tensor, order: float = 2, dim: Any = None, keepdim: bool = False, dtype: Any = None) -> Tensor:
+        """Save the unit vector."""
+        self.other: Fallback | None = None
+        if order != 2 or dtype not in (None, x.dtype):
+            self.other = Fallback(self.op, self.needs, ["dtype"])
+            result: Tensor = self.other.forward(x, order, dim, keepdim, dtype)
+            return result
+        x = self._start(x, dim, keepdim)
+        y = torch.linalg.vector_norm(x, 2, self.dims, keepdim=True)
+        self.inverse = torch.reciprocal(y).masked_fill_(y == 0, 0)
+        self.unit = x * self.inverse
+        return self._primal(y)
+
+    def tangent(self, dx: Tensor) -> Tensor:
+        """Return ``<u, dx>``."""
+        if self.other is not None:
+            result: Tensor = self.other.tangent(dx)
+            return result
+        dx = self._enter(dx)
+        dy = (self.unit * dx).sum(self.dims_after_k, keepdim=True)
+        self.dunit = torch.addcmul(dx, self.unit, dy, value=-1).mul_(self.inverse)
+        return self._tangent(dy)
+
+    def backward(self, g: Tensor) -> tuple[Tensor]:
+        """Return ``u g``."""
+        if self.other is not None:
+            result: Tensor = self.other.backward(g)[0]
+            return (result,)
+        return (self._leave(self.unit * self._restore(g)),)
+
+    def backward_tangent(self, dg: Tensor, g: Tensor) -> tuple[Tensor]:
+        """Return ``u dg + du g``."""
+        if self.other is not None:
+            result: Tensor = self.other.backward_tangent(dg, g)[0]
+            return (result,)
+        return (self._leave((self.unit * self._restore(dg)).addcmul_(self.dunit, self._restore(g))),)
 
 
 @rule(aten.logsumexp.default)
-class LogSumExp(Rule):
-    """``y = log sum exp(x)``: with p = softmax(x), ``dy = <p, dx>``, ``d(gx) = p dg + g p (dx - dy)``."""
+class LogSumExp(Reduction):
+    """``y = log sum exp(x)``: with p = softmax(x), ``dy = <p, dx>``, ``d(gx) = p (dg + g (dx - dy))``."""
 
     def forward(self, x: Tensor, dim: Any, keepdim: bool = False) -> Tensor:
         """Save the softmax."""
-        self.dims, self.keep = _dims(dim, x.ndim), keepdim
+        x = self._start(x, dim, keepdim)
         y = torch.logsumexp(x, self.dims, keepdim=True)
         self.p = torch.exp(x - y)
-        return y if keepdim else self._drop(y, 0)
-
-    def _drop(self, y: Tensor, lead: int) -> Tensor:
-        return y.squeeze([d + lead for d in self.dims])
-
-    def _restore(self, g: Tensor) -> Tensor:
-        if not self.keep:
-            for d in self.dims:
-                g = g.unsqueeze(d + 1)
-        return g
+        return self._primal(y)
 
     def tangent(self, dx: Tensor) -> Tensor:
         """Return ``<p, dx>``."""
-        self.dx = dx
-        self.dy = (self.p * dx).sum([d + 1 for d in self.dims], keepdim=True)
-        return self.dy if self.keep else self._drop(self.dy, 1)
+        dx = self._enter(dx)
+        dy = (self.p * dx).sum(self.dims_after_k, keepdim=True)
+        self.centred = dx - dy
+        return self._tangent(dy)
 
     def backward(self, g: Tensor) -> tuple[Tensor]:
         """Return ``p g``."""
-        return (self.p * self._restore(g),)
+        return (self._leave(self.p * self._restore(g)),)
 
     def backward_tangent(self, dg: Tensor, g: Tensor) -> tuple[Tensor]:
         """Return ``p (dg + g (dx - dy))``."""
-        return (self.p * (self._restore(dg) + self._restore(g) * (self.dx - self.dy)),)
+        return (self._leave(self.p * torch.addcmul(self._restore(dg), self._restore(g), self.centred)),)
+
+
+@rule(aten.amax.default, aten.amin.default, aten.max.default, aten.min.default)
+class Extremum(Reduction, LinearInArgs):
+    """Maximum or minimum over dimensions; a tie is shared evenly, as in torch."""
+
+    def forward(self, x: Tensor, dim: Any = (), keepdim: bool = False) -> Tensor:
+        """Save each entry's share."""
+        x = self._start(x, dim, keepdim)
+        reduce = torch.amax if self.op._schema.name in ("aten::amax", "aten::max") else torch.amin
+        y = reduce(x, self.dims, keepdim=True)
+        hit = (x == y).to(x.dtype)
+        self.share = hit / hit.sum(self.dims, keepdim=True)
+        return self._primal(y)
+
+    def tangent(self, dx: Tensor) -> Tensor:
+        """Return the share-weighted sum."""
+        return self._tangent((self.share * self._enter(dx)).sum(self.dims_after_k, keepdim=True))
+
+    def backward(self, g: Tensor) -> tuple[Tensor]:
+        """Spread by share."""
+        return (self._leave(self.share * self._restore(g)),)
+
+
+@rule(
+    aten.max.dim, aten.min.dim, aten.median.dim, aten.kthvalue.default, aten.topk.default, aten.sort.default,
+    aten.sort.stable, aten.cummax.default, aten.cummin.default,
+)  # fmt: skip
+class Ranked(LinearInArgs):
+    """Values and their indices along a dimension, by rank: the values are gathered, as in torch."""
+
+    differentiable = (0,)
+
+    def forward(self, x: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+        """Save the indices."""
+        named = _named(self.op, options)
+        values, indices = self.op(x, **named)
+        self.dim = named.get("dim", -1) % max(1, x.ndim)
+        self.dropped = x.ndim > 0 and values.ndim < x.ndim
+        self.shape, self.index = x.shape, indices.unsqueeze(self.dim) if self.dropped else indices
+        return values, indices
+
+    def tangent(self, dx: Tensor) -> tuple[Tensor, None]:
+        """Gather."""
+        if not self.shape:
+            return dx, None
+        d = self.dim + 1
+        y = dx.gather(d, self.index.expand(dx.shape[0], *self.index.shape))
+        return y.squeeze(d) if self.dropped else y, None
+
+    def backward(self, g: tuple[Tensor, None]) -> tuple[Tensor]:
+        """Add up by index."""
+        values = g[0]
+        if not self.shape:
+            return (values,)
+        d = self.dim + 1
+        values = values.unsqueeze(d) if self.dropped else values
+        gx = values.new_zeros(values.shape[0], *self.shape)
+        return (gx.scatter_add_(d, self.index.expand(values.shape), values),)
 
 
 @rule(aten.cumsum.default)
@@ -96,40 +266,19 @@ class CumSum(LinearInArgs):
 
     def forward(self, x: Tensor, dim: int, dtype: Any = None) -> Tensor:
         """Save the dimension."""
-        self.dim, self.before = dim % max(1, x.ndim), x.dtype
+        self.scalar, self.before = x.ndim == 0, x.dtype
+        self.dim_after_k = 1 if self.scalar else dim % x.ndim + 1
         y = torch.cumsum(x, dim, dtype=dtype)
         self.after = y.dtype
         return y
 
     def tangent(self, dx: Tensor) -> Tensor:
         """Running sum of the tangent."""
-        return torch.cumsum(dx.to(self.after), self.dim + 1)
+        dx = dx.to(self.after)
+        return dx if self.scalar else torch.cumsum(dx, self.dim_after_k)
 
     def backward(self, g: Tensor) -> tuple[Tensor]:
         """Running sum from the other end."""
-        d = self.dim + 1
-        return (g.flip(d).cumsum(d).flip(d).to(self.before),)
-
-
-@rule(aten.amax.default, aten.amin.default)
-class Amax(LinearInArgs):
-    """Maximum or minimum over dimensions; a tie is shared evenly, as in torch."""
-
-    def forward(self, x: Tensor, dim: Any = (), keepdim: bool = False) -> Tensor:
-        """Save each entry's share."""
-        self.dims, self.keep = _dims(dim, x.ndim), keepdim
-        y: Tensor = self.op(x, self.dims, True)
-        hit = (x == y).to(x.dtype)
-        self.share = hit / hit.sum(self.dims, keepdim=True)
-        return y if keepdim else y.squeeze(self.dims)
-
-    def tangent(self, dx: Tensor) -> Tensor:
-        """Return the share-weighted sum."""
-        return (self.share * dx).sum([d + 1 for d in self.dims], keepdim=self.keep)
-
-    def backward(self, g: Tensor) -> tuple[Tensor]:
-        """Spread by share."""
-        if not self.keep:
-            for d in self.dims:
-                g = g.unsqueeze(d + 1)
-        return (self.share * g,)
+        if not self.scalar:
+            g = g.flip(self.dim_after_k).cumsum(self.dim_after_k).flip(self.dim_after_k)
+        return (g.to(self.before),)
