@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
+import itertools
+import re
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,7 +23,9 @@ USAGE = """usage: sharpkern COMMAND [OPTIONS]
   doctor   show versions, kernel backends, and why one is missing
 
 sharpkern COMMAND --help explains the options of a command."""
+SHORT = {"--data-dir": "--data.dir", "--text-file": "--data.text-file"}
 OK, FAILED, USER_ERROR, DIVERGED, INTERRUPTED = 0, 1, 2, 3, 130
+_SECONDS_BETWEEN_LINES = 10.0
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -41,10 +48,16 @@ def main(argv: list[str] | None = None) -> int:
         return _complain(f"unknown command {arguments[0]!r}; known are train, audit, doctor.")
     try:
         return command(arguments[1:])
-    except (ValueError, FileNotFoundError, TypeError, RuntimeError) as error:
-        return _complain(str(error).splitlines()[0])
+    except (ValueError, OSError, TypeError, RuntimeError) as error:
+        return _complain(_one_line(error))
     except KeyboardInterrupt:
         return _complain("interrupted; the run folder keeps what was done, --resume continues.", INTERRUPTED)
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}." if error.filename else f"{error.strerror}."
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _complain(message: str, code: int = USER_ERROR) -> int:
@@ -78,7 +91,7 @@ def _parse(command: str, description: str, arguments: list[str]) -> tuple[TrainC
     if path := sources.get("--config"):
         if not Path(path).is_file():
             raise FileNotFoundError(f"{path}: no such configuration file.")
-        base = from_toml(Path(path).read_text(), path)
+        base = from_toml(Path(path).read_text(encoding="utf-8"), path)
     folder = None
     if given := sources.get("--resume"):
         folder = Path(given)
@@ -86,16 +99,37 @@ def _parse(command: str, description: str, arguments: list[str]) -> tuple[TrainC
             raise FileNotFoundError(f"{folder} is not a run folder: it has no config.toml.")
         if rest or len(sources) > 1:
             raise ValueError("--resume takes the run's own configuration: give no other option with it.")
-        base = dataclasses.replace(from_toml((folder / "config.toml").read_text(), str(folder)), out=folder)
-    config: Any = tyro.cli(
-        Annotated[TrainConfig, tyro.conf.FlagConversionOff],
-        prog=f"sharpkern {command}",
-        description=description,
-        args=rest,
-        default=base,
-    )
+        text = (folder / "config.toml").read_text(encoding="utf-8")
+        base = dataclasses.replace(from_toml(text, str(folder)), out=folder)
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed):
+            config: Any = tyro.cli(
+                Annotated[TrainConfig, tyro.conf.FlagConversionOff],
+                prog=f"sharpkern {command}",
+                description=description,
+                args=_spelled_out(rest),
+                default=base,
+            )
+    except SystemExit as done:
+        if not done.code:  # --help
+            raise
+        raise ValueError(f"{_sentence(printed.getvalue())}; see sharpkern {command} --help.") from None
     config.validate()
     return config, folder
+
+
+def _spelled_out(arguments: list[str]) -> list[str]:
+    """Replace short names of options by the names of the configuration."""
+    split = [(name, equals, value) for name, equals, value in (item.partition("=") for item in arguments)]
+    return [SHORT.get(name, name) + equals + value for name, equals, value in split]
+
+
+def _sentence(printed: str) -> str:
+    """Return what stands in tyro's framed message of several lines: above the first rule, without the title."""
+    rows = (line.strip("│╭╮╰╯─ ") for line in printed.splitlines()[1:])
+    words = " ".join(itertools.takewhile(bool, rows))
+    return re.sub(r" +([.,;])", r"\1", words).rstrip(".") or "the options are wrong"
 
 
 def _take(arguments: list[str], names: tuple[str, ...]) -> tuple[list[str], dict[str, str]]:
@@ -119,7 +153,8 @@ def _take(arguments: list[str], names: tuple[str, ...]) -> tuple[list[str], dict
 def _train(arguments: list[str]) -> int:
     description = (
         "Train a reference model and track its sharpness at every step. Besides the options below: "
-        "--preset demo, --config FILE.toml (flags override both), --resume RUN_FOLDER."
+        "--preset demo, --config FILE.toml (flags override both), --resume RUN_FOLDER; "
+        "--data-dir is short for --data.dir, --text-file for --data.text-file."
     )
     config, folder = _parse("train", description, arguments)
     from .operators import NonFiniteLossError
@@ -139,16 +174,31 @@ def _train(arguments: list[str]) -> int:
 
 
 def _with_progress(rows: Any, done: int, total: int) -> Any:
-    from tqdm import tqdm
+    """Pass rows on, and show progress: a bar on a terminal, a plain line now and then elsewhere."""
+    if sys.stderr.isatty():
+        from tqdm import tqdm
 
-    interval = 0.1 if sys.stderr.isatty() else 15.0
-    with tqdm(rows, initial=done, total=total, unit="step", mininterval=interval, dynamic_ncols=True) as bar:
-        for row in bar:
-            state = {"loss": f"{row['loss']:.4g}", "sharpness x lr": f"{row['sharpness'] * row['lr']:.3g}"}
-            if row["preconditioned_sharpness"] is not None:
-                state["preconditioned x lr"] = f"{row['preconditioned_sharpness'] * row['lr']:.3g}"
-            bar.set_postfix(state, refresh=False)
-            yield row
+        with tqdm(rows, initial=done, total=total, unit="step", dynamic_ncols=True) as bar:
+            for row in bar:
+                bar.set_postfix_str(_state(row), refresh=False)
+                yield row
+        return
+    start = last = time.monotonic()
+    for row in rows:
+        now, step = time.monotonic(), row["step"]
+        if now - last >= _SECONDS_BETWEEN_LINES or step == total:
+            left = (now - start) / (step - done) * (total - step)
+            print(f"step {step}/{total}, {_state(row)}, {left:.0f} s left", file=sys.stderr, flush=True)
+            last = now
+        yield row
+
+
+def _state(row: Row) -> str:
+    """Say where a run stands, for its progress display."""
+    parts = [f"loss {row['loss']:.4g}", f"sharpness x lr {row['sharpness'] * row['lr']:.3g}"]
+    if row["preconditioned_sharpness"] is not None:
+        parts.append(f"preconditioned x lr {row['preconditioned_sharpness'] * row['lr']:.3g}")
+    return ", ".join(parts)
 
 
 def _report(config: TrainConfig) -> None:
@@ -179,11 +229,12 @@ def _audit(arguments: list[str]) -> int:
     config, _ = _parse("audit", description, arguments)
     from .auditing import audit
     from .train.data import load
-    from .train.loop import batch_at, build_loss, build_model, training_targets
+    from .train.loop import batch_at, build_model
+    from .train.losses import build_loss, loss_targets
 
     d = config.data
     data = load(d.name, data_dir=d.dir, text_file=d.text_file, context=d.context, limit=d.limit)
-    batch = batch_at(1, config, data.train_inputs, training_targets(config, data))
+    batch = batch_at(1, config, data.train_inputs, loss_targets(config, data.train_targets, data))
     size = 64 if config.batch_size is None else config.batch_size
     report = audit(build_model(config, data), build_loss(config), tuple(t[:size] for t in batch))
     print("\n".join(report.lines))

@@ -115,6 +115,34 @@ def test_a_start_on_a_negative_eigenvector_ten_times_larger_is_left() -> None:
     check(lanczos(op, 1, tol=1e-4, v0=start), op.A, 1, 1e-4)
 
 
+def test_power_iteration_finds_the_least_negative_eigenvalue() -> None:
+    values = torch.cat([torch.tensor([-1.0, -3.0], dtype=F64), -1.5 - torch.rand(40, dtype=F64)])
+    op = Dense(prescribed(values))
+    check(power_iteration(op, 1, tol=1e-4, max_matvecs=5000), op.A, 1, 1e-4)
+
+
+@pytest.mark.parametrize("solver", [lanczos, power_iteration])
+def test_the_tolerance_is_relative_for_negative_eigenvalues_too(solver: Solver) -> None:
+    op = Dense(prescribed(torch.cat([torch.tensor([-1.0], dtype=F64), -2.0 - torch.rand(70, dtype=F64)])))
+    loose, tight = (solver(op, 1, tol=tol, max_matvecs=5000) for tol in (1e-2, 1e-9))
+    check(loose, op.A, 1, 1e-2)
+    check(tight, op.A, 1, 1e-9)
+    assert loose.matvecs < tight.matvecs
+
+
+@pytest.mark.parametrize("solver", [lanczos, power_iteration])
+def test_a_short_start_is_filled_up_with_random_vectors(solver: Solver) -> None:
+    op = Dense(prescribed(SPECTRA["triple top"]()))
+    check(solver(op, 3, tol=1e-4, v0=torch.randn(67, dtype=F64), max_matvecs=5000), op.A, 3, 1e-4)
+
+
+def test_nearly_dependent_starts_are_orthonormalised_fully() -> None:
+    op = Dense(prescribed(with_top(3.0, 2.5, 2.0)))
+    x, y, z = torch.randn(3, 67, dtype=F64)
+    for solver, tol in ((lanczos, 1e-8), (power_iteration, 1e-4)):
+        check(solver(op, 3, tol, torch.stack([x, x + 1e-9 * y, x - 1e-9 * z]), 5000), op.A, 3, tol)
+
+
 @pytest.mark.parametrize("max_matvecs", [3, 9, 30, 90])
 @pytest.mark.parametrize("k", [1, 2])
 def test_power_iteration_never_calls_a_larger_negative_eigenvalue_converged(max_matvecs: int, k: int) -> None:

@@ -95,6 +95,7 @@ class Mul(Binary):
         """Return ``da b + a db``."""
         self.da, self.db = self._align(da, db)
         if self.da is None:
+            assert self.db is not None
             y: Tensor = self.a * self.db
         else:
             y = self.da * self.b

@@ -46,7 +46,7 @@ class Linear(Rule):
             x = self.x.expand(k, *self.x.shape)
             y = torch.bmm(x, dw.mT) if db is None else torch.baddbmm(db[:, None], x, dw.mT)
             if self.dx is not None:
-                y.view(k * rows, width).addmm_(self.dx.view(k * rows, -1), self.w.t())
+                y.view(k * rows, width).addmm_(self.dx.reshape(k * rows, self.w.shape[1]), self.w.t())
         return y.reshape(k, *self.lead, width)
 
     def _dx0(self) -> Tensor | None:
@@ -78,7 +78,7 @@ class Linear(Rule):
                 dgx = torch.mm(dg[0], self.w).addmm_(g[0], self.dw[0])
             else:
                 dgx = torch.bmm(g.expand(k, *g.shape[1:]), self.dw)
-                dgx.view(-1, dgx.shape[-1]).addmm_(dg.view(-1, dg.shape[-1]), self.w)
+                dgx.view(-1, dgx.shape[-1]).addmm_(dg.reshape(-1, dg.shape[-1]), self.w)
             dgx = dgx.view(k, *self.lead, -1)
         if self.needs[1]:
             pairs = [(dg, self.x.expand(k, *self.x.shape))]
@@ -197,7 +197,7 @@ class MatMul(Rule):
         return ga, gb
 
 
-@rule(aten.addmm.default, aten.baddbmm.default)
+@rule(aten.addmm.default, aten.baddbmm.default, aten.addmv.default)
 class AddMM(Rule):
     """``y = beta c + alpha a b``."""
 

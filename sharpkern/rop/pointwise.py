@@ -66,7 +66,7 @@ class Unary(Rule):
 
     def tangent(self, dx: Tensor) -> Tensor:
         """Return ``f'(x) dx``."""
-        self.dx = dx if self.function.second is not None else None
+        self.dx = dx
         return self._slope() * dx
 
     def backward(self, g: Tensor) -> tuple[Tensor]:

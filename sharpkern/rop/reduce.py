@@ -116,7 +116,7 @@ class Variance(Reduction):
     def backward(self, g: Any) -> tuple[Tensor]:
         """Return ``c g``, and the spread cotangent of the mean."""
         gvar, gmean = g if self.both else (g, None)
-        k = (gmean if gvar is None else gvar).shape[0]
+        k = next(part for part in (gvar, gmean) if part is not None).shape[0]
         return self._combine([] if gvar is None else [(self.centred, gvar)], gmean, k)
 
     def backward_tangent(self, dg: Any, g: Any) -> tuple[Tensor]:

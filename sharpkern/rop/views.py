@@ -167,25 +167,29 @@ class Cat(LinearInArgs):
 
     def forward(self, tensors: list[Tensor], dim: int = 0) -> Tensor:
         """Save the sizes."""
-        self.shapes = [t.shape for t in tensors]
+        self.shapes, self.dtypes = [t.shape for t in tensors], [t.dtype for t in tensors]
         y = torch.cat(tensors, dim)
-        self.dim = dim % y.ndim
+        self.dim, self.rank, self.dtype = dim % y.ndim, y.ndim, y.dtype
         return y
 
     def tangent(self, dtensors: list[Tensor | None]) -> Tensor:
         """Concatenate, with zeros for what does not depend on the parameters."""
         first = next(d for d in dtensors if d is not None)
+        k = first.shape[0]
         parts = [
-            first.new_zeros(first.shape[0], *shape) if d is None else d
+            first.new_zeros(k, *shape, dtype=self.dtype) if d is None else d.to(self.dtype)
             for d, shape in zip(dtensors, self.shapes, strict=True)
+            if len(shape) == self.rank  # torch lets empty vectors take part in any concatenation
         ]
-        return torch.cat([p for p in parts if p.ndim == len(max(self.shapes, key=len)) + 1], self.dim + 1)
+        return torch.cat(parts, self.dim + 1)
 
     def backward(self, g: Tensor) -> tuple[list[Tensor]]:
         """Split."""
-        sizes = [shape[self.dim] if len(shape) > self.dim else 0 for shape in self.shapes]
-        parts = g.split(sizes, self.dim + 1)
-        return ([p.reshape(g.shape[0], *s) for p, s in zip(parts, self.shapes, strict=True)],)
+        sizes = [shape[self.dim] if len(shape) == self.rank else 0 for shape in self.shapes]
+        parts = zip(g.split(sizes, self.dim + 1), self.shapes, self.dtypes, strict=True)
+        return (
+            [p.to(dtype) if len(s) == self.rank else g.new_zeros(g.shape[0], 0, dtype=dtype) for p, s, dtype in parts],
+        )
 
 
 @rule(aten.stack.default)
@@ -194,18 +198,21 @@ class Stack(LinearInArgs):
 
     def forward(self, tensors: list[Tensor], dim: int = 0) -> Tensor:
         """Save the dimension."""
-        self.shape = tensors[0].shape
         self.dim = dim % (tensors[0].ndim + 1)
-        return torch.stack(tensors, dim)
+        self.dtypes = [t.dtype for t in tensors]
+        y = torch.stack(tensors, dim)
+        self.dtype = y.dtype
+        return y
 
     def tangent(self, dtensors: list[Tensor | None]) -> Tensor:
         """Stack, with zeros for what does not depend on the parameters."""
-        first = next(d for d in dtensors if d is not None)
-        return torch.stack([torch.zeros_like(first) if d is None else d for d in dtensors], self.dim + 1)
+        first = next(d for d in dtensors if d is not None).to(self.dtype)
+        parts = [torch.zeros_like(first) if d is None else d.to(self.dtype) for d in dtensors]
+        return torch.stack(parts, self.dim + 1)
 
     def backward(self, g: Tensor) -> tuple[list[Tensor]]:
         """Unbind."""
-        return (list(g.unbind(self.dim + 1)),)
+        return ([p.to(dtype) for p, dtype in zip(g.unbind(self.dim + 1), self.dtypes, strict=True)],)
 
 
 @rule(

@@ -30,7 +30,8 @@ def load(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{path}: no checkpoint to resume from.")
     try:
         state: dict[str, Any] = torch.load(path, weights_only=True)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path}: damaged checkpoint ({str(error).splitlines()[0]}).") from error
-    torch.set_rng_state(state.pop("rng"))
+        torch.set_rng_state(state.pop("rng"))
+    except (RuntimeError, EOFError, OSError, KeyError, AttributeError, TypeError, pickle.UnpicklingError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path}: damaged checkpoint ({reason}).") from error
     return state

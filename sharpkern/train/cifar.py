@@ -36,8 +36,9 @@ def read_cifar10(folder: Path, names: tuple[str, ...]) -> tuple[NDArray[np.uint8
         data = np.fromfile(path, np.uint8)
         if data.size == 0 or data.size % _RECORD:
             raise ValueError(f"{path}: {data.size} bytes, expected a multiple of {_RECORD}.")
-        parts.append(data.reshape(-1, _RECORD))
+        part = data.reshape(-1, _RECORD)
+        if part[:, 0].max() > 9:
+            raise ValueError(f"{path}: a label is {part[:, 0].max()}, expected 0 to 9: is this CIFAR-10?")
+        parts.append(part)
     records = np.concatenate(parts)
-    if records[:, 0].max() > 9:
-        raise ValueError(f"{folder}: a label is {records[:, 0].max()}, expected 0 to 9: is this CIFAR-10?")
     return records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0]

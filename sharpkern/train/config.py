@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -201,4 +202,5 @@ def _toml(value: Any) -> str:
         return "true" if value else "false"
     if isinstance(value, int | float):
         return repr(value)
-    return '"' + str(value).replace("\\", "\\\\").replace('"', '\\"') + '"'
+    # a JSON string is a basic string of TOML, but for DEL and for pairs of surrogates
+    return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")

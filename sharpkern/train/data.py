@@ -127,6 +127,10 @@ def _idx(folder: Path | None, what: str) -> Arrays:
     for images, labels in (arrays[:2], arrays[2:]):
         if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels):
             raise ValueError(f"{folder}: images {list(images.shape)} and labels {list(labels.shape)} do not match.")
+        if images.size == 0:
+            raise ValueError(f"{folder}: images {list(images.shape)}, expected at least one.")
+        if labels.max() > 9:
+            raise ValueError(f"{folder}: a label is {labels.max()}, expected 0 to 9: is this {what}?")
     return arrays[0], arrays[1], arrays[2], arrays[3]
 
 

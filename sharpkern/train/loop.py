@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..operators import NonFiniteLossError
@@ -18,20 +16,9 @@ from ..warmup import WarmupLR
 from . import checkpoint
 from .config import TrainConfig, to_toml
 from .data import Dataset, load
-from .metrics import MetricsFile, Row
+from .losses import build_loss, loss_targets
+from .metrics import MetricsFile, Row, replace_file
 from .models import CNN, FCN, GPT
-
-LossFunction = Callable[[Tensor, Tensor], Tensor]
-
-
-def half_mean_squares(output: Tensor, target: Tensor) -> Tensor:
-    """Half the mean over batch and outputs of ``(output - target)^2``; the warmup paper's convention."""
-    return 0.5 * F.mse_loss(output, target)
-
-
-def token_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy over all tokens: ``[N, T, vocabulary], [N, T]``."""
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
 def build_model(config: TrainConfig, data: Dataset) -> nn.Module:
@@ -50,13 +37,6 @@ def build_model(config: TrainConfig, data: Dataset) -> nn.Module:
     )  # fmt: skip
 
 
-def build_loss(config: TrainConfig) -> LossFunction:
-    """Choose the loss function."""
-    if config.model.kind == "gpt":
-        return token_cross_entropy
-    return half_mean_squares if config.loss == "mse" else F.cross_entropy
-
-
 def build_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
     """Make the optimizer; the schedule sets its learning rate."""
     o = config.optimizer
@@ -64,13 +44,6 @@ def build_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimi
         return torch.optim.SGD(model.parameters(), lr=o.lr, momentum=o.momentum)
     cls = torch.optim.Adam if o.name == "adam" else GIAdam
     return cls(model.parameters(), lr=o.lr, betas=(o.beta1, o.beta2), eps=o.eps)
-
-
-def training_targets(config: TrainConfig, data: Dataset) -> Tensor:
-    """One-hot targets for mean squares, classes otherwise."""
-    if config.loss == "mse":
-        return F.one_hot(data.train_targets, data.classes).to(data.train_inputs.dtype)
-    return data.train_targets
 
 
 def batch_at(step: int, config: TrainConfig, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -113,7 +86,7 @@ class Run:
         torch.manual_seed(config.seed)
         d = config.data
         self.data = load(d.name, data_dir=d.dir, text_file=d.text_file, context=d.context, limit=d.limit)
-        self.targets = training_targets(config, self.data)
+        self.targets = loss_targets(config, self.data.train_targets, self.data)
         self.model, self.loss_fn = build_model(config, self.data), build_loss(config)
         self.optimizer = build_optimizer(config, self.model)
         o, t = config.optimizer, config.tracking
@@ -129,7 +102,7 @@ class Run:
             self._load()
         else:
             self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "config.toml").write_text(to_toml(config))
+            replace_file(self.folder / "config.toml", to_toml(config).encode())
             self._save()
         self.metrics = MetricsFile(self.folder / "metrics.jsonl", keep=self.done)
 
@@ -177,7 +150,7 @@ class Run:
             output = torch.cat(parts)
             result[f"{split}_accuracy"] = float((output.argmax(-1) == targets).float().mean())
             if split == "test":
-                goal = F.one_hot(targets, self.data.classes).float() if self.config.loss == "mse" else targets
+                goal = loss_targets(self.config, targets, self.data)
                 result["test_loss"] = float(self.loss_fn(output, goal))
         return result
 
@@ -194,21 +167,13 @@ class Run:
         )
 
     def _load(self) -> None:
+        rows = self.folder / "metrics.jsonl"
+        if not (self.folder / "checkpoint.pt").exists() and not (rows.exists() and rows.stat().st_size):
+            self._save()  # killed before the first checkpoint: nothing is done yet
+            return
         state = checkpoint.load(self.folder / "checkpoint.pt")
         self.done = state["step"]
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         self.tracker.load_state_dict(state["tracker"])
-
-
-def read_config(folder: Path) -> str:
-    """Return the text of a run folder's configuration.
-
-    Raises:
-        FileNotFoundError: not a run folder.
-    """
-    path = folder / "config.toml"
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder} is not a run folder: it has no config.toml.")
-    return path.read_text()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -23,11 +24,24 @@ class MetricsFile:
     def __init__(self, path: Path, *, keep: int = 0) -> None:
         rows = [row for row in read(path) if row["step"] <= keep] if path.exists() else []
         replace_file(path, "".join(_line(row) for row in rows).encode())
+        self._path = path
         self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
 
     def write(self, row: Row) -> None:
-        """Append a row; numbers that are not finite become null."""
-        os.write(self._descriptor, _line(row).encode())
+        """Append a row; numbers that are not finite become null.
+
+        Raises:
+            OSError: the disk is full; the file is then as it was before.
+        """
+        line = _line(row).encode()
+        size = os.fstat(self._descriptor).st_size
+        try:
+            written = os.write(self._descriptor, line)
+            if written != len(line):
+                raise OSError(errno.ENOSPC, "no room for a row of metrics", str(self._path))
+        except OSError:
+            os.ftruncate(self._descriptor, size)
+            raise
 
     def close(self) -> None:
         """Close the file."""

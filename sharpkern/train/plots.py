@@ -66,7 +66,9 @@ def plot_run(rows: list[Row], optimizer: OptimizerConfig, catapults: list[Catapu
     value = _column(rows, key)
     bottom.plot(step, value, color=_BLUE, label=label)
     error = _column(rows, f"{key}_error")
-    bottom.fill_between(step, np.maximum(value - error, 1e-12), value + error, color=_BLUE, alpha=0.25, linewidth=0)
+    bottom.fill_between(
+        step, np.maximum(value - error, 1e-12), value + error, color=_BLUE, alpha=0.25, linewidth=0, label="error band"
+    )
     if adaptive:
         bottom.plot(
             step,

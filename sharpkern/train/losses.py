@@ -1,0 +1,37 @@
+"""Losses of the reference trainer, in the warmup paper's conventions, and the targets they need."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from .config import TrainConfig
+from .data import Dataset
+
+LossFunction = Callable[[Tensor, Tensor], Tensor]
+
+
+def half_mean_squares(output: Tensor, target: Tensor) -> Tensor:
+    """Half the mean over batch and outputs of ``(output - target)^2``; the warmup paper's convention."""
+    return 0.5 * F.mse_loss(output, target)
+
+
+def token_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy over all tokens: ``[N, T, vocabulary], [N, T]``."""
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+def build_loss(config: TrainConfig) -> LossFunction:
+    """Choose the loss function."""
+    if config.model.kind == "gpt":
+        return token_cross_entropy
+    return half_mean_squares if config.loss == "mse" else F.cross_entropy
+
+
+def loss_targets(config: TrainConfig, classes: Tensor, data: Dataset) -> Tensor:
+    """Return one-hot targets for mean squares, the classes themselves otherwise."""
+    if config.loss == "mse":
+        return F.one_hot(classes, data.classes).to(data.train_inputs.dtype)
+    return classes
