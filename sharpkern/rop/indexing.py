@@ -140,7 +140,7 @@ class ScatterTo(_Along):
         if self.adds:
             return y if dsrc is None else self._add(y, dsrc)
         index = self._index(y.shape[0])
-        return y.scatter_(self.dim_after_k, index, 0 if dsrc is None else dsrc)  # type: ignore[arg-type]
+        return y.scatter_(self.dim_after_k, index, 0 if dsrc is None else dsrc)
 
     def backward(self, g: Tensor) -> tuple[Tensor | None, ...]:
         """Give src what it put, and x the rest."""
