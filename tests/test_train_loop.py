@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import random
 import signal
 import subprocess
@@ -17,7 +16,7 @@ import torch
 
 import sharpkern as sk
 from sharpkern.train import checkpoint, metrics
-from sharpkern.train.config import DataConfig, ModelConfig, OptimizerConfig, TrainConfig, from_toml, to_toml
+from sharpkern.train.config import DataConfig, ModelConfig, OptimizerConfig, TrainConfig, to_toml
 from sharpkern.train.loop import Run, batch_at
 
 
@@ -132,48 +131,49 @@ def test_a_second_run_in_the_same_folder_is_refused(tmp_path: Path) -> None:
         Run(config(tmp_path / "run"))
 
 
-def test_configuration_survives_toml(tmp_path: Path) -> None:
-    setting = config(tmp_path / 'a "b"', seed=3)
-    assert from_toml(to_toml(setting)) == setting
-    assert from_toml("steps = 5\n[optimizer]\nlr = 1\n").optimizer.lr == 1.0
-    for text, message in [
-        ("stepz = 5", "unknown option 'stepz'"),
-        ("steps = 'five'", "steps = 'five' does not fit"),
-        ("[optimizer]\nname = 'sgdd'", "name = 'sgdd' does not fit"),
-        ("steps = ", "not TOML"),
-        ("steps = 0", "steps must be at least 1, got 0"),
-        ("model = 3", "model must be a table"),
-        ("[model]\nkind = 'gpt'", "gpt needs text"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            from_toml(text)
-
-
-def test_metrics_file_cuts_later_rows_and_a_torn_line(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    file = metrics.MetricsFile(path)
-    for step in (1, 2, 3):
-        file.write({"step": step, "loss": float("nan") if step == 2 else 0.5})
-    file.close()
-    with path.open("a") as torn:
-        torn.write('{"step": 4')
-    assert [row["loss"] for row in metrics.read(path)] == [0.5, None, 0.5]
-    metrics.MetricsFile(path, keep=2).close()
-    assert path.read_text() == '{"step": 1, "loss": 0.5}\n{"step": 2, "loss": null}\n'
-    assert os.listdir(tmp_path) == ["metrics.jsonl"]
-    path.write_text("{}\n")
-    with pytest.raises(ValueError, match="line 1 is no metrics row"):
-        metrics.read(path)
-
-
 def test_damaged_checkpoint_is_one_clear_error(tmp_path: Path) -> None:
     path = tmp_path / "checkpoint.pt"
     with pytest.raises(FileNotFoundError, match="no checkpoint to resume from"):
         checkpoint.load(path)
     checkpoint.save(path, {"step": 3})
-    path.write_bytes(path.read_bytes()[:-40])
-    with pytest.raises(ValueError, match="damaged checkpoint"):
-        checkpoint.load(path)
+    whole = path.read_bytes()
+    torch.save({"step": 3}, path)  # without the random numbers' state
+    other = path.read_bytes()
+    for content in (whole[:-40], b"", b"hello", other):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="damaged checkpoint") as caught:
+            checkpoint.load(path)
+        assert "\n" not in str(caught.value)
+    path.write_bytes(whole)
+    assert checkpoint.load(path) == {"step": 3}
+
+
+def test_checkpoint_holds_no_code(tmp_path: Path) -> None:
+    run = Run(config(tmp_path / "run", optimizer=OptimizerConfig(name="adam", lr=0.01)))
+    finish(run)
+    state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    assert {"step", "model", "optimizer", "schedule", "tracker", "rng"} == state.keys()
+    assert state["step"] == 8
+
+
+@pytest.mark.parametrize("left", [["config.toml"], ["config.toml", "metrics.jsonl"]], ids="+".join)
+def test_run_killed_before_its_first_checkpoint_resumes_from_the_start(tmp_path: Path, left: list[str]) -> None:
+    finish(Run(config(tmp_path / "whole")))
+    folder = tmp_path / "killed"
+    Run(config(folder))
+    (folder / "checkpoint.pt").rename(folder / "checkpoint.pt.tmp")
+    for name in {"metrics.jsonl"} - set(left):
+        (folder / name).unlink()
+    finish(Run(config(folder), resume=True))
+    assert rows_without_time(folder) == rows_without_time(tmp_path / "whole")
+
+
+def test_run_that_lost_its_checkpoint_keeps_its_rows(tmp_path: Path) -> None:
+    finish(Run(config(tmp_path / "run")))
+    (tmp_path / "run" / "checkpoint.pt").unlink()
+    with pytest.raises(FileNotFoundError, match="no checkpoint to resume from"):
+        Run(config(tmp_path / "run"), resume=True)
+    assert len(rows_without_time(tmp_path / "run")) == 8
 
 
 def test_rows_are_readable_by_pandas(tmp_path: Path) -> None:
