@@ -14,6 +14,7 @@ demo: .venv/installed
 
 test: .venv/installed lint
 	$(BIN)/python -m pytest -q
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/kernels_triton
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -10,7 +10,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-SOURCE = ROOT / "csrc" / "cpu" / "vectors.cpp"
+SOURCES = sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))
 HEADERS = [str(p.relative_to(ROOT)) for p in (ROOT / "csrc").glob("*.h")]
 FLAGS = ["-std=c++17", "-O3", "-g0", "-Wall", "-fvisibility=hidden", "-fopenmp"]
 # The same source for each level; bindings.cpp picks the best one that the machine has when it is imported.
@@ -21,12 +21,12 @@ class BuildKernels(build_ext):
     """Compiles the kernels once per instruction level and links the objects into the extension."""
 
     def build_extension(self, ext):
-        for level in LEVELS:
-            ext.extra_objects.append(self._compile(level))
+        for source in SOURCES:
+            ext.extra_objects += [self._compile(source, level) for level in LEVELS]
         super().build_extension(ext)
 
-    def _compile(self, level):
-        target = Path(self.build_temp) / f"vectors_{level}.o"
+    def _compile(self, source, level):
+        target = Path(self.build_temp) / f"{source.stem}_{level}.o"
         target.parent.mkdir(parents=True, exist_ok=True)
         march = [] if level == "any" else [f"-march=x86-64-{level}", "-mtune=generic"]
         command = [
@@ -38,7 +38,7 @@ class BuildKernels(build_ext):
             "-I",
             str(ROOT / "csrc"),
         ]
-        subprocess.run([*command, "-c", str(SOURCE), "-o", str(target)], check=True)
+        subprocess.run([*command, "-c", str(source), "-o", str(target)], check=True)
         return str(target)
 
 
@@ -51,7 +51,7 @@ setup(
             define_macros=[("X86_LEVELS", None)] if LEVELS != ["any"] else [],
             extra_compile_args=FLAGS,
             extra_link_args=["-fopenmp"],
-            depends=[*HEADERS, "csrc/cpu/vectors.cpp", "setup.py"],
+            depends=[*HEADERS, *(str(p.relative_to(ROOT)) for p in SOURCES), "setup.py"],
             language="c++",
         )
     ],

@@ -6,6 +6,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "norm.h"
 #include "vectors.h"
 
 namespace py = pybind11;
@@ -13,9 +14,12 @@ using Address = std::uintptr_t;
 
 #ifdef X86_LEVELS
 extern const KernelTable kernels_v2, kernels_v3, kernels_v4;
+extern const NormTable norm_v2, norm_v3, norm_v4;
+static const KernelTable* const VECTOR_TABLES[] = {&kernels_v2, &kernels_v3, &kernels_v4};
+static const NormTable* const NORM_TABLES[] = {&norm_v2, &norm_v3, &norm_v4};
 
 // SHARPKERN_CPU_LEVEL (v2, v3, v4) asks for a lower level than the machine's, for tests.
-static const KernelTable& choose() {
+static int choose() {
   __builtin_cpu_init();
   const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
   const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -23,16 +27,19 @@ static const KernelTable& choose() {
                   __builtin_cpu_supports("avx512vl");
   const char* wanted = std::getenv("SHARPKERN_CPU_LEVEL");
   const bool at_most_v2 = wanted && !std::strcmp(wanted, "v2"), at_most_v3 = wanted && !std::strcmp(wanted, "v3");
-  if (v4 && !at_most_v2 && !at_most_v3) return kernels_v4;
-  if (v3 && !at_most_v2) return kernels_v3;
-  return kernels_v2;
+  return v4 && !at_most_v2 && !at_most_v3 ? 2 : v3 && !at_most_v2 ? 1 : 0;
 }
 #else
 extern const KernelTable kernels_any;
-static const KernelTable& choose() { return kernels_any; }
+extern const NormTable norm_any;
+static const KernelTable* const VECTOR_TABLES[] = {&kernels_any};
+static const NormTable* const NORM_TABLES[] = {&norm_any};
+static int choose() { return 0; }
 #endif
 
-static const KernelTable& TABLE = choose();
+static const int LEVEL = choose();
+static const KernelTable& TABLE = *VECTOR_TABLES[LEVEL];
+static const NormTable& NORM = *NORM_TABLES[LEVEL];
 
 template <class T>
 static T* at(Address address) {
@@ -59,9 +66,23 @@ static void bind(py::module_& m, const std::string& suffix, const VectorKernels<
   }, release());
 }
 
+// An address of 0 stands for an absent tensor.
+template <class T>
+static void bind_norm(py::module_& m, const std::string& suffix, const NormKernels<T>& kernels) {
+  using release = py::call_guard<py::gil_scoped_release>;
+  m.def(("norm_tangent_" + suffix).c_str(), [&kernels](int64_t k, int64_t rows, int64_t D, int64_t groups, int64_t inner, int mode, int threads, Address xhat, Address r, Address w, Address dx, Address dw, Address db, Address y, Address dxhat, Address along) {
+    kernels.tangent({k, rows, D, groups, inner, mode, threads}, at<T>(xhat), at<T>(r), at<T>(w), at<T>(dx), at<T>(dw), at<T>(db), at<T>(y), at<T>(dxhat), at<T>(along));
+  }, release());
+  m.def(("norm_backward_tangent_" + suffix).c_str(), [&kernels](int64_t k, int64_t rows, int64_t D, int64_t groups, int64_t inner, int mode, int threads, Address xhat, Address r, Address w, Address dw, Address dxhat, Address along, Address g, Address dg, Address out, Address dgw, Address dgb) {
+    kernels.backward_tangent({k, rows, D, groups, inner, mode, threads}, at<T>(xhat), at<T>(r), at<T>(w), at<T>(dw), at<T>(dxhat), at<T>(along), at<T>(g), at<T>(dg), at<T>(out), at<T>(dgw), at<T>(dgb));
+  }, release());
+}
+
 PYBIND11_MODULE(_C, m) {
   m.doc() = "CPU vector kernels on raw addresses; see csrc/vectors.h";
   m.def("level", [] { return TABLE.level; });
   bind<float>(m, "f32", TABLE.f32);
   bind<double>(m, "f64", TABLE.f64);
+  bind_norm<float>(m, "f32", NORM.f32);
+  bind_norm<double>(m, "f64", NORM.f64);
 }

@@ -126,10 +126,14 @@ def _spelled_out(arguments: list[str]) -> list[str]:
 
 
 def _sentence(printed: str) -> str:
-    """Return what stands in tyro's framed message of several lines: above the first rule, without the title."""
-    rows = (line.strip("│╭╮╰╯─ ") for line in printed.splitlines()[1:])
-    words = " ".join(itertools.takewhile(bool, rows))
+    """Return what stands in tyro's framed message between its title and the next rule."""
+    rows = itertools.dropwhile(_is_rule, (line.strip("│╭╮╰╯ ") for line in printed.splitlines()[1:]))
+    words = " ".join(itertools.takewhile(lambda row: not _is_rule(row), rows))
     return re.sub(r" +([.,;])", r"\1", words).rstrip(".") or "the options are wrong"
+
+
+def _is_rule(row: str) -> bool:
+    return not any(c.isalnum() for c in row)
 
 
 def _take(arguments: list[str], names: tuple[str, ...]) -> tuple[list[str], dict[str, str]]:

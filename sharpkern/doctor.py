@@ -10,6 +10,7 @@ from importlib import metadata, util
 import torch
 
 from . import __version__, kernels
+from .kernels import native
 
 
 def report() -> list[str]:
@@ -29,7 +30,7 @@ def report() -> list[str]:
         device = "cuda" if backend in ("cuda", "triton") else "cpu"
         reason = kernels.why_not(backend, "vector kernels", x)
         if reason is None:
-            level = f", {kernels.native.level()} instructions" if backend == "cpu" else ""
+            level = f", {native.level()} instructions" if backend == "cpu" else ""
             lines.append(f"backend {backend}: yes ({device}{level})")
         else:
             lines.append(f"backend {backend}: no ({reason})")

@@ -78,6 +78,19 @@ def test_diverging_run_exits_with_3_and_keeps_its_data(tmp_path: Path, capsys: p
         (["train", "--steps", "0"], "steps must be at least 1, got 0"),
         (["train", "--preset"], "--preset needs a value"),
         (["doctor", "please"], "doctor takes no options"),
+        (["train", "--stepz", "5"], "Unrecognized options: --stepz, 5; see sharpkern train --help"),
+        (["train", "--steps", "abc"], "Error parsing --steps: invalid literal for int() with base 10: 'abc'"),
+        (["train", "--steps"], "Missing value for argument '--steps'"),
+        (["train", "--data.name", "foo"], "invalid choice 'foo' for argument '--data.name'"),
+        (["audit", "--model.kind", "mlp"], "see sharpkern audit --help"),
+        (["train", "--data.name", "mnist", "--data-dir", "nowhere"], "train-images-idx3-ubyte: missing"),
+        (["train", "--data-dir=nowhere", "--data.name=cifar-10"], "data_batch_1.bin: missing"),
+        (["train", "--model.kind", "gpt", "--data.name", "text", "--text-file", "nowhere"], "no such text file"),
+        (["train", "--config", "binary.toml"], "can't decode byte 0xff"),
+        (["train", *SMALL, "--out", "binary.toml"], "binary.toml: File exists."),
+        (["train", *SMALL, "--out", "binary.toml/run"], "binary.toml/run: Not a directory."),
+        (["train", *SMALL, "--optimizer.lr", "-1"], "Invalid learning rate: -1.0"),
+        (["train", *SMALL, "--tracking.tol", "3"], "tol must lie between 0 and 1, got 3.0"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -89,6 +102,7 @@ def test_user_errors_are_one_line_and_exit_with_2(
     tmp_path: Path,
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "binary.toml").write_bytes(b"\xff\xfe")
     code, _, err = run(*arguments, capsys=capsys)
     assert code == 2
     assert message in err
@@ -114,6 +128,32 @@ def test_interrupt_keeps_the_data(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert len(metrics.read(out / "metrics.jsonl")) == 2
 
 
+def test_progress_is_plain_lines_where_no_terminal_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "_SECONDS_BETWEEN_LINES", 0.0)
+    code, _, err = run("train", *SMALL, "--out", str(tmp_path / "run"), capsys=capsys)
+    assert code == 0
+    lines = [line for line in err.splitlines() if line.startswith("step ")]
+    assert [line.split(",")[0] for line in lines] == [f"step {i}/4" for i in range(1, 5)]
+    assert lines[-1].endswith(", 0 s left")
+    assert all(", loss " in line and ", sharpness x lr " in line for line in lines)
+    assert "\r" not in err
+
+
+def test_resume_of_a_finished_run_draws_it_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    assert run("train", *SMALL, "--out", str(out), capsys=capsys)[0] == 0
+    rows = (out / "metrics.jsonl").read_bytes()
+    (out / "sharpness.png").unlink()
+    assert run("train", "--resume", str(out), capsys=capsys)[0] == 0
+    assert (out / "sharpness.png").is_file()
+    assert (out / "metrics.jsonl").read_bytes() == rows
+    code, _, err = run("train", *SMALL, "--out", str(out), capsys=capsys)
+    assert code == 2
+    assert "holds a run already" in err
+
+
 def test_audit_prints_a_verdict(capsys: pytest.CaptureFixture[str]) -> None:
     code, text, err = run("audit", *SMALL, capsys=capsys)
     assert code == 0, err
@@ -127,7 +167,19 @@ def test_doctor_lists_every_backend(capsys: pytest.CaptureFixture[str]) -> None:
         assert f"backend {backend}: " in text
 
 
-def test_help_does_not_import_torch() -> None:
-    code = "import sys; from sharpkern.cli import main; main(['--help']); assert 'torch' not in sys.modules"
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [(["--help"], "doctor"), (["train", "--help"], "--preset demo"), (["audit", "-h"], "--model.kind")],
+)
+def test_help_does_not_import_torch(arguments: list[str], expected: str) -> None:
+    code = f"""
+import sys
+from sharpkern.cli import main
+try:
+    main({arguments!r})
+except SystemExit as done:
+    assert not done.code
+assert "torch" not in sys.modules
+"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "train" in done.stdout
+    assert expected in done.stdout

@@ -35,9 +35,7 @@ def test_gram_is_all_inner_products(backend: str, k: int, n: int, dtype: torch.d
     V, W = torch.randn(k, n, dtype=dtype), torch.randn(k + 2, n, dtype=dtype)
     scale = float(V.double().norm(dim=1).max() * W.double().norm(dim=1).max())
     assert_close(kernels.gram(V, W), V.double() @ W.double().T, ulps=32, scale=scale)
-    own = kernels.gram(V, V)
-    assert_close(own, V.double() @ V.double().T, ulps=32, scale=scale)
-    assert torch.equal(own, own.T)
+    assert_close(kernels.gram(V, V), V.double() @ V.double().T, ulps=32, scale=scale)
 
 
 @pytest.mark.parametrize("nearly_converged", [False, True])

@@ -60,7 +60,8 @@ def test_bfloat16_parameters_take_float32_vectors(name: str) -> None:
     product = H @ v
     want = hessian_times(exact, v[None].double())[0]
     assert product.dtype == torch.float32
-    assert float((product.double() - want).norm() / want.norm()) <= 0.15
+    twice = hessian_times(low, v[None].bfloat16())[0]
+    assert float((product.double() - want).norm()) <= 2 * float((twice.double() - want).norm())
 
 
 def test_ggn_agrees_with_explicit_jacobian() -> None:

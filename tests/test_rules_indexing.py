@@ -11,7 +11,7 @@ from rule_truth import check, check_op
 from test_rules_views import times_place
 from torch import Tensor, nn
 
-from sharpkern.rop import UnsupportedOpError
+from sharpkern.rop import UnsupportedModelError, UnsupportedOpError
 from sharpkern.rop.indexing import Embedding, Gather, Index, IndexPut, IndexSelect, ScatterTo
 
 aten = torch.ops.aten
@@ -123,6 +123,27 @@ def test_assignment_and_addition_at_indices() -> None:
     check_op(lambda x, s: times_place(x.index_add(0, ROWS, s, alpha=0.7)), (3, 2), (4, 2))
     check_op(lambda x, s: times_place(x.index_copy(0, ROWS[:2], s)), (3, 2), (2, 2))
     check_op(lambda x: times_place(x.index_fill(0, ROWS, 0.3)), (3, 2))
+
+
+def test_assignment_under_a_boolean_mask() -> None:
+    def assign(x: Tensor, v: Tensor) -> Tensor:
+        y = x.clone()
+        y[MASK] = v
+        y[~MASK[:, 0]] = 0.3 * v * v
+        return times_place(y)
+
+    def constant(x: Tensor) -> Tensor:
+        y = x.clone()
+        y[MASK] = 0.7
+        return times_place(y)
+
+    check_op(assign, (3, 4), (), rule=IndexPut)
+    check_op(constant, (3, 4), rule=IndexPut)
+
+
+def test_results_of_data_dependent_size_are_named_when_they_stop_the_export() -> None:
+    with pytest.raises(UnsupportedModelError, match="boolean mask"):
+        check_op(lambda x: (x[MASK] ** 2).sum(), (3, 4))
 
 
 @pytest.mark.parametrize("dim", [0, -1])

@@ -6,10 +6,7 @@
 #include <cmath>
 #include <vector>
 
-#define JOIN_(a, b) a##b
-#define JOIN(a, b) JOIN_(a, b)
-#define TEXT_(a) #a
-#define TEXT(a) TEXT_(a)
+#include "level.h"
 
 namespace {
 

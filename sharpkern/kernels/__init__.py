@@ -6,16 +6,12 @@ Blocks hold k vectors as rows, ``[k, n]``, contiguous, float32 or float64; sums 
 
 from __future__ import annotations
 
-import os
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
-from . import native, reference
-
-BACKENDS = ("cuda", "triton", "cpu", "reference")  # fastest first; the last always fits
-_IMPLEMENTED: dict[str, ModuleType] = {"cpu": native, "reference": reference}
+from .dispatch import BACKENDS as BACKENDS
+from .dispatch import choose
+from .dispatch import why_not as why_not
 
 
 def gram(V: Tensor, W: Tensor) -> Tensor:
@@ -37,7 +33,7 @@ def gram(V: Tensor, W: Tensor) -> Tensor:
     11.0
     """
     _check_blocks("W", W, V)
-    return _choose("gram", V).gram(V, W)
+    return choose("gram", V).gram(V, W)
 
 
 def power_step(V: Tensor, HV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -66,7 +62,7 @@ def power_step(V: Tensor, HV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     _check_blocks("HV", HV, V)
     if V.shape != HV.shape:
         raise ValueError(f"HV must match V ({list(V.shape)}), got {list(HV.shape)}.")
-    return _choose("power_step", V).power_step(V, HV)
+    return choose("power_step", V).power_step(V, HV)
 
 
 def combine(C: Tensor, V: Tensor, out: Tensor | None = None) -> Tensor:
@@ -95,7 +91,7 @@ def combine(C: Tensor, V: Tensor, out: Tensor | None = None) -> Tensor:
         )
     if out is not None:
         _check_out(out, (C.shape[0], V.shape[1]), V)
-    return _choose("combine", V).combine(C.contiguous(), V, out)
+    return choose("combine", V).combine(C.contiguous(), V, out)
 
 
 def scale(V: Tensor, d: Tensor, out: Tensor | None = None) -> Tensor:
@@ -121,7 +117,7 @@ def scale(V: Tensor, d: Tensor, out: Tensor | None = None) -> Tensor:
     _check_vector("d", d, V.shape[1], V)
     if out is not None:
         _check_out(out, tuple(V.shape), V)
-    return _choose("scale", V).scale(V, d, out)
+    return choose("scale", V).scale(V, d, out)
 
 
 def inv_sqrt_adam(
@@ -152,33 +148,9 @@ def inv_sqrt_adam(
     _check_vector("v", v, v.numel(), v)
     if out is not None:
         _check_out(out, tuple(v.shape), v)
-    module = _choose("inv_sqrt_adam", v)
+    module = choose("inv_sqrt_adam", v)
     result: Tensor = module.inv_sqrt_adam(v, bias_correction2=bias_correction2, eps=eps, factor=factor, out=out)
     return result
-
-
-def why_not(backend: str, kernel: str, x: Tensor) -> str | None:
-    """Say in one sentence why a backend cannot run a kernel on a tensor's device and dtype; None if it can."""
-    module = _IMPLEMENTED.get(backend)
-    if module is None:
-        return f"sharpkern has no {backend} version of {kernel} yet"
-    if backend == "cpu":
-        if native.REASON is not None:
-            return native.REASON
-        if x.device.type != "cpu":
-            return f"the tensor is on {x.device}"
-    return None
-
-
-def _choose(kernel: str, x: Tensor) -> ModuleType:
-    forced = os.environ.get("SHARPKERN_BACKEND")
-    if not forced:
-        return native if native.REASON is None and x.is_cpu else reference
-    if forced not in BACKENDS:
-        raise ValueError(f"SHARPKERN_BACKEND is {forced!r}; known backends are {', '.join(BACKENDS)}.")
-    if reason := why_not(forced, kernel, x):
-        raise RuntimeError(f"{kernel} cannot run on backend {forced!r}: {reason}.")
-    return _IMPLEMENTED[forced]
 
 
 def _check_block(name: str, V: Tensor) -> None:

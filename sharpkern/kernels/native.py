@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .reference import Standardised
+
 try:
     from .. import _C
 except ImportError as error:
@@ -83,3 +85,48 @@ def inv_sqrt_adam(
 def level() -> str:
     """Return the instruction level in use: v2, v3, v4 (x86-64) or any."""
     return "none" if _C is None else str(_C.level())
+
+
+def _call(kernel: str, x: Tensor, *arguments: int | Tensor | None) -> None:
+    """Call a compiled kernel of x's dtype; tensors become addresses, None becomes 0."""
+    _function(kernel, x)(*(a.data_ptr() if isinstance(a, Tensor) else a or 0 for a in arguments))
+
+
+def norm_tangent(
+    s: Standardised, w: Tensor | None, dx: Tensor | None, dw: Tensor | None, db: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """See ``kernels.norm.norm_tangent``."""
+    k = next(d for d in (dx, dw, db) if d is not None).shape[0]
+    (rows, D), x = s.xhat.shape, s.xhat
+    dy = x.new_empty(k, rows, D)
+    dxhat = None if dx is None else torch.empty_like(dy)
+    along = None if dx is None else x.new_empty(k, rows)
+    dx, dw, db = (None if d is None else d.contiguous() for d in (dx, dw, db))
+    _call(
+        "norm_tangent", x, k, rows, D, s.groups, s.inner, s.mode, torch.get_num_threads(),
+        x, s.r, w, dx, dw, db, dy, dxhat, along,
+    )  # fmt: skip
+    return dy, dxhat, along
+
+
+def norm_backward_tangent(
+    s: Standardised,
+    w: Tensor | None,
+    dw: Tensor | None,
+    dxhat: Tensor | None,
+    along: Tensor | None,
+    g: Tensor | None,
+    dg: Tensor,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """See ``kernels.norm.norm_backward_tangent``."""
+    k, (rows, D), x = dg.shape[0], s.xhat.shape, s.xhat
+    dg, g, dw = dg.contiguous(), None if g is None else g.contiguous(), None if dw is None else dw.contiguous()
+    out = torch.empty_like(dg) if needs[0] else None
+    dgw = x.new_empty(k, s.channels) if needs[1] else None
+    dgb = x.new_empty(k, s.channels) if needs[2] else None
+    _call(
+        "norm_backward_tangent", x, k, rows, D, s.groups, s.inner, s.mode, torch.get_num_threads(),
+        x, s.r, w, dw, dxhat, along, g, dg, out, dgw, dgb,
+    )  # fmt: skip
+    return out, dgw, dgb

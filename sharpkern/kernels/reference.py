@@ -2,8 +2,46 @@
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+FIXED, RMS, CENTRED = 0, 1, 2  # a norm's statistics: constants; root mean square; mean and variance
+
+
+class Standardised(NamedTuple):
+    """A norm's primal: ``xhat`` ``[rows, D]``, ``r`` ``[rows]``, and how rows and channels belong together."""
+
+    xhat: Tensor
+    r: Tensor
+    groups: int
+    inner: int
+    mode: int
+
+    @property
+    def channels(self) -> int:
+        """Length of weight and bias."""
+        return self.groups * (self.xhat.shape[1] // self.inner)
+
+
+class Heads(NamedTuple):
+    """The primal of attention: q, o ``[B, T, d]``, k, v ``[B, S, d]`` (v, o may have another width), lse ``[B, T]``.
+
+    B counts batch times heads. ``mask`` is None, or a float tensor that broadcasts to ``[B, T, S]`` and is added to the
+    scores (-inf forbids); causal: query i sees keys up to i. lse is float32 for 16-bit floats; a row that sees nothing
+    has lse = +inf and o = 0.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    o: Tensor
+    lse: Tensor
+    mask: Tensor | None
+    causal: bool
+    scale: float
 
 
 def gram(V: Tensor, W: Tensor) -> Tensor:
@@ -38,3 +76,211 @@ def inv_sqrt_adam(
     """Adam's second moment ``[n]`` to ``P^-1/2 = (factor (sqrt(v / bias_correction2) + eps))^-1/2``."""
     result = (factor * ((v.double() / bias_correction2).sqrt() + eps)).rsqrt().to(v.dtype)
     return result if out is None else out.copy_(result)
+
+
+def norm_tangent(
+    s: Standardised, w: Tensor | None, dx: Tensor | None, dw: Tensor | None, db: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """See ``kernels.norm.norm_tangent``."""
+    k = next(d for d in (dx, dw, db) if d is not None).shape[0]
+    dy = s.xhat.new_zeros(k, *s.xhat.shape)
+    dxhat = along = None
+    if dx is not None:
+        dxhat = _jacobian(s, dx)
+        along = torch.zeros_like(dx[..., 0]) if s.mode == FIXED else (s.xhat * dx).mean(-1)
+        dy = dxhat if w is None else dxhat * _by_number(s, w)
+    if dw is not None:
+        dy = dy + s.xhat * _by_number(s, dw)
+    if db is not None:
+        dy = dy + _by_number(s, db)
+    return dy, dxhat, along
+
+
+def norm_backward_tangent(
+    s: Standardised,
+    w: Tensor | None,
+    dw: Tensor | None,
+    dxhat: Tensor | None,
+    along: Tensor | None,
+    g: Tensor | None,
+    dg: Tensor,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """See ``kernels.norm.norm_backward_tangent``."""
+    r = s.r[:, None]
+    du = dg if w is None else dg * _by_number(s, w)
+    by_channel = dg * s.xhat
+    if g is not None and dw is not None:
+        du = du + g * _by_number(s, dw)
+    out = _jacobian(s, du)
+    if g is not None and dxhat is not None and along is not None:
+        by_channel = by_channel + g * dxhat
+        if s.mode != FIXED:
+            u = g if w is None else g * _by_number(s, w)
+            out = out - r * along[..., None] * _jacobian(s, u)
+            out = out - r * (dxhat * (s.xhat * u).mean(-1, True) + s.xhat * (dxhat * u).mean(-1, True))
+    return out if needs[0] else None, _sum(s, by_channel) if needs[1] else None, _sum(s, dg) if needs[2] else None
+
+
+def slope_product(slope: Tensor, d: Tensor, curvature: Tensor | None = None, dz: Tensor | None = None) -> Tensor:
+    """See ``kernels.pointwise``."""
+    out = _wide(slope) * _wide(d)
+    if curvature is not None and dz is not None:
+        out = out + _wide(curvature) * _wide(dz)
+    return out.to(d.dtype)
+
+
+def softmax_jacobian(p: Tensor, u: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """See ``kernels.softmax``."""
+    wide = _wide(p)
+    mean = (wide * _wide(u)).sum(-1)
+    out = wide * (_wide(u) - mean[..., None])
+    out = out if weight is None else out * _wide(weight)[:, None]
+    return out.to(u.dtype), mean.to(u.dtype)
+
+
+def softmax_backward_tangent(p: Tensor, dp: Tensor, inner: Tensor, dg: Tensor) -> Tensor:
+    """See ``kernels.softmax``."""
+    w, dw, i, d = _wide(p), _wide(dp), _wide(inner), _wide(dg)
+    return (w * (d - (w * d).sum(-1, True) - (dw * i).sum(-1, True)) + dw * i).to(dg.dtype)
+
+
+def dual_gemm(
+    a: Tensor,
+    b: Tensor,
+    c: Tensor | None = None,
+    d: Tensor | None = None,
+    bias: Tensor | None = None,
+    slope: Tensor | None = None,
+    curvature: Tensor | None = None,
+    dz: Tensor | None = None,
+) -> Tensor:
+    """See ``kernels.linear``."""
+    out = _wide(a) @ _wide(b)
+    if c is not None and d is not None:
+        out = out + _wide(c) @ _wide(d)
+    if bias is not None:
+        out = out + _wide(bias)[:, None]
+    if slope is not None:
+        out = out * _wide(slope)
+    if curvature is not None and dz is not None:
+        out = out + _wide(curvature) * _wide(dz)
+    return out.to(a.dtype)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Heads:
+    """See ``kernels.attention``."""
+    scores = _scores(q, k, mask, causal, scale)
+    lse = torch.logsumexp(scores, -1)
+    lse = torch.where(lse == -math.inf, math.inf, lse)
+    o = torch.exp(scores - lse[..., None]) @ _wide(v)
+    return Heads(q, k, v, o.to(q.dtype), lse, mask, causal, scale)
+
+
+def attention_tangent(h: Heads, dq: Tensor | None, dk: Tensor | None, dv: Tensor | None) -> tuple[Tensor, Tensor]:
+    """See ``kernels.attention``."""
+    P, dS = _probabilities(h), _score_tangent(h, dq, dk)
+    k = next(d for d in (dq, dk, dv) if d is not None).shape[0]
+    m = P.new_zeros(k, *P.shape[:-1]) if dS is None else (P * dS).sum(-1)
+    do = torch.zeros(k, *h.o.shape, dtype=P.dtype, device=P.device)
+    if dS is not None:
+        do = (P * (dS - m[..., None])) @ _wide(h.v)
+    if dv is not None:
+        do = do + P @ _wide(dv)
+    return do.to(h.q.dtype), m
+
+
+def attention_backward(h: Heads, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """See ``kernels.attention``."""
+    P, g = _probabilities(h), _wide(g)
+    gS = P * (g @ _wide(h.v).mT - (g * _wide(h.o)).sum(-1, True)) * h.scale
+    parts = gS @ _wide(h.k), gS.mT @ _wide(h.q), P.mT @ g
+    return tuple(part.to(h.q.dtype) for part in parts)  # type: ignore[return-value]
+
+
+def attention_backward_tangent(
+    h: Heads,
+    dq: Tensor | None,
+    dk: Tensor | None,
+    dv: Tensor | None,
+    do: Tensor,
+    m: Tensor,
+    g: Tensor,
+    dg: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See ``kernels.attention``."""
+    P, dS, v, o = _probabilities(h), _score_tangent(h, dq, dk), _wide(h.v), _wide(h.o)
+    g, dg, q, k = _wide(g), _wide(dg), _wide(h.q), _wide(h.k)
+    inner = g @ v.mT - (g * o).sum(-1, True)
+    gS = P * inner
+    dinner = dg @ v.mT - ((dg * o).sum(-1) + (g * _wide(do)).sum(-1))[..., None]
+    if dv is not None:
+        dinner = dinner + g @ _wide(dv).mT
+    dgS, dgv = P * dinner, P.mT @ dg
+    if dS is not None:
+        dP = P * (dS - m[..., None])
+        dgS = dgS + dP * inner
+        dgv = dgv + dP.mT @ g
+    dgq, dgk = dgS @ k, dgS.mT @ q
+    if dk is not None:
+        dgq = dgq + gS @ _wide(dk)
+    if dq is not None:
+        dgk = dgk + gS.mT @ _wide(dq)
+    dtype = h.q.dtype
+    return (h.scale * dgq).to(dtype), (h.scale * dgk).to(dtype), dgv.to(dtype)
+
+
+def embedding(tables: Tensor, index: Tensor) -> Tensor:
+    """See ``kernels.embedding``."""
+    return tables.index_select(1, index)
+
+
+def embedding_backward(g: Tensor, index: Tensor, rows: int) -> Tensor:
+    """See ``kernels.embedding``."""
+    wide = _wide(g)
+    return wide.new_zeros(g.shape[0], rows, g.shape[2]).index_add_(1, index, wide).to(g.dtype)
+
+
+def _wide(t: Tensor) -> Tensor:
+    return t.float() if t.dtype in (torch.bfloat16, torch.float16) else t
+
+
+def _scores(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
+    scores = scale * (_wide(q) @ _wide(k).mT)
+    if mask is not None:
+        scores = scores + _wide(mask)
+    if causal:
+        seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+        scores = scores.masked_fill(~seen, -math.inf)
+    return scores
+
+
+def _probabilities(h: Heads) -> Tensor:
+    return torch.exp(_scores(h.q, h.k, h.mask, h.causal, h.scale) - h.lse[..., None])
+
+
+def _score_tangent(h: Heads, dq: Tensor | None, dk: Tensor | None) -> Tensor | None:
+    dS = None if dq is None else _wide(dq) @ _wide(h.k).mT
+    if dk is not None:
+        other = _wide(h.q) @ _wide(dk).mT
+        dS = other if dS is None else dS + other
+    return None if dS is None else h.scale * dS
+
+
+def _jacobian(s: Standardised, u: Tensor) -> Tensor:
+    if s.mode == FIXED:
+        return s.r[:, None] * u
+    centred = u - u.mean(-1, True) if s.mode == CENTRED else u
+    return s.r[:, None] * (centred - s.xhat * (s.xhat * u).mean(-1, True))
+
+
+def _by_number(s: Standardised, w: Tensor) -> Tensor:
+    """``[..., channels]`` to ``[..., rows, D]``: each number its channel's value."""
+    rows, D = s.xhat.shape
+    spread = w.reshape(*w.shape[:-1], s.groups, D // s.inner, 1).expand(*w.shape[:-1], s.groups, D // s.inner, s.inner)
+    return spread.reshape(*w.shape[:-1], s.groups, D).repeat(*[1] * (w.ndim - 1), rows // s.groups, 1)
+
+
+def _sum(s: Standardised, t: Tensor) -> Tensor:
+    """``[k, rows, D]`` to ``[k, channels]``."""
+    return t.reshape(t.shape[0], -1, s.groups, t.shape[2] // s.inner, s.inner).sum((1, 4)).reshape(t.shape[0], -1)

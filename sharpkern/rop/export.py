@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import warnings
 from collections.abc import Callable, Mapping
@@ -108,7 +109,7 @@ def export(module: nn.Module, batch: Any) -> Graph:
         try:
             exported = torch.export.export(module, (batch,), strict=False)
             _detach_no_grad_regions(exported.graph_module)
-            exported = exported.run_decompositions(_decompositions())
+            exported = exported.run_decompositions(dict(_decompositions()))  # a copy: torch removes entries
         except Exception as error:  # torch.export has no common base class for what a user's code can trip
             raise UnsupportedModelError(f"{type(error).__name__}: {_first_sentence(error)}") from error
     return _read(exported, module)
@@ -149,6 +150,11 @@ def _read(exported: Any, module: nn.Module) -> Graph:
             raise UnsupportedModelError(f"the model uses {node.target.name()}, which has no rule")
         if node.op == "call_function" and node.meta.get("val") is None:
             continue  # an assertion: no result
+        if isinstance(node.meta.get("val"), torch.SymInt | torch.SymBool | torch.SymFloat):
+            raise UnsupportedModelError(
+                "the model makes tensors whose size depends on values, as indexing with a boolean mask does: "
+                "torch.where or a masked sum has a fixed size"
+            )
         if node.op == "get_attr":
             graph.constants[node.name] = _attribute(exported.graph_module, str(node.target))
         graph.nodes.append(node)
@@ -176,6 +182,7 @@ def _detach_no_grad_regions(graph_module: fx.GraphModule) -> None:
     graph_module.recompile()
 
 
+@functools.cache
 def _decompositions() -> dict[Any, Callable[..., Any]]:
     """Torch's decompositions for the ops that have neither a rule nor a reason to stay whole."""
     table = {op: fn for op, fn in torch.export.default_decompositions().items() if op not in RULES and op not in _KEEP}

@@ -130,10 +130,11 @@ class TrainConfig:
             raise ValueError("the gpt needs --loss cross-entropy.")
 
 
+# Past the initial threshold at once, and far enough for a second catapult, which is over before the last step.
 DEMO = TrainConfig(
-    optimizer=OptimizerConfig(lr=0.6, warmup_steps=100),
+    optimizer=OptimizerConfig(lr=0.8, warmup_steps=60),
     loss="mse",
-    steps=110,
+    steps=70,
     out=Path("runs/demo"),
 )
 PRESETS = {"demo": DEMO}

@@ -1,0 +1,86 @@
+"""Attention kernels in flash style: the scores are formed block by block and never kept, memory is O(T) per head.
+
+With S = scale q k' + mask, P = exp(S - lse), o = P v, <.,.> a sum over keys, and g the cotangent of o:
+
+    dS = scale (dq k' + q dk')      m = <P, dS>             do = (P dS) v - m o + P dv
+    D  = <g, o>                     dD = <dg, o> + <g, do>  dP = P (dS - m)
+    gS = P (g v' - D)               dgS = dP (g v' - D) + P (dg v' + g dv' - dD)
+    dgq = scale (dgS k + gS dk)     dgk = scale (dgS' q + gS' dq)     dgv = P' dg + dP' g
+
+In ``do`` the products P dS are pointwise, in front of v. Everything a block needs is known for its row beforehand
+(lse, m, D, dD), so one pass over the blocks suffices in each sweep. Source: Dao et al., FlashAttention (2022), for the
+primal; the tangents are its derivatives.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .dispatch import choose
+from .reference import Heads as Heads
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False, scale: float = 1.0
+) -> Heads:
+    """Run attention and keep what its tangents need.
+
+    Args:
+        q: ``[B, T, d]``; k ``[B, S, d]``; v ``[B, S, e]``.
+        mask: float, broadcasting to ``[B, T, S]``, or None.
+        causal: query i sees keys up to i.
+        scale: factor of the scores.
+
+    Cost: 2 B T S (d + e) operations, half with ``causal``.
+    """
+    result: Heads = choose("attention", q).attention(q, k, v, mask, causal, scale)
+    return result
+
+
+def attention_tangent(h: Heads, dq: Tensor | None, dk: Tensor | None, dv: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return ``do`` ``[k, B, T, e]`` and ``m = <P, dS>`` ``[k, B, T]``.
+
+    Args:
+        h: the primal.
+        dq: ``[k, B, T, d]``, dk ``[k, B, S, d]``, dv ``[k, B, S, e]``; None where nothing moves, not all of them.
+
+    Cost: up to 2 B T S (d + k (2 d + 2 e)) operations.
+    """
+    result: tuple[Tensor, Tensor] = choose("attention_tangent", h.q).attention_tangent(h, dq, dk, dv)
+    return result
+
+
+def attention_backward(h: Heads, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the cotangents of q, k, v for cotangents g ``[k, B, T, e]`` of o, each with leading k.
+
+    Cost: 2 B T S (d + k (2 d + 2 e)) operations.
+    """
+    result: tuple[Tensor, Tensor, Tensor] = choose("attention_backward", h.q).attention_backward(h, g)
+    return result
+
+
+def attention_backward_tangent(
+    h: Heads,
+    dq: Tensor | None,
+    dk: Tensor | None,
+    dv: Tensor | None,
+    do: Tensor,
+    m: Tensor,
+    g: Tensor,
+    dg: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the tangents of the cotangents of q, k and v.
+
+    Args:
+        h: the primal; dq, dk, dv as given to ``attention_tangent``, do and m as it returned them.
+        g: ``[B, T, e]``, the primal's cotangent of o.
+        dg: ``[k, B, T, e]``, its tangent.
+
+    Returns:
+        ``[k, B, T, d]``, ``[k, B, S, d]``, ``[k, B, S, e]``.
+
+    Cost: up to 2 B T S (d + e + k (6 d + 4 e)) operations.
+    """
+    module = choose("attention_backward_tangent", h.q)
+    result: tuple[Tensor, Tensor, Tensor] = module.attention_backward_tangent(h, dq, dk, dv, do, m, g, dg)
+    return result

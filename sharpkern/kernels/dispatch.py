@@ -1,0 +1,87 @@
+"""Which backend runs a kernel: per call, explainable, never silent."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from . import native, reference
+
+BACKENDS = ("cuda", "triton", "cpu", "reference")  # fastest first; the last always fits
+# The kernels that have a Triton version, and the module it is in.
+_TRITON = {
+    "dual_gemm": "triton_linear",
+    "slope_product": "triton_pointwise",
+}
+_TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def why_not(backend: str, kernel: str, x: Tensor) -> str | None:
+    """Say in one sentence why a backend cannot run a kernel on a tensor's device and dtype; None if it can."""
+    if backend == "reference":
+        return None
+    if backend == "cpu":
+        if native.REASON is not None:
+            return native.REASON
+        if not hasattr(native, kernel):
+            return f"sharpkern has no compiled CPU version of {kernel}; torch's own kernels run it"
+        if x.device.type != "cpu":
+            return f"the tensor is on {x.device}"
+        if x.dtype not in (torch.float32, torch.float64):
+            return f"{x.dtype} is not supported, float32 and float64 are"
+        return None
+    if backend == "triton":
+        if kernel not in _TRITON:
+            return f"sharpkern has no Triton version of {kernel}"
+        if reason := _no_triton(_TRITON[kernel]):
+            return reason
+        if x.dtype not in _TRITON_DTYPES:
+            return f"{x.dtype} is not supported, float32, bfloat16 and float16 are"
+        return None if x.is_cuda or interpreted() else f"the tensor is on {x.device}"
+    return f"sharpkern has no {backend} version of {kernel} yet"
+
+
+def choose(kernel: str, x: Tensor) -> ModuleType:
+    """Return the module that runs a kernel on a tensor: the forced backend, else the fastest that fits.
+
+    Raises:
+        ValueError: SHARPKERN_BACKEND names no backend.
+        RuntimeError: the forced backend cannot run here, and why.
+    """
+    forced = os.environ.get("SHARPKERN_BACKEND")
+    if not forced:
+        return _module(next(b for b in _order(x.is_cuda) if why_not(b, kernel, x) is None), kernel)
+    if forced not in BACKENDS:
+        raise ValueError(f"SHARPKERN_BACKEND is {forced!r}; known backends are {', '.join(BACKENDS)}.")
+    if reason := why_not(forced, kernel, x):
+        raise RuntimeError(f"{kernel} cannot run on backend {forced!r}: {reason}.")
+    return _module(forced, kernel)
+
+
+def interpreted() -> bool:
+    """Whether Triton kernels run in Triton's interpreter, on CPU tensors (``TRITON_INTERPRET=1``)."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _order(on_cuda: bool) -> tuple[str, ...]:
+    return ("cuda", "triton", "reference") if on_cuda else ("cpu", "reference")
+
+
+def _module(backend: str, kernel: str) -> ModuleType:
+    if backend == "triton":
+        return importlib.import_module(f"{__package__}.{_TRITON[kernel]}")
+    return native if backend == "cpu" else reference
+
+
+@functools.cache
+def _no_triton(module: str) -> str | None:
+    try:
+        importlib.import_module(f"{__package__}.{module}")
+    except ImportError as error:
+        return f"Triton is missing ({error}): pip install triton"
+    return None

@@ -1,0 +1,29 @@
+"""Pointwise kernels: an activation's two tangent sweeps, from its slope and curvature.
+
+For y = f(z) with f'(z) and g f''(z) kept from the primal sweeps (as many bytes as recomputing both from z and g):
+
+    dy = f'(z) dz                       d(gz) = f'(z) dg + g f''(z) dz
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .dispatch import choose
+
+
+def slope_product(slope: Tensor, d: Tensor, curvature: Tensor | None = None, dz: Tensor | None = None) -> Tensor:
+    """Return ``slope d + curvature dz`` in one pass, for k tangents at once.
+
+    Args:
+        slope: ``[*shape]``, contiguous.
+        d: ``[k, *shape]`` like slope.
+        curvature: ``[*shape]`` like slope, or None for zero; goes with dz ``[k, *shape]``.
+
+    Returns:
+        ``[k, *shape]``, contiguous. 16-bit floats are computed in float32 and rounded once.
+
+    Cost: reads 2 + 2k and writes k times the numbers of slope (1 + k and k without curvature).
+    """
+    result: Tensor = choose("slope_product", slope).slope_product(slope, d, curvature, dz)
+    return result
