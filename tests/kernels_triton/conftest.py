@@ -9,12 +9,15 @@ on it, compiled, under ``pytest -m gpu``.
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 
 import pytest
 import torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-if INTERPRETED:
+if find_spec("triton") is None:
+    collect_ignore_glob = ["test_*"]
+elif INTERPRETED:
     collect_ignore_glob = ["test_compiled_*"]
 elif not torch.cuda.is_available():
     collect_ignore_glob = ["test_triton_*"]
