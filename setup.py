@@ -1,7 +1,15 @@
-"""Builds sharpkern._C: the CPU kernels, once per x86-64 instruction level; needs a C++17 compiler, no torch headers."""
+"""Builds sharpkern._C: CPU kernels, once per x86-64 instruction level, and CUDA kernels; needs no torch headers.
+
+Environment:
+    CXX: the C++17 compiler, g++ by default.
+    SHARPKERN_CUDA: auto (default: with the CUDA kernels if nvcc is found), 1 (fail without nvcc), 0 (CPU only).
+    CUDA_HOME: the CUDA toolkit, if its nvcc is not on PATH.
+"""
 
 import os
 import platform
+import shlex
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -10,36 +18,73 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-SOURCES = sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))
-HEADERS = [str(p.relative_to(ROOT)) for p in (ROOT / "csrc").glob("*.h")]
+CPU_SOURCES = sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))
+CUDA_SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 FLAGS = ["-std=c++17", "-O3", "-g0", "-Wall", "-fvisibility=hidden", "-fopenmp"]
 # The same source for each level; bindings.cpp picks the best one that the machine has when it is imported.
 LEVELS = ["v2", "v3", "v4"] if platform.machine() in ("x86_64", "AMD64") else ["any"]
+ARCHITECTURES = ["80", "90", "100"]  # Ampere, Hopper, Blackwell; newer chips compile the PTX of the last
 
 
 class BuildKernels(build_ext):
-    """Compiles the kernels once per instruction level and links the objects into the extension."""
+    """Compiles the kernels and links the objects into the extension."""
+
+    def finalize_options(self):
+        super().finalize_options()
+        self.force = True  # the environment decides what is built, so file times say nothing
 
     def build_extension(self, ext):
-        for source in SOURCES:
-            ext.extra_objects += [self._compile(source, level) for level in LEVELS]
+        Path(self.build_temp).mkdir(parents=True, exist_ok=True)
+        for source in CPU_SOURCES:
+            ext.extra_objects += [self._compile_cpu(source, level) for level in LEVELS]
+        if nvcc := _find_nvcc():
+            ext.extra_objects += [self._compile_cuda(nvcc, source) for source in CUDA_SOURCES]
+            ext.sources += ["csrc/cuda/bindings.cpp"]
+            ext.define_macros += [("WITH_CUDA", None)]
+            ext.extra_link_args += [*_library_folders(nvcc), "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+            ext.extra_link_args += ["-Wl,--exclude-libs,libcudart_static.a"]  # torch brings a runtime of its own
         super().build_extension(ext)
 
-    def _compile(self, source, level):
+    def _compile_cpu(self, source, level):
         target = Path(self.build_temp) / f"{source.stem}_{level}.o"
-        target.parent.mkdir(parents=True, exist_ok=True)
         march = [] if level == "any" else [f"-march=x86-64-{level}", "-mtune=generic"]
-        command = [
-            os.environ.get("CXX", "g++"),
-            *FLAGS,
-            "-fPIC",
-            *march,
-            f"-DLEVEL={level}",
-            "-I",
-            str(ROOT / "csrc"),
-        ]
+        command = [os.environ.get("CXX", "g++"), *FLAGS, "-fPIC", *march, f"-DLEVEL={level}", "-I", str(ROOT / "csrc")]
         subprocess.run([*command, "-c", str(source), "-o", str(target)], check=True)
         return str(target)
+
+    def _compile_cuda(self, nvcc, source):
+        target = Path(self.build_temp) / f"{source.stem}_cuda.o"
+        known = subprocess.run([nvcc, "--list-gpu-arch"], check=True, capture_output=True, text=True).stdout.split()
+        chips = [a for a in ARCHITECTURES if f"compute_{a}" in known]
+        code = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in chips]
+        code += [f"-gencode=arch=compute_{chips[-1]},code=compute_{chips[-1]}"]
+        flags = ["-std=c++17", "-O3", "-cudart", "static", "--threads", "0", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+        command = [nvcc, *flags, *code, "-I", str(ROOT / "csrc")]
+        subprocess.run([*command, "-c", str(source), "-o", str(target)], check=True)
+        return str(target)
+
+
+def _find_nvcc():
+    wish = os.environ.get("SHARPKERN_CUDA", "auto")
+    if wish not in ("0", "1", "auto"):
+        raise SystemExit(f"SHARPKERN_CUDA must be 0, 1 or auto, got {wish!r}.")
+    if wish == "0":
+        print("sharpkern: SHARPKERN_CUDA=0, building without CUDA kernels", flush=True)
+        return None
+    home = os.environ.get("CUDA_HOME")
+    nvcc = (home and shutil.which("nvcc", path=str(Path(home) / "bin"))) or shutil.which("nvcc")
+    if not nvcc and wish == "1":
+        raise SystemExit("SHARPKERN_CUDA=1, but nvcc is neither in CUDA_HOME/bin nor on PATH.")
+    if not nvcc:
+        print("sharpkern: no nvcc in CUDA_HOME/bin or on PATH, building without CUDA kernels", flush=True)
+    return nvcc
+
+
+def _library_folders(nvcc):
+    """Return the -L flags that nvcc itself links with; nvcc on PATH may be a script outside the toolkit."""
+    plan = subprocess.run([nvcc, "-dryrun", "none.o"], capture_output=True, text=True, check=True).stderr
+    line = next(line for line in plan.splitlines() if line.startswith("#$ LIBRARIES="))
+    return [word for word in shlex.split(line.partition("=")[2]) if word.startswith("-L")]
 
 
 setup(
@@ -51,7 +96,6 @@ setup(
             define_macros=[("X86_LEVELS", None)] if LEVELS != ["any"] else [],
             extra_compile_args=FLAGS,
             extra_link_args=["-fopenmp"],
-            depends=[*HEADERS, *(str(p.relative_to(ROOT)) for p in SOURCES), "setup.py"],
             language="c++",
         )
     ],

@@ -7,7 +7,11 @@
 #include <string>
 
 #include "norm.h"
+#include "rows.h"
 #include "vectors.h"
+#ifdef WITH_CUDA
+#include "cuda/bindings.h"
+#endif
 
 namespace py = pybind11;
 using Address = std::uintptr_t;
@@ -15,8 +19,10 @@ using Address = std::uintptr_t;
 #ifdef X86_LEVELS
 extern const KernelTable kernels_v2, kernels_v3, kernels_v4;
 extern const NormTable norm_v2, norm_v3, norm_v4;
+extern const RowTable rows_v2, rows_v3, rows_v4;
 static const KernelTable* const VECTOR_TABLES[] = {&kernels_v2, &kernels_v3, &kernels_v4};
 static const NormTable* const NORM_TABLES[] = {&norm_v2, &norm_v3, &norm_v4};
+static const RowTable* const ROW_TABLES[] = {&rows_v2, &rows_v3, &rows_v4};
 
 // SHARPKERN_CPU_LEVEL (v2, v3, v4) asks for a lower level than the machine's, for tests.
 static int choose() {
@@ -32,14 +38,17 @@ static int choose() {
 #else
 extern const KernelTable kernels_any;
 extern const NormTable norm_any;
+extern const RowTable rows_any;
 static const KernelTable* const VECTOR_TABLES[] = {&kernels_any};
 static const NormTable* const NORM_TABLES[] = {&norm_any};
+static const RowTable* const ROW_TABLES[] = {&rows_any};
 static int choose() { return 0; }
 #endif
 
 static const int LEVEL = choose();
 static const KernelTable& TABLE = *VECTOR_TABLES[LEVEL];
 static const NormTable& NORM = *NORM_TABLES[LEVEL];
+static const RowTable& ROWS = *ROW_TABLES[LEVEL];
 
 template <class T>
 static T* at(Address address) {
@@ -78,11 +87,30 @@ static void bind_norm(py::module_& m, const std::string& suffix, const NormKerne
   }, release());
 }
 
+template <class T>
+static void bind_rows(py::module_& m, const std::string& suffix, const RowKernels<T>& kernels) {
+  using release = py::call_guard<py::gil_scoped_release>;
+  m.def(("slope_product_" + suffix).c_str(), [&kernels](Address slope, Address d, Address curvature, Address dz, int64_t k, int64_t n, Address out, int threads) {
+    kernels.slope_product(at<T>(slope), at<T>(d), at<T>(curvature), at<T>(dz), k, n, at<T>(out), threads);
+  }, release());
+  m.def(("softmax_jacobian_" + suffix).c_str(), [&kernels](Address p, Address u, Address weight, int64_t k, int64_t rows, int64_t C, Address out, Address mean, int threads) {
+    kernels.softmax_jacobian(at<T>(p), at<T>(u), at<T>(weight), k, rows, C, at<T>(out), at<T>(mean), threads);
+  }, release());
+  m.def(("softmax_backward_tangent_" + suffix).c_str(), [&kernels](Address p, Address dp, Address inner, Address dg, int64_t k, int64_t rows, int64_t C, Address out, int threads) {
+    kernels.softmax_backward_tangent(at<T>(p), at<T>(dp), at<T>(inner), at<T>(dg), k, rows, C, at<T>(out), threads);
+  }, release());
+}
+
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "CPU vector kernels on raw addresses; see csrc/vectors.h";
+  m.doc() = "CPU kernels on raw addresses, see the headers in csrc; CUDA kernels, if built, are in .cuda";
   m.def("level", [] { return TABLE.level; });
   bind<float>(m, "f32", TABLE.f32);
   bind<double>(m, "f64", TABLE.f64);
   bind_norm<float>(m, "f32", NORM.f32);
   bind_norm<double>(m, "f64", NORM.f64);
+  bind_rows<float>(m, "f32", ROWS.f32);
+  bind_rows<double>(m, "f64", ROWS.f64);
+#ifdef WITH_CUDA
+  bind_cuda(m.def_submodule("cuda"));
+#endif
 }

@@ -14,9 +14,14 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from .auditing import AuditReport as AuditReport
     from .auditing import audit as audit
+    from .critical import CriticalLR as CriticalLR
+    from .critical import critical_learning_rate as critical_learning_rate
     from .dynamics import classify_regime as classify_regime
+    from .dynamics import crossings as crossings
     from .dynamics import detect_catapults as detect_catapults
+    from .dynamics import edge_of_stability as edge_of_stability
     from .dynamics import first_crossing as first_crossing
+    from .dynamics import training_outcome as training_outcome
     from .eigen import EigenResult as EigenResult
     from .eigen import lanczos as lanczos
     from .eigen import power_iteration as power_iteration
@@ -30,6 +35,9 @@ if TYPE_CHECKING:
     from .operators import NonFiniteLossError as NonFiniteLossError
     from .operators import PreconditionedOperator as PreconditionedOperator
     from .optim import GIAdam as GIAdam
+    from .optim import dead_units as dead_units
+    from .optim import optimizer_norms as optimizer_norms
+    from .persistent import PersistentCatapultLR as PersistentCatapultLR
     from .preconditioning import Preconditioner as Preconditioner
     from .preconditioning import preconditioner as preconditioner
     from .rop import UnsupportedOpError as UnsupportedOpError
@@ -37,19 +45,30 @@ if TYPE_CHECKING:
     from .tracker import SharpnessTracker as SharpnessTracker
     from .warmup import WarmupLR as WarmupLR
     from .warmup import stability_threshold as stability_threshold
+    from .warmup import steps_saved as steps_saved
+    from .warmup import steps_to_target as steps_to_target
 
 _HOME = {
     "auditing": ("AuditReport", "audit"),
-    "dynamics": ("classify_regime", "detect_catapults", "first_crossing"),
+    "critical": ("CriticalLR", "critical_learning_rate"),
+    "dynamics": (
+        "classify_regime",
+        "crossings",
+        "detect_catapults",
+        "edge_of_stability",
+        "first_crossing",
+        "training_outcome",
+    ),
     "eigen": ("EigenResult", "lanczos", "power_iteration"),
     "flat": ("flatten", "unflatten"),
     "measure": ("Sharpness", "preconditioned_sharpness", "sharpness"),
     "operators": ("GGNOperator", "HessianOperator", "NonFiniteLossError", "PreconditionedOperator"),
-    "optim": ("GIAdam",),
+    "optim": ("GIAdam", "dead_units", "optimizer_norms"),
+    "persistent": ("PersistentCatapultLR",),
     "preconditioning": ("Preconditioner", "preconditioner"),
     "rop": ("UnsupportedOpError",),
     "tracker": ("Record", "SharpnessTracker"),
-    "warmup": ("WarmupLR", "stability_threshold"),
+    "warmup": ("WarmupLR", "stability_threshold", "steps_saved", "steps_to_target"),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 __all__ = sorted(_MODULE_OF)

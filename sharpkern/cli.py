@@ -1,7 +1,8 @@
-"""The command line: ``sharpkern train | audit | doctor``. torch is imported only by what needs it."""
+"""The command line: ``sharpkern train | sweep | report | audit | doctor``. torch is imported only by what needs it."""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import io
@@ -10,7 +11,7 @@ import re
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 if TYPE_CHECKING:
     from .train.config import TrainConfig
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 USAGE = """usage: sharpkern COMMAND [OPTIONS]
 
   train    train a reference model, tracking its sharpness at every step
+  sweep    train a grid of runs from one TOML file: a phase diagram
+  report   draw a sweep's phase diagrams: one HTML page, and PNGs
   audit    check the Hessian-vector products of a reference model against independent truths
   doctor   show versions, kernel backends, and why one is missing
 
@@ -43,9 +46,10 @@ def main(argv: list[str] | None = None) -> int:
 
         print(__version__)
         return OK
-    command = {"train": _train, "audit": _audit, "doctor": _doctor}.get(arguments[0])
+    commands = {"train": _train, "sweep": _sweep, "report": _report_sweep, "audit": _audit, "doctor": _doctor}
+    command = commands.get(arguments[0])
     if command is None:
-        return _complain(f"unknown command {arguments[0]!r}; known are train, audit, doctor.")
+        return _complain(f"unknown command {arguments[0]!r}; known are {', '.join(commands)}.")
     try:
         return command(arguments[1:])
     except (ValueError, OSError, TypeError, RuntimeError) as error:
@@ -226,6 +230,96 @@ def _report(config: TrainConfig) -> None:
     plot_run(finite, config.optimizer, catapults_of(finite), config.out / "sharpness.png", title)
     print("\n".join(lines))
     print(f"plot: {config.out / 'sharpness.png'}")
+
+
+def _sweep(arguments: list[str]) -> int:
+    parser = _Parser(prog="sharpkern sweep", description="Train every cell of a grid; a second call goes on.")
+    parser.add_argument("file", type=Path, help="a run's configuration with a table [sweep.grid]")
+    parser.add_argument(
+        "--out", type=Path, help="the sweep's folder; the file's own, or runs/ and its name, by default"
+    )
+    parser.add_argument("--processes", type=int, help="at once, on this machine; by default one a core")
+    parser.add_argument("--executor", choices=("local", "submitit"), default="local", help="where the cells run")
+    parser.add_argument(
+        "--submitit", metavar="KEY=VALUE", action="append", default=[],
+        help="of submitit, as in slurm_partition=cpu, timeout_min=60; may be repeated",
+    )  # fmt: skip
+    parser.add_argument("--list", action="store_true", help="name the cells, and train none")
+    given = parser.parse_args(arguments)
+    if given.processes is not None and given.processes < 1:
+        raise ValueError(f"--processes must be at least 1, got {given.processes}.")
+    from .sweep import executors
+    from .sweep.collect import result_of, table
+    from .sweep.grid import read_sweep
+
+    sweep = read_sweep(given.file, given.out)
+    done = sum(result_of(cell) is not None for cell in sweep.cells)
+    if given.list:
+        print("\n".join(cell.name for cell in sweep.cells))
+        return OK
+    if given.executor == "submitit":
+        parameters = dict(_pair(item) for item in given.submitit)
+        executor = executors.submitit(sweep.folder / "jobs", **parameters)
+    else:
+        executor = executors.local(given.processes)
+    print(f"{len(sweep.cells)} cells, {done} of them done; folder: {sweep.folder}")
+    outcomes = _with_bar(executors.run_sweep(sweep, executor), done, len(sweep.cells))
+    try:
+        errors = [outcome for outcome in outcomes if outcome.status == "error"]
+    except KeyboardInterrupt:
+        return _complain("interrupted; the same command goes on from here.", INTERRUPTED)
+    statuses = [row["status"] for row in table(sweep)]
+    counts = ", ".join(f"{statuses.count(name)} {name}" for name in dict.fromkeys(statuses))
+    print(f"{counts}; table: {sweep.folder / 'table.csv'}; next: sharpkern report {sweep.folder}")
+    if errors:
+        return _complain(
+            f"{len(errors)} cells have no result, the first is {errors[0].name}: {errors[0].message} "
+            f"(error.txt in its folder tells more; a second call tries again)", FAILED,
+        )  # fmt: skip
+    return OK
+
+
+def _with_bar(outcomes: Any, done: int, total: int) -> Any:
+    """Pass outcomes on, and show progress: a bar on a terminal, a plain line now and then elsewhere."""
+    if sys.stderr.isatty():
+        from tqdm import tqdm
+
+        yield from tqdm(outcomes, initial=done, total=total, unit="cell", dynamic_ncols=True)
+        return
+    start = last = time.monotonic()
+    for number, outcome in enumerate(outcomes, 1):
+        now = time.monotonic()
+        if now - last >= _SECONDS_BETWEEN_LINES or done + number == total:
+            left = (now - start) / number * (total - done - number)
+            print(f"cell {done + number}/{total}, {left:.0f} s left", file=sys.stderr, flush=True)
+            last = now
+        yield outcome
+
+
+def _pair(text: str) -> tuple[str, Any]:
+    """``timeout_min=60`` becomes ``("timeout_min", 60)``."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"--submitit needs KEY=VALUE, got {text!r}.")
+    return name, int(value) if value.isdecimal() else value
+
+
+def _report_sweep(arguments: list[str]) -> int:
+    parser = _Parser(prog="sharpkern report", description="Draw a sweep's phase diagrams.")
+    parser.add_argument("folder", type=Path, help="of a sweep")
+    parser.add_argument("--partial", action="store_true", help="although some cells are not finished")
+    given = parser.parse_args(arguments)
+    from .sweep.report import write_report
+
+    print(f"report: {write_report(given.folder, partial=given.partial)}")
+    return OK
+
+
+class _Parser(argparse.ArgumentParser):
+    """Complains in one line, like the rest of the command line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; see {self.prog} --help.")
 
 
 def _audit(arguments: list[str]) -> int:

@@ -15,7 +15,15 @@ from . import kernels
 from .autograd import AutogradProgram
 from .flat import Layout, trainable
 from .preconditioning import Preconditioner
-from .rop import FunctionalLoss, LossModule, Program, UnsupportedModelError, UnsupportedOpError, export
+from .rop import (
+    FunctionalLoss,
+    LossModule,
+    Program,
+    ReplayedProgram,
+    UnsupportedModelError,
+    UnsupportedOpError,
+    export,
+)
 
 _MAX_BLOCK = 16  # vectors in flight: bounds the memory of tangents, which grows with k
 
@@ -138,7 +146,7 @@ class _Curvature(_Operator):
         layout = Layout(self.params)
         self.n, self.dtype, self.device = layout.n, layout.dtype, layout.device
         self.products = 0
-        self._engines: dict[Any, Program | AutogradProgram] = {}
+        self._engines: dict[Any, ReplayedProgram | AutogradProgram] = {}
         self.refresh(batch, update_buffers=update_buffers)
 
     def refresh(self, batch: Any = None, *, update_buffers: bool = False) -> None:
@@ -171,9 +179,9 @@ class _Curvature(_Operator):
         self.gradient: Tensor = self._engine.backward()
         self._versions = self._present_versions()
 
-    def _engine_for(self, batch: Any) -> Program | AutogradProgram:
+    def _engine_for(self, batch: Any) -> ReplayedProgram | AutogradProgram:
         try:
-            return Program(export(self.module, batch), self.params)
+            return ReplayedProgram(Program(export(self.module, batch), self.params))
         except UnsupportedOpError:
             raise
         except UnsupportedModelError as error:

@@ -1,12 +1,13 @@
-"""GI-Adam: Adam whose second moment starts from a gradient instead of zero."""
+"""GI-Adam: Adam whose second moment starts from a gradient instead of zero; and what shows that Adam is failing."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
 
@@ -23,6 +24,10 @@ class GIAdam(torch.optim.Adam):
     training). A parameter not initialised by its first step uses that step's own gradient as g_0. State,
     state_dict and parameter groups are those of ``torch.optim.Adam``.
 
+    With ``v0="random"`` it is RI-Adam: ``v_0 = z^2``, z normal and scaled so that ``|z| = |g_0|`` over all parameters
+    that start together. It tells the size of v_0 from its direction. ``sharpkern.preconditioner`` knows P before the
+    first step only after ``initialize()``, which draws z.
+
     Args:
         params: parameters or groups.
         lr: learning rate.
@@ -30,6 +35,7 @@ class GIAdam(torch.optim.Adam):
         eps: added to the root of the second moment, after its bias correction.
         weight_decay: coupled (added to the gradient), unless decoupled.
         decoupled: shrink the weights by ``1 - lr weight_decay`` instead, as AdamW.
+        v0: "gradient", or "random" for RI-Adam, from torch's global generator.
         amsgrad: divide by the largest second moment so far.
         foreach: one call for many tensors; None chooses.
         maximize: ascend.
@@ -38,7 +44,7 @@ class GIAdam(torch.optim.Adam):
     Raises:
         ValueError: an argument is out of range.
 
-    Source: Kalra and Barkeshli, Why warmup the learning rate? (2024), GI-Adam.
+    Source: Kalra and Barkeshli, Why warmup the learning rate? (2024), GI-Adam and RI-Adam.
 
     >>> p = torch.nn.Parameter(torch.zeros(1))
     >>> p.grad = torch.ones(1)
@@ -46,8 +52,6 @@ class GIAdam(torch.optim.Adam):
     >>> round(p.item(), 5)  # Adam's first step is -1
     -0.03162
     """
-
-    starts_from_gradient = True  # read by sharpkern.preconditioner: P of the first step differs from Adam's
 
     def __init__(
         self,
@@ -58,16 +62,30 @@ class GIAdam(torch.optim.Adam):
         weight_decay: float = 0.0,
         *,
         decoupled: bool = False,
+        v0: Literal["gradient", "random"] = "gradient",
         amsgrad: bool = False,
         foreach: bool | None = None,
         maximize: bool = False,
         capturable: bool = False,
     ) -> None:
+        if v0 not in ("gradient", "random"):
+            raise ValueError(f"v0 must be 'gradient' or 'random', got {v0!r}.")
+        self.v0 = v0
         super().__init__(
             params, lr, betas, eps, weight_decay, amsgrad,
             decoupled_weight_decay=decoupled,
             foreach=foreach, maximize=maximize, capturable=capturable,
         )  # fmt: skip
+
+    @property
+    def starts_from_gradient(self) -> bool:
+        """Read by ``sharpkern.preconditioner``, as P of the first step differs from Adam's."""
+        if self.v0 == "random":
+            raise RuntimeError("v_0 is not drawn yet: call the optimizer's initialize() after backward().")
+        return True
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "v0": self.v0}
 
     @torch.no_grad()
     def initialize(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -94,18 +112,87 @@ class GIAdam(torch.optim.Adam):
                 f"{started} of {len(present)} parameters are initialised already: call initialize() "
                 f"once, before the first step()."
             )
-        for group in self.param_groups:
-            self._init_group(group, [], [], [], [], [], [])
+        self._start()
         return result
 
     def _init_group(self, group: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Let Adam create the state, then fill v_0 where it is new; ``step`` calls this after the closure."""
-        fresh = [p for p in group["params"] if p.grad is not None and not self.state.get(p)]
-        result = super()._init_group(group, *args, **kwargs)
-        if fresh:
+        """Start what is new, then let Adam collect its lists; ``step`` calls this after the closure."""
+        if any(p.grad is not None and not self.state.get(p) for p in group["params"]):
+            self._start()
+        return super()._init_group(group, *args, **kwargs)
+
+    def _start(self) -> None:
+        """Create the state of parameters that have a gradient and none yet, in all groups, and fill v_0."""
+        first: dict[Tensor, Tensor] = {}
+        for group in self.param_groups:
             decay = 0.0 if group["decoupled_weight_decay"] else group["weight_decay"]
             decay = -decay if group["maximize"] else decay
-            for p in fresh:
-                g = p.grad if decay == 0 else p.grad.add(p, alpha=decay)
-                self.state[p]["exp_avg_sq"].copy_(g).square_()
-        return result
+            for p in group["params"]:
+                if p.grad is not None and not self.state.get(p):
+                    first[p] = p.grad if decay == 0 else p.grad.add(p, alpha=decay)
+            super()._init_group(group, [], [], [], [], [], [])
+        if self.v0 == "random":
+            drawn = {p: torch.randn_like(g) for p, g in first.items()}
+            scale = _norm(list(first.values())) / (_norm(list(drawn.values())) or 1.0)
+            first = {p: z.mul_(scale) for p, z in drawn.items()}
+        for p, g in first.items():
+            self.state[p]["exp_avg_sq"].copy_(g).square_()
+
+
+def optimizer_norms(optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """Return the norms that tell a failing Adam: a spike of ``g`` inflates ``v`` for about ``1 / (1 - b2)`` steps.
+
+    Args:
+        optimizer: any; the moments are those of Adam and its like, RMSprop, and SGD with momentum. Only read.
+
+    Returns:
+        Euclidean norms over all parameters: "theta" parameters, "g" gradients in ``p.grad``, "m" first moment, "v"
+        second moment (of squares, without a root). 0 for what is missing.
+
+    Source: Kalra and Barkeshli, Why warmup the learning rate? (2024), on Adam's training failures.
+
+    >>> w = nn.Parameter(torch.tensor([3.0, 4.0]))
+    >>> optimizer_norms(torch.optim.Adam([w]))
+    {'theta': 5.0, 'g': 0.0, 'm': 0.0, 'v': 0.0}
+    """
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    states = [optimizer.state.get(p, {}) for p in params]
+    found = {
+        "theta": [p.detach() for p in params],
+        "g": [p.grad for p in params],
+        "m": [s.get("exp_avg", s.get("momentum_buffer")) for s in states],
+        "v": [s.get("exp_avg_sq", s.get("square_avg")) for s in states],
+    }
+    return {name: _norm([t for t in tensors if t is not None]) for name, tensors in found.items()}
+
+
+def dead_units(model: nn.Module) -> float:
+    """Return the share of units whose incoming weights all have a gradient of exactly zero.
+
+    A unit is a row of a weight of two or more dimensions, embeddings aside. A ReLU that is off for every example of
+    the batch is one such unit; so is every unit of a layer that no gradient reaches.
+
+    Args:
+        model: after ``backward()`` or ``tracker.step()``; reads ``p.grad``.
+
+    Returns:
+        0 to 1.
+
+    Raises:
+        RuntimeError: no such weight has a gradient.
+
+    >>> layer = nn.Linear(2, 4)
+    >>> layer(torch.ones(1, 2))[0, 0].backward()
+    >>> dead_units(layer)
+    0.75
+    """
+    looked_up = {m.weight for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)}
+    grads = [p.grad for p in model.parameters() if p.ndim >= 2 and p.grad is not None and p not in looked_up]
+    if not grads:
+        raise RuntimeError("no weight has a gradient: run backward() first.")
+    dead = sum(int((g.flatten(1) == 0).all(1).sum()) for g in grads)
+    return dead / sum(len(g) for g in grads)
+
+
+def _norm(tensors: list[Tensor]) -> float:
+    return math.sqrt(sum(float(torch.linalg.vector_norm(t, dtype=torch.float64)) ** 2 for t in tensors))

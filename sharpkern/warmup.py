@@ -9,6 +9,8 @@ from typing import Any, Literal
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 
+from .critical import critical_learning_rate
+
 
 def stability_threshold(optimizer: torch.optim.Optimizer, *, first_step: bool = False) -> float:
     """Return kappa: on a quadratic loss, the optimizer is stable while ``lr * curvature < kappa``.
@@ -92,9 +94,14 @@ class WarmupLR(LRScheduler):
     """Learning rate that grows from ``lr_init`` to ``lr_target``, then stays or decays along a cosine.
 
         t <= T:            lr_t = lr_init + (lr_target - lr_init) (t / T)^power,        T = warmup_steps
-        t > T, constant:   lr_t = lr_target
-        t > T, cosine:     lr_t = lr_min + (lr_target - lr_min) (1 + cos(pi s)) / 2
-                           s = min(1, (t - T) / (total_steps - T))
+          keep_slope:      lr_t = min(lr_target, lr_init + lr_target (t / T)^power)
+        t > R, constant:   lr_t = lr_target
+        t > R, cosine:     lr_t = lr_min + (lr_target - lr_min) (1 + cos(pi s)) / 2
+                           s = min(1, (t - R) / (total_steps - R))
+
+    R is the step that reaches the target: T, or sooner with ``keep_slope`` (``steps_to_target``).
+    ``lr_init="critical"`` starts at the critical learning rate of the model's present state, found by forward passes
+    (``critical_learning_rate``), with the slope kept: the warmup from zero without the part that no catapult needs.
 
     The first ``optimizer.step()`` uses t = 1; call ``step()`` after each. ``warmup_steps=1`` means no warmup.
     Beyond ``total_steps`` a cosine stays at ``lr_min``. The optimizer's own lr is ignored.
@@ -105,7 +112,13 @@ class WarmupLR(LRScheduler):
         optimizer: any torch optimizer.
         lr_target: a number, or one for each parameter group.
         warmup_steps: T, at least 1.
-        lr_init: a number, or one for each group.
+        lr_init: a number, or one for each group; "critical" measures it now, at most ``lr_target``. The groups then
+            have the ratios of ``lr_target``.
+        probe: ``(model, loss_fn, batch)`` for "critical". Not kept, and not part of the state: a run to be resumed
+            may give any lr_init, as ``load_state_dict`` restores it.
+        rise: relative rise of the loss allowed at the critical learning rate; 0.01 for Adam, to avoid a large
+            catapult.
+        keep_slope: grow as fast as from zero, and reach the target sooner; None: for "critical" only.
         power: exponent of the warmup; 1 is linear.
         decay: "constant" or "cosine".
         total_steps: where the cosine ends; more than warmup_steps. Not used by "constant".
@@ -115,7 +128,12 @@ class WarmupLR(LRScheduler):
     Raises:
         ValueError: an argument is out of range.
 
-    Source: Kalra and Barkeshli, Why warmup the learning rate? (2024), polynomial warmup.
+    Attributes:
+        lr_init: of each group, measured or given.
+        forward_passes: spent on "critical".
+
+    Source: Kalra and Barkeshli, Why warmup the learning rate? (2024), polynomial warmup; section 6 for the critical
+    initial learning rate.
 
     >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
     >>> schedule = WarmupLR(optimizer, 1.0, 4)
@@ -129,7 +147,10 @@ class WarmupLR(LRScheduler):
         lr_target: float | Sequence[float],
         warmup_steps: int,
         *,
-        lr_init: float | Sequence[float] = 0.0,
+        lr_init: float | Sequence[float] | Literal["critical"] = 0.0,
+        probe: tuple[Any, Any, Any] | None = None,
+        rise: float = 0.1,
+        keep_slope: bool | None = None,
         power: float = 1.0,
         decay: Literal["constant", "cosine"] = "constant",
         total_steps: int | None = None,
@@ -138,7 +159,13 @@ class WarmupLR(LRScheduler):
     ) -> None:
         groups = len(optimizer.param_groups)
         self.lr_target = _per_group("lr_target", lr_target, groups)
-        self.lr_init = _per_group("lr_init", lr_init, groups)
+        critical = isinstance(lr_init, str)
+        if critical and (lr_init != "critical" or probe is None):
+            raise ValueError(
+                f"lr_init must be numbers, or 'critical' with probe=(model, loss_fn, batch), got {lr_init!r} and "
+                f"probe={'None' if probe is None else 'given'}."
+            )
+        self.lr_init = [0.0] * groups if critical else _per_group("lr_init", lr_init, groups)  # type: ignore[arg-type]
         self.lr_min = [lr / 10 for lr in self.lr_target] if lr_min is None else _per_group("lr_min", lr_min, groups)
         for target, start, end in zip(self.lr_target, self.lr_init, self.lr_min, strict=True):
             if start > target:
@@ -156,17 +183,35 @@ class WarmupLR(LRScheduler):
                 f"decay='cosine' needs total_steps above warmup_steps = {warmup_steps}, got {total_steps}."
             )
         self.warmup_steps, self.power, self.decay, self.total_steps = warmup_steps, power, decay, total_steps
+        self.keep_slope = critical if keep_slope is None else keep_slope
+        self.forward_passes = 0
+        if critical:
+            set_rates(optimizer, self.lr_target)  # the critical learning rate is one number for groups in this ratio
+            model, loss_fn, batch = probe  # type: ignore[misc]
+            found = critical_learning_rate(model, loss_fn, batch, optimizer, cap=self.lr_target[0], rise=rise)
+            self.lr_init = [found.value * target / self.lr_target[0] for target in self.lr_target]
+            self.forward_passes = found.forward_passes
         super().__init__(optimizer, last_epoch)
+
+    @property
+    def reached(self) -> int:
+        """The first step t at which every group has its target."""
+        if not self.keep_slope:
+            return self.warmup_steps
+        pairs = zip(self.lr_init, self.lr_target, strict=True)
+        return max(steps_to_target(self.warmup_steps, start, target, power=self.power) for start, target in pairs)
 
     def lr_at(self, t: int) -> list[float]:
         """Return the lr of optimizer step t = 1, 2, ..., for each parameter group."""
-        if t <= self.warmup_steps:
+        reached = self.reached
+        if t < reached:
             grown = (t / self.warmup_steps) ** self.power
             pairs = zip(self.lr_target, self.lr_init, strict=True)
-            return [min(target, start + (target - start) * grown) for target, start in pairs]
-        if self.decay == "constant" or self.total_steps is None:
+            gaps = [(target, start, target if self.keep_slope else target - start) for target, start in pairs]
+            return [min(target, start + gap * grown) for target, start, gap in gaps]
+        if t == reached or self.decay == "constant" or self.total_steps is None:
             return list(self.lr_target)
-        s = min(1.0, (t - self.warmup_steps) / (self.total_steps - self.warmup_steps))
+        s = min(1.0, (t - reached) / (self.total_steps - reached))
         left = (1 + math.cos(math.pi * s)) / 2
         return [end + (target - end) * left for target, end in zip(self.lr_target, self.lr_min, strict=True)]
 
@@ -177,11 +222,57 @@ class WarmupLR(LRScheduler):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore a schedule, and the optimizer's lr with it."""
         super().load_state_dict(state_dict)
-        for group, lr in zip(self.optimizer.param_groups, self.lr_at(self.last_epoch + 1), strict=True):
-            if isinstance(group["lr"], torch.Tensor):
-                group["lr"].fill_(lr)
-            else:
-                group["lr"] = lr
+        set_rates(self.optimizer, self.lr_at(self.last_epoch + 1))
+
+
+def set_rates(optimizer: torch.optim.Optimizer, rates: Sequence[float]) -> None:
+    """Set the learning rate of each group; a tensor is filled in place."""
+    for group, lr in zip(optimizer.param_groups, rates, strict=True):
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
+
+
+def steps_to_target(warmup_steps: int, lr_init: float, lr_target: float, *, power: float = 1.0) -> int:
+    """Return T_reach: the step at which a warmup from lr_init with the slope of one from zero is at its target.
+
+        T_reach = ceil(T (1 - lr_init / lr_target)^(1 / power)), at least 1
+
+    Args:
+        warmup_steps: T, of the warmup from zero.
+        lr_init: not negative; at or above the target no warmup is left, which is 1.
+        lr_target: positive.
+        power: exponent of the warmup.
+
+    Source: Kalra and Barkeshli, Why warmup the learning rate? (2024), section 6.
+
+    >>> steps_to_target(100, 0.25, 1.0)
+    75
+    """
+    part = max(0.0, 1 - lr_init / lr_target) ** (1 / power)
+    return max(1, math.ceil(warmup_steps * part - 1e-9 * warmup_steps))
+
+
+def steps_saved(warmup_steps: int, lr_critical: float, lr_target: float, *, forward_passes: int) -> float:
+    """Return T_save: training steps that starting a linear warmup at the critical learning rate saves.
+
+        T_save = T min(1, lr_critical / lr_target) - forward_passes / 2
+
+    A training step is counted as two forward passes. Negative where the search costs more than it saves.
+
+    Args:
+        warmup_steps: T, of the warmup from zero.
+        lr_critical: ``CriticalLR.value``.
+        lr_target: positive.
+        forward_passes: ``CriticalLR.forward_passes``.
+
+    Source: Kalra and Barkeshli, Why warmup the learning rate? (2024), section 6.
+
+    >>> steps_saved(100, 0.25, 1.0, forward_passes=10)
+    20.0
+    """
+    return warmup_steps * min(1.0, lr_critical / lr_target) - forward_passes / 2
 
 
 def _per_group(name: str, value: float | Sequence[float], groups: int) -> list[float]:

@@ -14,8 +14,9 @@ LAYERS = [
     {"rop", "preconditioning"},
     {"autograd", "operators"},
     {"eigen"},
-    {"measure", "optim", "warmup", "dynamics", "tracker", "auditing"},
+    {"measure", "optim", "critical", "warmup", "persistent", "suggest", "dynamics", "tracker", "auditing"},
     {"train"},
+    {"sweep"},
     {"cli", "doctor"},
 ]
 LAYER_OF = {name: level for level, names in enumerate(LAYERS) for name in names}

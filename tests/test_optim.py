@@ -1,4 +1,4 @@
-"""GIAdam against an explicit float64 loop in numpy, and against torch's Adam."""
+"""GIAdam against an explicit float64 loop in numpy, and against torch's Adam; RI-Adam; signs of failure."""
 
 from __future__ import annotations
 
@@ -253,3 +253,99 @@ def test_initialize_at_the_wrong_time_is_an_error() -> None:
 def test_bad_arguments_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"-1\.0|1\.0|-0\.1"):
         sk.GIAdam(parameters(), **options)
+
+
+def test_random_start_has_the_norm_of_the_gradient_and_nothing_else_of_it() -> None:
+    params = parameters()
+    optimizer = sk.GIAdam([{"params": params[:1]}, {"params": params[1:], "lr": 0.5}], v0="random")
+    gradients = [10.0**i * g for i, g in enumerate(draw(params))]
+    set_gradients(params, gradients)
+    torch.manual_seed(3)
+    optimizer.initialize()
+    z = [optimizer.state[p]["exp_avg_sq"].sqrt() for p in params]
+    flat, g = sk.flatten(z), sk.flatten(gradients)
+    assert float(flat.norm() / g.norm()) == pytest.approx(1, rel=1e-12)
+    assert abs(float(torch.corrcoef(torch.stack([flat, g.abs()]))[0, 1])) < 0.9
+    rms = [float(t.square().mean().sqrt()) for t in z]
+    assert max(rms) < 5 * min(rms)  # the gradients' differ by 100
+    other = sk.GIAdam(clones(params), v0="random")
+    for p, gradient in zip(other.param_groups[0]["params"], gradients, strict=True):
+        p.grad = gradient
+    torch.manual_seed(3)
+    other.initialize()
+    for p, want in zip(other.param_groups[0]["params"], z, strict=True):
+        torch.testing.assert_close(other.state[p]["exp_avg_sq"].sqrt(), want)
+
+
+@pytest.mark.parametrize("separate", [False, True], ids=["own first gradient", "initialize"])
+def test_random_start_agrees_with_an_explicit_loop(separate: bool) -> None:
+    params = parameters()
+    start = [p.detach().numpy().copy() for p in params]
+    optimizer = sk.GIAdam(params, lr=0.03, betas=(0.8, 0.95), eps=1e-3, v0="random")
+    steps = [draw(params) for _ in range(6)]
+    set_gradients(params, steps[0])
+    torch.manual_seed(11)
+    if separate:
+        optimizer.initialize()
+    for gradients in steps:
+        set_gradients(params, gradients)
+        optimizer.step()
+    torch.manual_seed(11)
+    z = [torch.randn_like(g) for g in steps[0]]
+    scale = float(sk.flatten(steps[0]).norm() / sk.flatten(z).norm())
+    for i, p in enumerate(params):
+        want = reference(start[i], [g[i].numpy() for g in steps], scale * z[i].numpy(), 0.03, 0.8, 0.95, 1e-3)
+        np.testing.assert_allclose(p.detach().numpy(), want, rtol=1e-10, atol=1e-13)
+
+
+def test_random_start_survives_copies_and_its_first_preconditioner_needs_the_draw() -> None:
+    params = parameters()
+    optimizer = sk.GIAdam(params, v0="random")
+    assert copy.deepcopy(optimizer).v0 == "random"
+    set_gradients(params, draw(params))
+    with pytest.raises(RuntimeError, match="call the optimizer's initialize"):
+        sk.preconditioner(optimizer, gradients="next")
+    optimizer.initialize()
+    before = sk.preconditioner(optimizer, gradients="next").diagonal()
+    optimizer.step()
+    torch.testing.assert_close(before, sk.preconditioner(optimizer).diagonal())
+
+
+def test_norms_of_moments() -> None:
+    for make in (sk.GIAdam, torch.optim.Adam, torch.optim.RMSprop, lambda p: torch.optim.SGD(p, momentum=0.5)):
+        params = parameters()
+        optimizer = make(params)
+        for _ in range(2):
+            set_gradients(params, draw(params))
+            optimizer.step()
+        states = [optimizer.state[p] for p in params]
+        got = sk.optimizer_norms(optimizer)
+        assert got["g"] == pytest.approx(float(sk.flatten([p.grad for p in params]).norm()))
+        assert got["theta"] == pytest.approx(float(sk.flatten(params).detach().norm()))
+        for name, keys in (("m", ("exp_avg", "momentum_buffer")), ("v", ("exp_avg_sq", "square_avg"))):
+            tensors = [s[key] for s in states for key in keys if s.get(key) is not None]
+            assert got[name] == (pytest.approx(float(sk.flatten(tensors).norm())) if tensors else 0.0)
+
+
+def test_dead_units_are_counted_where_they_were_planted() -> None:
+    model = nn.Sequential(nn.Linear(6, 20), nn.ReLU(), nn.Linear(20, 5), nn.ReLU(), nn.Linear(5, 2))
+    with torch.no_grad():
+        for layer in (model[0], model[2]):
+            layer.weight.abs_()
+            layer.bias.fill_(1.0)
+        model[0].bias[:7] = -1e3  # off for every example
+    loss = model(torch.rand(30, 6)).square().mean()
+    with pytest.raises(RuntimeError, match="run backward"):
+        sk.dead_units(model)
+    loss.backward()
+    assert sk.dead_units(model) == pytest.approx(7 / 27)
+    with torch.no_grad():
+        model[2].bias.fill_(-1e3)  # the second layer is 0: no gradient but to the last bias
+    model.zero_grad()
+    model(torch.rand(30, 6)).square().mean().backward()
+    assert sk.dead_units(model) == 1.0
+
+
+def test_unknown_starts_are_refused() -> None:
+    with pytest.raises(ValueError, match="v0 must be 'gradient' or 'random', got 'zero'"):
+        sk.GIAdam(parameters(), v0="zero")

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import sharpkern as sk
 from sharpkern.autograd import AutogradProgram
-from sharpkern.rop import Program
+from sharpkern.rop import ReplayedProgram
 
 
 class Wrapped(nn.Module):
@@ -34,7 +34,7 @@ def problem_of(middle) -> Problem:
 
 def agrees(problem: Problem, tolerance: float = 1e-10) -> sk.HessianOperator:
     H = operator(problem)
-    assert isinstance(H._engine, Program)
+    assert isinstance(H._engine, ReplayedProgram)
     V = torch.randn(2, H.n, dtype=torch.float64)
     _, gradient = loss_and_gradient(problem)
     assert error(H.gradient, gradient.detach()) <= tolerance
@@ -299,7 +299,7 @@ def test_autocast_region_is_exported_with_its_casts() -> None:
     model = randomise(Wrapped(mixed))
     problem = Problem(model, F.cross_entropy, (torch.randn(5, 4), torch.randint(0, 3, (5,))))
     H = operator(problem)
-    assert isinstance(H._engine, Program)
+    assert isinstance(H._engine, ReplayedProgram)
     v = torch.randn(H.n)
     want = hessian_times(problem, v[None])[0]
     assert float((H @ v - want).norm() / want.norm()) <= 0.1

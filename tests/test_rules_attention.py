@@ -10,7 +10,16 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import sharpkern as sk
+from sharpkern.rop import attention
 from sharpkern.rop.attention import Attention
+
+
+@pytest.fixture(autouse=True, params=["kept", "blocked"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Run every case with the probabilities kept and with them formed in blocks."""
+    if request.param == "blocked":
+        monkeypatch.setattr(attention, "MAX_KEPT", 0)
+    return str(request.param)
 
 
 def attend(*shapes: tuple[int, ...], **options) -> None:
@@ -81,7 +90,7 @@ def test_dropout_of_attention_keeps_its_mask() -> None:
     dense = H @ torch.eye(H.n, dtype=torch.float64)
     assert float((dense - dense.T).abs().max() / dense.abs().max()) <= 1e-12
     shift, v = 1e-6, torch.randn(H.n, dtype=torch.float64)
-    mask = next(step.rule for step in H._engine.live if isinstance(step.rule, Attention)).D
+    mask = next(step.rule for step in H._engine.program.live if isinstance(step.rule, Attention)).way.D
 
     def gradient(sign: float) -> Tensor:  # the same mask by hand, on the math path
         moved = [

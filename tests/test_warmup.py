@@ -144,6 +144,28 @@ def test_the_very_first_step_overshoots_exactly_beyond_its_own_threshold(name: s
         assert (abs(x.item()) > x0) == (factor > 1)
 
 
+@settings(max_examples=12, deadline=None, database=None)
+@given(
+    top=st.floats(0.3, 30), b=st.floats(0.1, 0.97), decay=st.floats(0, 0.9), form=st.sampled_from(["", "n", "d"]),
+    seed=st.integers(0, 2**31),
+)  # fmt: skip
+def test_random_momenta_decays_and_curvatures(top: float, b: float, decay: float, form: str, seed: int) -> None:
+    """SGD from random settings: 2% below the threshold it converges, 2% above it grows."""
+    torch.manual_seed(seed)
+    Q = rosette(3)
+    H = Q @ torch.diag(torch.tensor([top, 0.5 * top, 0.2 * top], dtype=torch.float64)) @ Q.t()
+
+    def make(ps: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
+        dampening = 0.5 * b if form == "d" else 0.0
+        return torch.optim.SGD(
+            ps, lr=lr, momentum=b, dampening=dampening, nesterov=form == "n", weight_decay=decay * top
+        )
+
+    lr = critical_lr(make, top)
+    assert growth(make, 0.98 * lr, H) < 1e-2
+    assert growth(make, 1.02 * lr, H) > 1e2
+
+
 def test_thresholds_of_the_table() -> None:
     p = [nn.Parameter(torch.zeros(1))]
     table = [
@@ -222,6 +244,86 @@ def test_every_step_uses_the_closed_formula(
         assert used[total - 1] == used[-1] == pytest.approx(low, rel=1e-9, abs=1e-15)
 
 
+@settings(max_examples=40, deadline=None, database=None)
+@given(
+    part=st.floats(0, 1.2), warmup=st.integers(1, 30), power=st.floats(0.3, 3), extra=st.integers(1, 10),
+    cosine=st.booleans(),
+)  # fmt: skip
+def test_a_kept_slope_is_that_of_the_warmup_from_zero(
+    part: float, warmup: int, power: float, extra: int, cosine: bool
+) -> None:
+    target = 0.7
+    init = min(part, 1.0) * target
+    total = warmup + extra
+    optimizer = optimizer_of()
+    schedule = sk.WarmupLR(
+        optimizer, target, warmup, lr_init=init, power=power, keep_slope=True, total_steps=total,
+        decay="cosine" if cosine else "constant",
+    )  # fmt: skip
+    used = [lr for (lr,) in run(optimizer, schedule, total + 2)]
+    slope = [min(target, init + target * (t / warmup) ** power) for t in range(1, total + 3)]
+    reached = next(t for t, lr in enumerate(slope, 1) if lr >= target * (1 - 1e-12))
+    assert schedule.reached == reached == sk.steps_to_target(warmup, init, target, power=power)
+    for t, lr in enumerate(used, start=1):
+        if t <= reached or not cosine:
+            want = slope[t - 1]
+        else:
+            s = min(1, (t - reached) / (total - reached))
+            want = target / 10 + 0.9 * target * 0.5 * (1 + math.cos(math.pi * s))
+        assert lr == pytest.approx(want, rel=1e-9)
+
+
+def net() -> tuple[nn.Module, Callable[..., Tensor], tuple[Tensor, Tensor]]:
+    model = nn.Sequential(nn.Linear(6, 20), nn.ReLU(), nn.Linear(20, 3))
+    return model, nn.functional.mse_loss, (torch.randn(40, 6), torch.randn(40, 3))
+
+
+def test_a_critical_start_is_the_line_searchs_and_reaches_the_target_when_predicted() -> None:
+    model, loss_fn, batch = net()
+    optimizer = torch.optim.SGD(
+        [{"params": model[0].parameters()}, {"params": model[2].parameters(), "lr": 9.0}], lr=5.0
+    )
+    twin = torch.optim.SGD([{"params": model[0].parameters()}, {"params": model[2].parameters(), "lr": 6.0}], lr=3.0)
+    found = sk.critical_learning_rate(model, loss_fn, batch, twin)
+    assert not found.capped
+    target, steps = 4 * found.value, 40
+    schedule = sk.WarmupLR(optimizer, [target, 2 * target], steps, lr_init="critical", probe=(model, loss_fn, batch))
+    assert schedule.lr_init[0] == pytest.approx(found.value, rel=0.15)  # brackets of width 1/16 from two starts
+    assert schedule.lr_init[1] == pytest.approx(2 * schedule.lr_init[0])
+    eta = schedule.lr_init[0]
+    used = run(optimizer, schedule, steps)
+    reach = next(t for t, (lr, _) in enumerate(used, 1) if lr == target)
+    assert reach == math.ceil(steps * (1 - eta / target)) < steps
+    assert [lr for lr, _ in used[:5]] == pytest.approx([eta + target * t / steps for t in range(1, 6)])
+    assert [b / a for a, b in used] == pytest.approx([2.0] * steps)
+    saved = sk.steps_saved(steps, eta, target, forward_passes=schedule.forward_passes)
+    assert saved == pytest.approx(steps * eta / target - schedule.forward_passes / 2)
+
+
+def test_a_target_below_the_critical_rate_needs_no_warmup() -> None:
+    model, loss_fn, batch = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    target = 0.5 * sk.critical_learning_rate(model, loss_fn, batch, optimizer).lower
+    schedule = sk.WarmupLR(optimizer, target, 100, lr_init="critical", probe=(model, loss_fn, batch))
+    assert run(optimizer, schedule, 3) == [[target]] * 3
+    assert (schedule.lr_init, schedule.reached) == ([target], 1)
+    assert sk.steps_to_target(100, 2.0, 1.0) == 1
+    assert sk.steps_saved(100, 2.0, 1.0, forward_passes=6) == 97.0
+
+
+def test_a_critical_start_resumes_from_its_state_whatever_the_new_start(tmp_path: Any) -> None:
+    model, loss_fn, batch = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    schedule = sk.WarmupLR(optimizer, 9.0, 30, lr_init="critical", probe=(model, loss_fn, batch))
+    run(optimizer, schedule, 5)
+    torch.save(schedule.state_dict(), tmp_path / "state.pt")
+    rest = run(optimizer, schedule, 30)
+    fresh = optimizer_of()
+    resumed = sk.WarmupLR(fresh, 9.0, 30, lr_init=1.0)
+    resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert run(fresh, resumed, 30) == rest
+
+
 def test_one_warmup_step_is_no_warmup() -> None:
     optimizer = optimizer_of()
     assert run(optimizer, sk.WarmupLR(optimizer, 0.5, 1), 3) == [[0.5]] * 3
@@ -298,6 +400,8 @@ def test_a_tensor_learning_rate_stays_a_tensor() -> None:
         ),
         ({"lr_init": -0.1}, "lr_init must be finite and not negative, got -0.1"),
         ({"lr_init": 2.0}, "lr_init must be at most lr_target = 1.0, got 2.0"),
+        ({"lr_init": "critical"}, r"'critical' with probe=\(model, loss_fn, batch\), got 'critical' and probe=None"),
+        ({"lr_init": "zero", "probe": (1, 2, 3)}, "got 'zero' and probe=given"),
         ({"lr_min": 2.0}, "lr_min must be at most lr_target = 1.0, got 2.0"),
         ({"lr_min": float("inf")}, "lr_min must be finite and not negative, got inf"),
         ({"warmup_steps": 0}, "warmup_steps must be at least 1 .*, got 0"),

@@ -10,20 +10,28 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import native, reference
+from . import blocked_attention, cuda, native, reference
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")  # fastest first; the last always fits
 # The kernels that have a Triton version, and the module it is in.
 _TRITON = {
     "dual_gemm": "triton_linear",
+    "embedding": "triton_embedding",
+    "embedding_backward": "triton_embedding",
+    "norm_backward_tangent": "triton_norm",
+    "norm_tangent": "triton_norm",
     "slope_product": "triton_pointwise",
+    "softmax_backward_tangent": "triton_softmax",
+    "softmax_jacobian": "triton_softmax",
 }
+# The kernels whose CPU version is plain torch in blocks: it serves other devices and dtypes too.
+_BLOCKED = ("attention", "attention_backward", "attention_backward_tangent", "attention_tangent")
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def why_not(backend: str, kernel: str, x: Tensor) -> str | None:
     """Say in one sentence why a backend cannot run a kernel on a tensor's device and dtype; None if it can."""
-    if backend == "reference":
+    if backend == "reference" or (backend == "cpu" and kernel in _BLOCKED):
         return None
     if backend == "cpu":
         if native.REASON is not None:
@@ -43,7 +51,15 @@ def why_not(backend: str, kernel: str, x: Tensor) -> str | None:
         if x.dtype not in _TRITON_DTYPES:
             return f"{x.dtype} is not supported, float32, bfloat16 and float16 are"
         return None if x.is_cuda or interpreted() else f"the tensor is on {x.device}"
-    return f"sharpkern has no {backend} version of {kernel} yet"
+    if cuda.REASON is not None:
+        return cuda.REASON
+    if not hasattr(cuda, kernel):
+        return f"sharpkern has no CUDA C++ version of {kernel}"
+    if not x.is_cuda:
+        return f"the tensor is on {x.device}"
+    if x.dtype not in (torch.float32, torch.float64):
+        return f"{x.dtype} is not supported, float32 and float64 are"
+    return cuda.problem(x.device)
 
 
 def choose(kernel: str, x: Tensor) -> ModuleType:
@@ -69,13 +85,15 @@ def interpreted() -> bool:
 
 
 def _order(on_cuda: bool) -> tuple[str, ...]:
-    return ("cuda", "triton", "reference") if on_cuda else ("cpu", "reference")
+    return ("cuda", "triton", "cpu", "reference") if on_cuda else ("cpu", "reference")
 
 
 def _module(backend: str, kernel: str) -> ModuleType:
     if backend == "triton":
         return importlib.import_module(f"{__package__}.{_TRITON[kernel]}")
-    return native if backend == "cpu" else reference
+    if backend == "cpu" and kernel in _BLOCKED:
+        return blocked_attention
+    return {"cuda": cuda, "cpu": native, "reference": reference}[backend]
 
 
 @functools.cache

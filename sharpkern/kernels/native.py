@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,22 +20,34 @@ else:
     REASON = None
 
 
-def _function(kernel: str, x: Tensor) -> Any:
-    return getattr(_C, f"{kernel}_f64" if x.dtype == torch.float64 else f"{kernel}_f32")
+_recorders: list[tuple[list[Any], list[Any]]] = []
+
+
+@contextmanager
+def recorded(calls: list[Any], kept: list[Any]) -> Iterator[None]:
+    """Within the block, append each call of a compiled kernel as ``(function, addresses, {})``, and whose they are."""
+    _recorders.append((calls, kept))
+    try:
+        yield
+    finally:
+        _recorders.pop()
+
+
+def _call(kernel: str, x: Tensor, *arguments: float | Tensor | None) -> None:
+    """Call a compiled kernel of x's dtype; tensors become addresses, None becomes 0."""
+    function = getattr(_C, f"{kernel}_f64" if x.dtype == torch.float64 else f"{kernel}_f32")
+    addresses = tuple(a.data_ptr() if isinstance(a, Tensor) else a or 0 for a in arguments)
+    function(*addresses)
+    for calls, kept in _recorders:
+        calls.append((function, addresses, {}))
+        kept.append(arguments)
 
 
 def gram(V: Tensor, W: Tensor) -> Tensor:
     """See ``kernels.gram``."""
-    out = torch.empty(V.shape[0], W.shape[0], dtype=torch.float64)
-    _function("gram", V)(
-        V.data_ptr(),
-        V.shape[0],
-        W.data_ptr(),
-        W.shape[0],
-        V.shape[1],
-        out.data_ptr(),
-        torch.get_num_threads(),
-    )
+    (k, n), m = V.shape, W.shape[0]
+    out = torch.empty(k, m, dtype=torch.float64)
+    _call("gram", V, V, k, W, m, n, out, torch.get_num_threads())
     return out
 
 
@@ -42,32 +56,22 @@ def power_step(V: Tensor, HV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     k, n = V.shape
     sums = torch.empty(2, k, dtype=torch.float64)
     theta, residual, following = sums[0], sums[1], torch.empty_like(V)
-    _function("power_step", V)(
-        V.data_ptr(), HV.data_ptr(), k, n, theta.data_ptr(), residual.data_ptr(), following.data_ptr(),
-        torch.get_num_threads(),
-    )  # fmt: skip
+    _call("power_step", V, V, HV, k, n, theta, residual, following, torch.get_num_threads())
     return theta, residual, following
 
 
 def combine(C: Tensor, V: Tensor, out: Tensor | None = None) -> Tensor:
     """See ``kernels.combine``."""
-    out = V.new_empty(C.shape[0], V.shape[1]) if out is None else out
-    _function("combine", V)(
-        C.data_ptr(),
-        C.shape[0],
-        C.shape[1],
-        V.data_ptr(),
-        V.shape[1],
-        out.data_ptr(),
-        torch.get_num_threads(),
-    )
+    (m, k), n = C.shape, V.shape[1]
+    out = V.new_empty(m, n) if out is None else out
+    _call("combine", V, C, m, k, V, n, out, torch.get_num_threads())
     return out
 
 
 def scale(V: Tensor, d: Tensor, out: Tensor | None = None) -> Tensor:
     """See ``kernels.scale``."""
     out = torch.empty_like(V) if out is None else out
-    _function("scale", V)(V.data_ptr(), V.shape[0], V.shape[1], d.data_ptr(), out.data_ptr(), torch.get_num_threads())
+    _call("scale", V, V, *V.shape, d, out, torch.get_num_threads())
     return out
 
 
@@ -76,20 +80,13 @@ def inv_sqrt_adam(
 ) -> Tensor:
     """See ``kernels.inv_sqrt_adam``."""
     out = torch.empty_like(v) if out is None else out
-    _function("inv_sqrt_adam", v)(
-        v.data_ptr(), v.numel(), bias_correction2, eps, factor, out.data_ptr(), torch.get_num_threads()
-    )
+    _call("inv_sqrt_adam", v, v, v.numel(), bias_correction2, eps, factor, out, torch.get_num_threads())
     return out
 
 
 def level() -> str:
     """Return the instruction level in use: v2, v3, v4 (x86-64) or any."""
     return "none" if _C is None else str(_C.level())
-
-
-def _call(kernel: str, x: Tensor, *arguments: int | Tensor | None) -> None:
-    """Call a compiled kernel of x's dtype; tensors become addresses, None becomes 0."""
-    _function(kernel, x)(*(a.data_ptr() if isinstance(a, Tensor) else a or 0 for a in arguments))
 
 
 def norm_tangent(
@@ -130,3 +127,28 @@ def norm_backward_tangent(
         x, s.r, w, dw, dxhat, along, g, dg, out, dgw, dgb,
     )  # fmt: skip
     return out, dgw, dgb
+
+
+def slope_product(slope: Tensor, d: Tensor, curvature: Tensor | None = None, dz: Tensor | None = None) -> Tensor:
+    """See ``kernels.pointwise``."""
+    d, dz = d.contiguous(), None if dz is None else dz.contiguous()
+    out = torch.empty_like(d)
+    threads = torch.get_num_threads()
+    _call("slope_product", d, slope, d, curvature, dz, d.shape[0], slope.numel(), out, threads)
+    return out
+
+
+def softmax_jacobian(p: Tensor, u: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """See ``kernels.softmax``."""
+    u = u.contiguous()
+    out, mean = torch.empty_like(u), u.new_empty(u.shape[:2])
+    _call("softmax_jacobian", p, p, u, weight, *u.shape, out, mean, torch.get_num_threads())
+    return out, mean
+
+
+def softmax_backward_tangent(p: Tensor, dp: Tensor, inner: Tensor, dg: Tensor) -> Tensor:
+    """See ``kernels.softmax``."""
+    dp, dg = dp.contiguous(), dg.contiguous()
+    out = torch.empty_like(dg)
+    _call("softmax_backward_tangent", p, p, dp, inner, dg, *dg.shape, out, torch.get_num_threads())
+    return out

@@ -22,3 +22,4 @@ from .export import UnsupportedModelError as UnsupportedModelError
 from .export import export as export
 from .fallback import UnsupportedOpError as UnsupportedOpError
 from .program import Program as Program
+from .replayed import ReplayedProgram as ReplayedProgram

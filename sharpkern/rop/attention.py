@@ -1,4 +1,4 @@
-"""Scaled dot-product attention with the probabilities kept.
+"""Scaled dot-product attention: the probabilities are kept where they are small, and formed block by block elsewhere.
 
 S = scale q k' + mask,  P = softmax(S) (times dropout's mask D),  o = P v
 tangent:           dS = scale (dq k' + q dk'),  dP = P (dS - <P, dS>),  do = dP v + P dv
@@ -13,10 +13,16 @@ import math
 import torch
 from torch import Tensor
 
+from ..kernels.attention import attention, attention_backward, attention_backward_tangent, attention_tangent
 from .fallback import UnsupportedOpError
-from .rule import Rule, reduce_to, rule
+from .rule import Rule, align, reduce_to, rule
 
 aten = torch.ops.aten
+Cotangents = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+# On the CPU: scores of a head, and of all heads, up to which keeping them is faster than forming them again.
+MAX_KEPT_OF_HEAD = 512 * 512
+MAX_KEPT = 1 << 26
 
 
 @rule(aten.scaled_dot_product_attention.default)
@@ -34,14 +40,72 @@ class Attention(Rule):
         scale: float | None = None,
         grouped: bool = False,
     ) -> Tensor:
-        """Save q, k, v and the probabilities."""
+        """Choose a way, and let it save what it needs."""
         if len(self.needs) > 3 and self.needs[3]:
             raise UnsupportedOpError("scaled_dot_product_attention with a mask that depends on the parameters.")
-        self.scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+        scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
         self.groups = q.shape[-3] // k.shape[-3] if grouped else 1
         self.shapes = (q.shape, k.shape, v.shape)
-        self.q, self.k, self.v = q, self._repeat(k), self._repeat(v)
-        scores = torch.matmul(self.q * self.scale, self.k.mT)
+        k, v = self._repeat(k), self._repeat(v)
+        self.way: Kept | Blocked
+        if dropout > 0.0 or _small(q, k):
+            self.way = Kept(q, k, v, mask, dropout, causal, scale, self.needs)
+        else:
+            self.way = Blocked(q, k, v, mask, causal, scale)
+        return self.way.o
+
+    def _repeat(self, t: Tensor) -> Tensor:
+        return t if self.groups == 1 else t.repeat_interleave(self.groups, -3)
+
+    def _shrink(self, gs: Cotangents) -> tuple[Tensor | None, ...]:
+        """Sum over the queries of a group and over broadcast dimensions."""
+        results: list[Tensor | None] = []
+        for position, g in enumerate(gs):
+            if g is not None and position and self.groups > 1:
+                g = g.unflatten(-3, (-1, self.groups)).sum(-3)
+            results.append(None if g is None else reduce_to(g, self.shapes[position]))
+        return (*results, None)[: len(self.needs)]
+
+    def tangent(self, dq: Tensor | None, dk: Tensor | None, dv: Tensor | None, *_: None) -> Tensor:
+        """Return ``dP v + P dv``."""
+        return self.way.tangent(dq, None if dk is None else self._repeat(dk), None if dv is None else self._repeat(dv))
+
+    def backward(self, g: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the cotangents of q, k, v."""
+        return self._shrink(self.way.backward(g))
+
+    def prepare(self, g: Tensor) -> None:
+        """Compute what depends on g alone."""
+        self.way.prepare(g)
+
+    def backward_tangent(self, dg: Tensor, g: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the tangents of the cotangents."""
+        return self._shrink(self.way.backward_tangent(dg, g))
+
+
+def _small(q: Tensor, k: Tensor) -> bool:
+    """Whether keeping the probabilities is faster; never on a GPU, where forming them costs no traffic."""
+    scores = q.shape[-2] * k.shape[-2]
+    heads = math.prod(torch.broadcast_shapes(q.shape[:-2], k.shape[:-2]))
+    return not q.is_cuda and scores <= MAX_KEPT_OF_HEAD and heads * scores <= MAX_KEPT
+
+
+class Kept:
+    """Keeps P, dP and gS, ``[..., T, S]``: the fewest operations, and most memory."""
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        dropout: float,
+        causal: bool,
+        scale: float,
+        needs: tuple[bool, ...],
+    ) -> None:
+        self.q, self.k, self.v, self.scale, self.needs = q, k, v, scale, needs
+        scores = torch.matmul(q * scale, k.mT)
         if causal:
             keep = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
             scores.masked_fill_(~keep, -math.inf)
@@ -54,36 +118,24 @@ class Attention(Rule):
         self.D = None
         if dropout > 0.0:
             self.D = (torch.rand_like(P) >= dropout).to(P.dtype) / (1 - dropout)
-        self.g_seen: Tensor | None = None
-        return torch.matmul(self._drop(P), self.v)
+        self.o = torch.matmul(self._drop(P), v)
 
     def _drop(self, P: Tensor) -> Tensor:
         return P if self.D is None else P * self.D
 
-    def _repeat(self, t: Tensor) -> Tensor:
-        return t if self.groups == 1 else t.repeat_interleave(self.groups, -3)
-
-    def _shrink(self, g: Tensor, position: int) -> Tensor:
-        """Sum over the queries of a group and over broadcast dimensions."""
-        if position and self.groups > 1:
-            g = g.unflatten(-3, (-1, self.groups)).sum(-3)
-        return reduce_to(g, self.shapes[position])
-
     def _along(self, P: Tensor, u: Tensor) -> Tensor:
         return (P * u).sum(-1, keepdim=True)
 
-    def tangent(self, dq: Tensor | None, dk: Tensor | None, dv: Tensor | None, *_: None) -> Tensor:
-        """Return ``dP v + P dv``."""
-        self.dq, self.dk = dq, None if dk is None else self._repeat(dk)
-        self.dv = None if dv is None else self._repeat(dv)
+    def tangent(self, dq: Tensor | None, dk: Tensor | None, dv: Tensor | None) -> Tensor:
+        self.dq, self.dk, self.dv = dq, dk, dv
         dS = None if dq is None else torch.matmul(dq * self.scale, self.k.mT)
-        if self.dk is not None:
-            other = torch.matmul(self.q * self.scale, self.dk.mT)
+        if dk is not None:
+            other = torch.matmul(self.q * self.scale, dk.mT)
             dS = other if dS is None else dS.add_(other)
         self.dP = None if dS is None else dS.sub_(self._along(self.P, dS)).mul_(self.P)
         do = None if self.dP is None else torch.matmul(self._drop(self.dP), self.v)
-        if self.dv is not None:
-            other = torch.matmul(self._drop(self.P), self.dv)
+        if dv is not None:
+            other = torch.matmul(self._drop(self.P), dv)
             do = other if do is None else do.add_(other)
         assert do is not None
         return do
@@ -93,45 +145,90 @@ class Attention(Rule):
         gP = self._drop(torch.matmul(g, self.v.mT))
         return gP - self._along(self.P, gP)
 
-    def backward(self, g: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the cotangents of q, k, v."""
+    def backward(self, g: Tensor) -> Cotangents:
         gq = gk = gv = None
         if self.needs[0] or self.needs[1]:
             gS = self._inner(g).mul_(self.P).mul_(self.scale)
-            gq = self._shrink(torch.matmul(gS, self.k), 0) if self.needs[0] else None
-            gk = self._shrink(torch.matmul(gS.mT, self.q), 1) if self.needs[1] else None
+            gq = torch.matmul(gS, self.k) if self.needs[0] else None
+            gk = torch.matmul(gS.mT, self.q) if self.needs[1] else None
         if self.needs[2]:
-            gv = self._shrink(torch.matmul(self._drop(self.P).mT, g), 2)
-        return (gq, gk, gv, None)[: len(self.needs)]
+            gv = torch.matmul(self._drop(self.P).mT, g)
+        return gq, gk, gv
 
-    def backward_tangent(self, dg: Tensor, g: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the tangents of the cotangents."""
+    def prepare(self, g: Tensor) -> None:
+        if self.needs[0] or self.needs[1]:
+            self.inner = self._inner(g)
+            self.gS = self.inner * self.P * self.scale
+
+    def backward_tangent(self, dg: Tensor, g: Tensor) -> Cotangents:
         dgq = dgk = dgv = None
         if self.needs[0] or self.needs[1]:
-            if self.g_seen is not g:  # constant between the products of a step
-                self.g_seen, self.inner = g, self._inner(g)
-                self.gS = self.inner * self.P * self.scale
-            dgP = torch.matmul(dg, self.v.mT)
-            if self.dv is not None:
-                dgP.add_(torch.matmul(g, self.dv.mT))
-            dgP = self._drop(dgP)
-            dgS = dgP - self._along(self.P, dgP)
-            if self.dP is not None:
-                # <dP, gP> = <dP, inner>, for the rows of dP sum to zero
-                pair = self.dP * self.inner
-                dgS = dgS.sub_(pair.sum(-1, keepdim=True)).mul_(self.P).add_(pair)
-            else:
-                dgS.mul_(self.P)
-            dgS.mul_(self.scale)
+            dgS = self._score_cotangent_tangent(dg, g)
             if self.needs[0]:
                 dgq = torch.matmul(dgS, self.k)
-                dgq = self._shrink(dgq if self.dk is None else dgq.add_(torch.matmul(self.gS, self.dk)), 0)
+                dgq = dgq if self.dk is None else dgq.add_(torch.matmul(self.gS, self.dk))
             if self.needs[1]:
                 dgk = torch.matmul(dgS.mT, self.q)
-                dgk = self._shrink(dgk if self.dq is None else dgk.add_(torch.matmul(self.gS.mT, self.dq)), 1)
+                dgk = dgk if self.dq is None else dgk.add_(torch.matmul(self.gS.mT, self.dq))
         if self.needs[2]:
             dgv = torch.matmul(self._drop(self.P).mT, dg)
-            if self.dP is not None:
-                dgv.add_(torch.matmul(self._drop(self.dP).mT, g))
-            dgv = self._shrink(dgv, 2)
-        return (dgq, dgk, dgv, None)[: len(self.needs)]
+            dgv = dgv if self.dP is None else dgv.add_(torch.matmul(self._drop(self.dP).mT, g))
+        return dgq, dgk, dgv
+
+    def _score_cotangent_tangent(self, dg: Tensor, g: Tensor) -> Tensor:
+        """Return ``d(gS)``, scaled."""
+        dgP = torch.matmul(dg, self.v.mT)
+        if self.dv is not None:
+            dgP.add_(torch.matmul(g, self.dv.mT))
+        dgP = self._drop(dgP)
+        dgS = dgP - self._along(self.P, dgP)
+        if self.dP is None:
+            return dgS.mul_(self.P).mul_(self.scale)
+        # <dP, gP> = <dP, inner>, for the rows of dP sum to zero
+        pair = self.dP * self.inner
+        return dgS.sub_(pair.sum(-1, keepdim=True)).mul_(self.P).add_(pair).mul_(self.scale)
+
+
+class Blocked:
+    """Keeps one number per query, and forms the probabilities again in each sweep: ``kernels.attention``."""
+
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> None:
+        shapes = [t.shape[:-2] for t in (q, k, v, mask) if t is not None]
+        self.batch = torch.broadcast_shapes(*shapes)
+        q, k, v = (self._fold(t[None])[0] for t in (q, k, v))
+        self.heads = attention(q, k, v, None if mask is None else self._mask(mask, q.dtype), causal, scale)
+        self.o = self._unfold(self.heads.o[None])[0]
+
+    def _fold(self, t: Tensor) -> Tensor:
+        """``[k, *broadcast, T, d]`` to ``[k, B, T, d]``."""
+        t = align(t, len(self.batch) + 2)
+        return t.expand(t.shape[0], *self.batch, *t.shape[-2:]).reshape(t.shape[0], -1, *t.shape[-2:]).contiguous()
+
+    def _unfold(self, t: Tensor) -> Tensor:
+        return t.view(t.shape[0], *self.batch, *t.shape[-2:])
+
+    def _mask(self, mask: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return a float mask ``[B or 1, T or 1, S or 1]``; one that varies over some batch dimensions is copied."""
+        if mask.dtype == torch.bool:
+            mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -math.inf)
+        if math.prod(mask.shape[:-2]) == 1:
+            return mask.reshape(1, *mask.shape[-2:])
+        return self._fold(mask[None])[0]
+
+    def tangent(self, dq: Tensor | None, dk: Tensor | None, dv: Tensor | None) -> Tensor:
+        self.dq, self.dk, self.dv = (None if d is None else self._fold(d) for d in (dq, dk, dv))
+        self.do, self.m = attention_tangent(self.heads, self.dq, self.dk, self.dv)
+        return self._unfold(self.do)
+
+    def backward(self, g: Tensor) -> Cotangents:
+        gq, gk, gv = attention_backward(self.heads, self._fold(g))
+        return self._unfold(gq), self._unfold(gk), self._unfold(gv)
+
+    def prepare(self, g: Tensor) -> None:
+        self.g = self._fold(g)[0]
+
+    def backward_tangent(self, dg: Tensor, g: Tensor) -> Cotangents:
+        dgq, dgk, dgv = attention_backward_tangent(
+            self.heads, self.dq, self.dk, self.dv, self.do, self.m, self.g, self._fold(dg)
+        )
+        return self._unfold(dgq), self._unfold(dgk), self._unfold(dgv)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..kernels.softmax import softmax_jacobian
 from .fallback import UnsupportedOpError
 from .rule import Rule, align, reduce_to, rule
 
@@ -48,6 +49,8 @@ class _Reduced(Rule):
 @rule(aten.cross_entropy_loss.default)
 class CrossEntropy(_Reduced):
     """Cross-entropy of logits with class indices or class probabilities."""
+
+    may_be_final = True
 
     def forward(
         self,
@@ -113,11 +116,12 @@ class CrossEntropy(_Reduced):
             return slope.sub_(self.t)
         return slope.scatter_add_(1, self.index, -self.hard)
 
-    def tangent(self, dz: Tensor, *_: None) -> Tensor:
+    def tangent(self, dz: Tensor, *_: None) -> Tensor | None:
         """Return ``<mass p - t, dz>``."""
         self.dz = self._rows(dz)
+        if self.final:
+            return None
         mean = (self.p * self.dz).sum(2, keepdim=True)
-        self.mean = mean
         if self.t is not None:
             d = self.mass * mean - (self.t * self.dz).sum(2, keepdim=True)
         else:
@@ -128,17 +132,23 @@ class CrossEntropy(_Reduced):
         """Return ``g (mass p - t)``."""
         return self._unrows(self._per_row(g) * self._slope()), None, None
 
-    def backward_tangent(self, dg: Tensor, g: Tensor) -> tuple[Tensor | None, ...]:
+    def prepare(self, g: Tensor) -> None:
+        """Weigh each row's second derivative."""
+        self.weight = (self._per_row(g) * self.mass).reshape(-1)
+
+    def backward_tangent(self, dg: Tensor | None, g: Tensor) -> tuple[Tensor | None, ...]:
         """Return ``dg (mass p - t) + g mass p (dz - <p, dz>)``."""
-        curved = (self.dz - self.mean).mul_(self.p).mul_(self._per_row(g) * self.mass)
-        if self.reduction == NONE or bool(dg.any()):
-            curved = curved + self._per_row(dg) * self._slope()
+        curved, _ = softmax_jacobian(self.p, self.dz, self.weight)
+        if dg is not None:
+            curved += self._per_row(dg) * self._slope()
         return self._unrows(curved), None, None
 
 
 @rule(aten.mse_loss.default)
 class MSE(_Reduced):
     """``(x - y)^2``; both may depend on the parameters."""
+
+    may_be_final = True
 
     def forward(self, x: Tensor, y: Tensor, reduction: int = MEAN) -> Tensor:
         """Save the difference."""
@@ -147,21 +157,24 @@ class MSE(_Reduced):
         self.shape, self.count = self.e.shape, float(max(1, self.e.numel()))
         return self._reduce(self.e.square())
 
-    def tangent(self, dx: Tensor | None, dy: Tensor | None) -> Tensor:
+    def tangent(self, dx: Tensor | None, dy: Tensor | None) -> Tensor | None:
         """Return ``2 e (dx - dy)``."""
         parts = [None if d is None else align(d, len(self.shape)) for d in (dx, dy)]
         de = parts[0] if parts[1] is None else -parts[1] if parts[0] is None else parts[0] - parts[1]
         assert de is not None
         self.de = de
+        if self.final:
+            return None
         return self._reduce_tangent((2 * self.e * de).expand(de.shape[0], *self.shape))
 
     def backward(self, g: Tensor) -> tuple[Tensor | None, ...]:
         """Return ``2 g e`` and its negative."""
         return self._both(2 * self._spread(g) * self.e)
 
-    def backward_tangent(self, dg: Tensor, g: Tensor) -> tuple[Tensor | None, ...]:
+    def backward_tangent(self, dg: Tensor | None, g: Tensor) -> tuple[Tensor | None, ...]:
         """Return ``2 (dg e + g de)`` and its negative."""
-        return self._both((2 * self._spread(g) * self.de).addcmul(2 * self._spread(dg), self.e))
+        curved = 2 * self._spread(g) * self.de
+        return self._both(curved if dg is None else curved.addcmul(2 * self._spread(dg), self.e))
 
     def _both(self, ge: Tensor) -> tuple[Tensor | None, ...]:
         gx = reduce_to(ge, self.shapes[0]) if self.needs[0] else None

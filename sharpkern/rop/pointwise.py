@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..kernels.pointwise import slope_product
 from .fallback import UnsupportedOpError
 from .rule import RULES, Rule, rule
 
@@ -42,7 +43,6 @@ class Unary(Rule):
         self.function = function
         self.point: tuple[Any, ...] = point
         self.slope: Tensor | None = None
-        self.curvature: Tensor | None = None
 
     def _call(self, x: Tensor, constants: tuple[Any, ...]) -> Tensor:
         names = [a.name for a in self.op._schema.arguments if a.kwarg_only]
@@ -59,7 +59,7 @@ class Unary(Rule):
 
     def _slope(self) -> Tensor:
         if self.slope is None:
-            self.slope = self._at_point(self.function.first)
+            self.slope = self._at_point(self.function.first).contiguous()
             if self.function.second is None:
                 self.point = ()  # nothing will ask for it again
         return self.slope
@@ -67,20 +67,20 @@ class Unary(Rule):
     def tangent(self, dx: Tensor) -> Tensor:
         """Return ``f'(x) dx``."""
         self.dx = dx
-        return self._slope() * dx
+        return slope_product(self._slope(), dx)
 
     def backward(self, g: Tensor) -> tuple[Tensor]:
         """Return ``f'(x) g``."""
-        return (self._slope() * g,)
+        return (slope_product(self._slope(), g),)
+
+    def prepare(self, g: Tensor) -> None:
+        """Multiply the second derivative with the cotangent."""
+        second = self.function.second
+        self.curvature = None if second is None else (self._at_point(second) * g[0]).contiguous()
 
     def backward_tangent(self, dg: Tensor, g: Tensor) -> tuple[Tensor]:
         """Return ``f'(x) dg + g f''(x) dx``."""
-        dgx = self._slope() * dg
-        if self.function.second is not None:
-            if self.curvature is None:
-                self.curvature = self._at_point(self.function.second) * g
-            dgx.addcmul_(self.curvature, self.dx)
-        return (dgx,)
+        return (slope_product(self._slope(), dg, self.curvature, self.dx),)
 
 
 @rule(aten.pow.Scalar)

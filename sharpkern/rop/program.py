@@ -129,6 +129,10 @@ class Program:
             cls = RULES.get(step.op)
             step.rule = cls(step.op, needs) if cls else Fallback(step.op, needs, step.kwarg_names)
         self.fallback_ops = sorted({str(step.op) for step in self.live if isinstance(step.rule, Fallback)})
+        last = self.live[-1].rule if self.live and self.live[-1].outputs == [self.loss_slot] else None
+        self._ends_in_final = last is not None and last.may_be_final
+        if last is not None:
+            last.final = last.may_be_final
         self._find_last_uses()
         self._find_direct_results()
         model_part = set(self.output_slots)
@@ -201,11 +205,17 @@ class Program:
                     values[step.outputs[0]] = result
                 for slot in step.last_use:
                     values[slot] = None
+            self._new_buffers = [(target, values[slot]) for target, slot in self._mutations]
             if update_buffers:
-                for target, slot in self._mutations:
-                    module.get_buffer(target).copy_(values[slot])
+                self.update_buffers(module)
             loss: Tensor = values[self.loss_slot].clone()
         return loss
+
+    def update_buffers(self, module: torch.nn.Module) -> None:
+        """Write the buffers that the last ``forward`` changed."""
+        with torch.no_grad():
+            for target, value in self._new_buffers:
+                module.get_buffer(target).copy_(value)
 
     def backward(self) -> Tensor:
         """Run the backward sweep of the last ``forward``.
@@ -216,7 +226,16 @@ class Program:
         with torch.no_grad():
             seed = torch.ones(1, dtype=self._loss_dtype(), device=self.layout.device)
             result = self._reverse(seed, None, 1)
+        self.prepared = False
         return result[0]
+
+    def prepare(self) -> None:
+        """Let each rule compute what all products at these parameters share; the first product does it by itself."""
+        with torch.no_grad():
+            for step in self.live:
+                assert step.rule is not None
+                step.rule.prepare(step.g)
+        self.prepared = True
 
     def _loss_dtype(self) -> torch.dtype:
         dtype: torch.dtype = self.graph.loss.meta["val"].dtype
@@ -226,6 +245,8 @@ class Program:
 
     def hvp(self, block: Tensor) -> Tensor:
         """Multiply the Hessian with k vectors: ``[k, n] -> [k, n]``, after ``forward`` and ``backward``."""
+        if not self.prepared:
+            self.prepare()
         with torch.no_grad():
             self._tangent(block)
             return self._reverse(None, frozenset(), block.shape[0])
@@ -236,6 +257,8 @@ class Program:
         The tangent sweep, then the loss's own second derivative, then the linear part of the model's backward sweep
         (Schraudolph 2002).
         """
+        if not self.prepared:
+            self.prepare()
         with torch.no_grad():
             self._tangent(block)
             return self._reverse(None, frozenset(self.model_steps), block.shape[0])
@@ -265,7 +288,10 @@ class Program:
         device = self.layout.device
         cotangents: list[Any] = [None] * (self.size + 1)
         owned: set[int] = set()
-        cotangents[self.loss_slot] = seed if primal else torch.zeros(k, dtype=self._loss_dtype(), device=device)
+        if primal:
+            cotangents[self.loss_slot] = seed
+        elif not self._ends_in_final:
+            cotangents[self.loss_slot] = torch.zeros(k, dtype=self._loss_dtype(), device=device)
         flat = torch.empty(k, self.layout.n, dtype=self.layout.dtype, device=device)
         parts = list(self.layout.views(flat))
         for index, rule, position in self._direct:

@@ -27,6 +27,8 @@ class Rule:
     """
 
     differentiable: tuple[int, ...] | None = None  # indices of the differentiable outputs; None: every floating one
+    may_be_final = False  # a loss: as the last op its tangent may be None, and its dg, which is zero, is None
+    final = False
 
     def __init__(self, op: Op, needs: tuple[Any, ...]) -> None:
         self.op = op
@@ -44,6 +46,9 @@ class Rule:
     def backward(self, g: Any) -> tuple[Any, ...]:
         """Map a cotangent ``[k, *shape]`` of the result to those of the arguments: linear in g, saves nothing."""
         raise NotImplementedError
+
+    def prepare(self, g: Any) -> None:
+        """Compute what all products at these parameters share, from the primal's cotangent g ``[1, *shape]``."""
 
     def backward_tangent(self, dg: Any, g: Any) -> tuple[Any, ...]:
         """Return the tangent of ``backward(g)`` along the last ``tangent``: dg ``[k, *shape]``, g ``[1, *shape]``."""

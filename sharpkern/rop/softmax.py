@@ -13,61 +13,66 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels.softmax import softmax_backward_tangent, softmax_jacobian
 from .rule import Rule, rule
 
 aten = torch.ops.aten
 
 
-class _Softmax(Rule):
-    """Saves p; the dimension is counted from the end, so that a leading k does not matter."""
-
-    def _save(self, p: Tensor, dim: int, before: torch.dtype) -> None:
-        self.p, self.dim, self.before = p, dim % max(1, p.ndim) - max(1, p.ndim), before
-
-    def _along(self, u: Tensor) -> Tensor:
-        return (self.p * u).sum(self.dim, keepdim=True)
-
-
 @rule(aten.softmax.int, aten._softmax.default)
-class Softmax(_Softmax):
-    """``y = softmax(x)``."""
+class Softmax(Rule):
+    """``y = softmax(x)``, as rows of probabilities."""
 
     def forward(self, x: Tensor, dim: int, *rest: Any) -> Tensor:
         """Save the probabilities."""
         y: Tensor = self.op(x, dim, *rest)
-        self._save(y, dim, x.dtype)
+        self.before, self.dim = x.dtype, dim % max(1, y.ndim) + 1
+        last = y.movedim(dim, -1) if y.ndim else y[None]
+        self.shape, self.p = last.shape, last.reshape(-1, last.shape[-1]).contiguous()
         return y
+
+    def _rows(self, u: Tensor) -> Tensor:
+        """``[k, *x]`` to ``[k, rows, C]``."""
+        u = u.movedim(self.dim, -1) if u.ndim > 1 else u
+        return u.reshape(u.shape[0], *self.p.shape).to(self.p.dtype)
+
+    def _unrows(self, u: Tensor) -> Tensor:
+        return u.view(u.shape[0], *self.shape).movedim(-1, self.dim)
 
     def tangent(self, dx: Tensor) -> Tensor:
         """Return ``p (dx - <p, dx>)``."""
-        dx = dx.to(self.p.dtype)
-        self.dp = (dx - self._along(dx)).mul_(self.p)
-        return self.dp
+        self.dp, _ = softmax_jacobian(self.p, self._rows(dx))
+        return self._unrows(self.dp)
 
     def backward(self, g: Tensor) -> tuple[Tensor]:
         """Return ``p (g - <p, g>)``."""
-        return ((g - self._along(g)).mul_(self.p).to(self.before),)
+        return (self._unrows(softmax_jacobian(self.p, self._rows(g))[0]).to(self.before),)
+
+    def prepare(self, g: Tensor) -> None:
+        """Compute ``g - <p, g>``."""
+        rows = self._rows(g)[0]
+        self.inner = (rows - (self.p * rows).sum(1, keepdim=True)).contiguous()
 
     def backward_tangent(self, dg: Tensor, g: Tensor) -> tuple[Tensor]:
         """Return the tangent of ``backward``."""
-        inner = dg - self._along(dg) - (self.dp * g).sum(self.dim, keepdim=True)
-        return (inner.mul_(self.p).addcmul_(self.dp, g - self._along(g)).to(self.before),)
+        rows = softmax_backward_tangent(self.p, self.dp, self.inner, self._rows(dg))
+        return (self._unrows(rows).to(self.before),)
 
 
 @rule(aten.log_softmax.int, aten._log_softmax.default)
-class LogSoftmax(_Softmax):
+class LogSoftmax(Rule):
     """``y = log softmax(x)``."""
 
     def forward(self, x: Tensor, dim: int, *rest: Any) -> Tensor:
-        """Save the probabilities."""
+        """Save the probabilities; the dimension is counted from the end, so that a leading k does not matter."""
         y: Tensor = self.op(x, dim, *rest)
-        self._save(y.exp(), dim, x.dtype)
+        self.p, self.dim, self.before = y.exp(), dim % max(1, y.ndim) - max(1, y.ndim), x.dtype
         return y
 
     def tangent(self, dx: Tensor) -> Tensor:
         """Return ``dx - <p, dx>``."""
         dx = dx.to(self.p.dtype)
-        self.dl = dx - self._along(dx)
+        self.dl = dx - (self.p * dx).sum(self.dim, keepdim=True)
         return self.dl
 
     def backward(self, g: Tensor) -> tuple[Tensor]:

@@ -1,0 +1,1 @@
+"""Phase diagrams: many runs from one TOML file, their table, and a report."""

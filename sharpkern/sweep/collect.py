@@ -1,0 +1,158 @@
+"""What a sweep's cells came to: one row a cell."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+from ..dynamics import Catapult, classify_regime, detect_catapults
+from ..train.config import TrainConfig
+from ..train.metrics import Row, replace_file
+from .grid import Cell, Sweep
+
+RESULT, DECLARED = "result.json", "cell.toml"
+TIMING = ("seconds",)  # columns that differ between two runs of the same cell
+_BETTER_THAN_CHANCE = 1.5
+_OUT_OF_BOUNDS = 1e5
+
+
+def result_of(cell: Cell) -> dict[str, Any] | None:
+    """Return a finished cell's result, None for any other.
+
+    Raises:
+        ValueError: the folder belongs to a cell of the same name with other settings.
+    """
+    declared = cell.folder / DECLARED
+    if declared.exists() and declared.read_text(encoding="utf-8") != cell.declared():
+        raise ValueError(
+            f"{cell.folder} was declared with other settings (see its {DECLARED}): choose another --out, or remove it."
+        )
+    path = cell.folder / RESULT
+    result: dict[str, Any] | None = json.loads(path.read_text()) if path.is_file() else None
+    return result
+
+
+def table(sweep: Sweep) -> list[dict[str, Any]]:
+    """Return one row a cell, in the order of the file: its name, its values on the axes, its result.
+
+    A cell without a result has the status "unfinished" and nothing else.
+    """
+    rows = [{"cell": cell.name, **cell.axes, **(result_of(cell) or {"status": "unfinished"})} for cell in sweep.cells]
+    columns = dict.fromkeys(key for row in rows for key in row)
+    return [columns | row for row in rows]
+
+
+def summarise(rows: list[Row], config: TrainConfig, classes: int) -> dict[str, Any]:
+    """Return a finished run's row of the table.
+
+    status is "diverged" if the loss was not finite, or 1e5 times the first at the end; "failed" if the last training
+    accuracy is below 1.5 times chance, or the last loss above the first; else "trained".
+
+    Args:
+        rows: of metrics.jsonl.
+        config: of the run.
+        classes: of the data, for chance.
+
+    Source: the failure rule of Kalra and Barkeshli, Why warmup the learning rate? (2024); the bound of 1e5 is from
+    their Phase diagram of early training dynamics (2023).
+    """
+    finite = [row for row in rows if row.get("loss") is not None]
+    evaluated = [row for row in finite if row.get("test_accuracy") is not None]
+    last_accuracy = evaluated[-1]["train_accuracy"] if evaluated else 0.0
+    status = "trained"
+    if len(finite) < len(rows) or finite[-1]["loss"] > _OUT_OF_BOUNDS * finite[0]["loss"]:
+        status = "diverged"
+    elif last_accuracy < _BETTER_THAN_CHANCE / classes or finite[-1]["loss"] > finite[0]["loss"]:
+        status = "failed"
+    return {
+        "status": status,
+        "learning_rate": config.optimizer.lr,
+        "steps": len(finite),
+        "best_test_accuracy": max((row["test_accuracy"] for row in evaluated), default=None),
+        "best_test_loss": min((x for row in evaluated if (x := row["test_loss"]) is not None), default=None),
+        "train_accuracy": last_accuracy if evaluated else None,
+        "train_loss": finite[-1]["loss"] if finite else None,
+        **_dynamics(finite, config),
+        "seconds": sum(row["seconds"] for row in finite),
+    }
+
+
+def curvature_key(rows: list[Row]) -> str:
+    """Return the column that the stability threshold is about."""
+    adaptive = any(row.get("preconditioned_sharpness") is not None for row in rows)
+    return "preconditioned_sharpness" if adaptive else "sharpness"
+
+
+def _dynamics(rows: list[Row], config: TrainConfig) -> dict[str, Any]:
+    """Say how the run met the stability threshold, how often it was thrown back, and in which regime."""
+    empty = dict.fromkeys(
+        ("initial_sharpness", "initial_curvature", "crossing_step", "crossing_lr", "crossing_sharpness", "catapults",
+         "largest_catapult", "largest_drop", "regime", "trend", "regime_is_sure", "near_threshold")
+    )  # fmt: skip
+    measured = [row for row in rows if row["measured"] and row["ratio"] and row["threshold"]]
+    if not measured:
+        return empty
+    key = curvature_key(measured)
+    curvature, lr = [row[key] for row in measured], [row["lr"] for row in measured]
+    result = empty | {"initial_sharpness": measured[0]["sharpness"], "initial_curvature": curvature[0]}
+    kappa = measured[0]["threshold"] * lr[0]
+    crossed = next((row for row in measured if row["ratio"] > 1), None)
+    if crossed:
+        result |= {
+            "crossing_step": crossed["step"],
+            "crossing_lr": crossed["lr"],
+            "crossing_sharpness": crossed[key],
+        }
+    found = _catapults([row["loss"] for row in measured], curvature, lr, kappa, config)
+    result |= {
+        "catapults": len(found),
+        "largest_catapult": max((c.loss_ratio for c in found), default=None),
+        "largest_drop": max((c.sharpness_drop for c in found), default=None),
+    }
+    if curvature[0] > 0:
+        regime = classify_regime(curvature, lr, kappa)
+        result |= {
+            "regime": regime.name,
+            "trend": regime.trend,
+            "regime_is_sure": regime.confident,
+            "near_threshold": regime.persistence,
+        }
+    return result
+
+
+def _catapults(
+    loss: list[float], curvature: list[float], lr: list[float], kappa: float, config: TrainConfig
+) -> list[Catapult]:
+    """Find the catapults that ended; where the loss also rises for other reasons, the sharpness must have fallen."""
+    noisy = config.batch_size is not None or config.optimizer.momentum > 0 or config.optimizer.name != "sgd"
+    found = detect_catapults(loss, curvature, lr, kappa, min_drop=0.1 if noisy else 0.0)
+    return [c for c in found if c.end is not None]
+
+
+def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write the table as CSV; it is there whole or not at all."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    replace_file(path, text.getvalue().encode())
+
+
+def reach_and_save(result: dict[str, Any], warmup_steps: int) -> tuple[float, float] | None:
+    """Return T_reach and T_save: warmup steps left, and saved, when warmup starts at the critical learning rate.
+
+        T_reach = T (1 - lr_c / lr), 1 where lr_c is no smaller      T_save = T min(1, lr_c / lr) - passes / 2
+
+    None without a critical learning rate. The start keeps the slope of a warmup from zero; two forward passes cost as
+    much as a step.
+
+    Source: Kalra and Barkeshli, Why warmup the learning rate? (2024).
+    """
+    critical = result.get("critical_lr")
+    if critical is None:
+        return None
+    share = min(1.0, critical / result["learning_rate"])
+    return max(1.0, warmup_steps * (1 - share)), warmup_steps * share - result["critical_lr_passes"] / 2

@@ -1,0 +1,122 @@
+"""One cell of a sweep: a run in its own folder, whose last file is ``result.json``."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import traceback
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..train.config import TrainConfig, from_toml
+from ..train.metrics import read, replace_file
+from .collect import DECLARED, RESULT, result_of, summarise
+from .grid import Cell
+
+ERROR = "error.txt"
+_BATCHES = 10  # the initial sharpness of a mini-batch run is the mean over so many batches
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a cell ended.
+
+    Attributes:
+        name: of the cell.
+        status: "trained", "failed" and "diverged" are results; "error" is a cell without one.
+        message: one line for an error.
+    """
+
+    name: str
+    status: str
+    message: str = ""
+
+
+def run_cell(cell: Cell) -> Outcome:
+    """Train a cell to its end, or go on where it was interrupted; a finished cell is left as it is.
+
+    A lock on the cell's folder makes a second caller wait for the first; the system releases it when a process dies.
+    """
+    cell.folder.mkdir(parents=True, exist_ok=True)
+    with (cell.folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            result = result_of(cell) or _train(cell)
+        except Exception as error:  # a result or an error of this one cell, whatever it is: the others go on
+            (cell.folder / ERROR).write_text(traceback.format_exc())
+            return Outcome(cell.name, "error", (str(error) or type(error).__name__).splitlines()[0])
+    return Outcome(cell.name, result["status"])
+
+
+def _train(cell: Cell) -> dict[str, Any]:
+    from ..operators import NonFiniteLossError
+    from ..train.loop import Run
+
+    folder = cell.folder
+    (folder / ERROR).unlink(missing_ok=True)
+    replace_file(folder / DECLARED, cell.declared().encode())
+    started = folder / "config.toml"
+    if started.is_file():
+        config = replace(from_toml(started.read_text(encoding="utf-8"), str(started)), out=folder)
+    else:
+        config = _in_units(cell)
+    run = Run(config, resume=started.is_file())
+    try:
+        for _ in run.steps():
+            pass
+    except NonFiniteLossError:  # the last row says so
+        pass
+    result = summarise(read(folder / "metrics.jsonl"), config, run.data.classes) | _critical(config)
+    replace_file(folder / RESULT, (json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
+    if not cell.keep_checkpoint:
+        (folder / "checkpoint.pt").unlink(missing_ok=True)
+    return result
+
+
+def _in_units(cell: Cell) -> TrainConfig:
+    """Turn learning rates in units of 1 / initial sharpness into learning rates."""
+    if cell.lr_unit == "1":
+        return cell.config
+    from torch import Generator
+
+    from ..measure import sharpness
+
+    full = cell.config.batch_size is None
+    model, loss_fn, batches = _start(cell.config, 1 if full else _BATCHES)
+    seeded = [Generator().manual_seed(0) for _ in batches]
+    values = [sharpness(model, loss_fn, b, generator=g).value for b, g in zip(batches, seeded, strict=True)]
+    mean = sum(values) / len(values)
+    if mean <= 0:
+        raise ValueError(f"the initial sharpness is {mean:.4g}: learning rates cannot be in units of its inverse.")
+    o = cell.config.optimizer
+    lr_init = o.lr_init / mean if isinstance(o.lr_init, float) else o.lr_init
+    return replace(cell.config, optimizer=replace(o, lr=o.lr / mean, lr_init=lr_init))
+
+
+def _critical(config: TrainConfig) -> dict[str, Any]:
+    """Find the critical learning rate at initialisation as a user would who starts warmup there."""
+    from ..critical import critical_learning_rate
+    from ..train.loop import build_optimizer
+
+    model, loss_fn, (batch,) = _start(config, 1)
+    o = config.optimizer
+    found = critical_learning_rate(model, loss_fn, batch, build_optimizer(config, model), start=o.lr / o.warmup_steps)
+    known = 0 < found.lower <= found.value < math.inf  # a bracket was found
+    return {"critical_lr": found.value if known else None, "critical_lr_passes": found.forward_passes}
+
+
+def _start(config: TrainConfig, count: int) -> tuple[Any, Any, list[Any]]:
+    """Return the run's model as it starts, its loss function, and its first batches."""
+    import torch
+
+    from ..train.data import load
+    from ..train.loop import batch_at, build_model
+    from ..train.losses import build_loss, loss_targets
+
+    torch.set_num_threads(config.threads or 1)
+    d = config.data
+    data = load(d.name, data_dir=d.dir, text_file=d.text_file, context=d.context, limit=d.limit)
+    targets = loss_targets(config, data.train_targets, data)
+    batches = [batch_at(step, config, data.train_inputs, targets) for step in range(1, count + 1)]
+    return build_model(config, data), build_loss(config), batches

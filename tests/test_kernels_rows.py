@@ -1,0 +1,100 @@
+"""Pointwise, softmax, dual GEMM and embedding kernels: every backend against torch.func or plain sums, in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from sharpkern.kernels import embedding, linear, pointwise, softmax
+
+DTYPES = [torch.float32, torch.float64]
+
+
+@pytest.fixture(params=["reference", "cpu"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("SHARPKERN_BACKEND", request.param)
+    return str(request.param)
+
+
+def close(got: Tensor, want: Tensor, dtype: torch.dtype) -> None:
+    assert got.dtype == dtype
+    assert got.is_contiguous()
+    tol = 64 * torch.finfo(dtype).eps
+    torch.testing.assert_close(got.double(), want, rtol=tol, atol=tol * (1 + float(want.abs().max())))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(), (7,), (63, 5), (4097,), (130, 300)], ids=str)
+@pytest.mark.parametrize("k", [1, 3])
+def test_slope_product(backend: str, k: int, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    slope, curvature = torch.randn(2, *shape, dtype=torch.float64)
+    d, dz = torch.randn(2, k, *shape, 2, dtype=torch.float64)[..., 0]  # not contiguous
+    low = [t.to(dtype) for t in (slope, d, curvature, dz)]
+    close(pointwise.slope_product(*low[:2]), slope * d, dtype)
+    close(pointwise.slope_product(*low), slope * d + curvature * dz, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (7, 3), (65, 16), (33, 130), (40, 1000)], ids=str)
+@pytest.mark.parametrize("k", [1, 3])
+def test_softmax_sweeps(backend: str, k: int, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    z, g = torch.randn(2, *shape, dtype=torch.float64)
+    dz, dg = torch.randn(2, k, *shape, dtype=torch.float64)
+    weight = torch.rand(shape[0], dtype=torch.float64)
+    p = z.softmax(1)
+
+    def backward(z: Tensor, g: Tensor) -> Tensor:
+        return torch.func.vjp(lambda z: z.softmax(1), z)[1](g)[0]
+
+    dp, mean = softmax.softmax_jacobian(p.to(dtype), dz.to(dtype))
+    weighted, _ = softmax.softmax_jacobian(p.to(dtype), dz.to(dtype), weight.to(dtype))
+    inner = (g - (p * g).sum(1, keepdim=True)).to(dtype)
+    got = softmax.softmax_backward_tangent(p.to(dtype), dp, inner, dg.to(dtype))
+    for i in range(k):
+        want = torch.func.jvp(lambda z: z.softmax(1), (z,), (dz[i],))[1]
+        close(dp[i], want, dtype)
+        close(weighted[i], want * weight[:, None], dtype)
+        close(mean[i], (p * dz[i]).sum(1), dtype)
+        close(got[i], torch.func.jvp(backward, (z, g), (dz[i], dg[i]))[1], dtype)
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_dual_gemm_is_a_linear_layers_sweep(k: int) -> None:
+    M, K, N = 5, 4, 3
+    x, w, z = (torch.randn(*s, dtype=torch.float64) for s in ((M, K), (N, K), (M, N)))
+    dx, dw, db = (torch.randn(k, *s, dtype=torch.float64) for s in ((M, K), (N, K), (N,)))
+    slope, curvature = torch.randn(2, M, N, dtype=torch.float64)
+    dz = torch.randn(k, *z.shape, dtype=torch.float64)
+    got = linear.dual_gemm(dx, w.t(), x, dw.mT, db, slope, curvature, dz)
+    plain = linear.dual_gemm(x, dw.mT)
+    for i in range(k):
+        dy = torch.func.jvp(torch.nn.functional.linear, (x, w, torch.zeros(N).double()), (dx[i], dw[i], db[i]))[1]
+        close(got[i], slope * dy + curvature * dz[i], torch.float64)
+        close(plain[i], x @ dw[i].t(), torch.float64)
+
+
+def test_embedding_and_its_adjoint() -> None:
+    index = torch.tensor([3, 0, 3, 3, 1])
+    tables, g = torch.randn(2, 5, 4, dtype=torch.float64), torch.randn(2, 5, 4, dtype=torch.float64)
+    rows = embedding.embedding(tables, index)
+    back = embedding.embedding_backward(g, index, 5)
+    for i in range(2):
+        close(rows[i], torch.stack([tables[i, j] for j in index]), torch.float64)
+        close(back[i], torch.stack([g[i, index == r].sum(0) for r in range(5)]), torch.float64)
+
+
+def test_number_of_threads_does_not_change_the_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHARPKERN_BACKEND", "cpu")
+    p, u = torch.randn(300, 130).softmax(1), torch.randn(2, 300, 130)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            dp, mean = softmax.softmax_jacobian(p, u)
+            back = softmax.softmax_backward_tangent(p, dp, u[0], u)
+            results.append([dp, mean, back, pointwise.slope_product(p, u, p, u)])
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))

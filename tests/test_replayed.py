@@ -1,0 +1,137 @@
+"""Replayed sweeps give what the program's own sweeps give, wherever values, memory, modes and random numbers change."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from problems import PROBLEMS, Problem, double, hessian_times, loss_and_gradient, operator
+from torch import Tensor, nn
+
+import sharpkern as sk
+from sharpkern.rop import tape
+
+
+def agree(H: sk.HessianOperator, problem: Problem, k: int = 1) -> None:
+    loss, gradient = loss_and_gradient(problem)
+    assert float((H.loss - loss.detach()).abs()) <= 1e-12 * (1 + float(loss.detach().abs()))
+    assert float((H.gradient - gradient.detach()).norm()) <= 1e-10 * float(gradient.detach().norm())
+    for _ in range(2):  # the second is a replay
+        V = torch.randn(k, H.n, dtype=H.dtype)
+        want = hessian_times(problem, V)
+        assert float((H.matmat(V.t()).t() - want).norm()) <= 1e-10 * float(want.norm())
+
+
+def recordings(H: sk.HessianOperator) -> dict:
+    return H._engine._recordings
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_replays_follow_parameters_and_batches(name: str) -> None:
+    problem = double(PROBLEMS[name]())
+    H = operator(problem)
+    for _ in range(3):
+        agree(H, problem)
+        agree(H, problem, k=3)
+        with torch.no_grad():
+            for p in problem.model.parameters():
+                p.add_(0.05 * torch.randn_like(p))
+        other = double(PROBLEMS[name]()).batch
+        problem = Problem(problem.model, problem.loss_fn, other)
+        H.refresh(other)
+    assert {"forward", "backward", "prepare", ("hvp", 1), ("hvp", 3)} <= recordings(H).keys()
+
+
+def test_parameters_that_move_in_memory_are_noticed() -> None:
+    problem = double(PROBLEMS["mlp"]())
+    H = operator(problem)
+    for _ in range(6):  # more often than recordings are renewed
+        agree(H, problem)
+        for p in problem.model.parameters():
+            p.data = p.data + 0.05 * torch.randn_like(p)
+        H.refresh()
+    agree(H, problem)
+    assert not recordings(H)
+
+
+def test_number_of_threads_may_change() -> None:
+    problem, threads = double(PROBLEMS["mlp"]()), torch.get_num_threads()
+    H = operator(problem)
+    try:
+        torch.set_num_threads(threads + 1)
+        H.refresh()
+        agree(H, problem)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_results_are_not_overwritten_by_the_next_product() -> None:
+    H = operator(double(PROBLEMS["mlp"]()))
+    loss, gradient = H.loss, H.gradient
+    kept = loss.clone(), gradient.clone()
+    v, w = torch.randn(2, H.n, dtype=H.dtype)
+    H @ v
+    first = H @ v
+    copy = first.clone()
+    H @ w
+    with torch.no_grad():
+        for p in H.params.values():
+            p.mul_(0.9)
+    H.refresh()
+    assert torch.equal(first, copy)
+    assert torch.equal(loss, kept[0])
+    assert torch.equal(gradient, kept[1])
+
+
+def test_each_refresh_draws_a_new_dropout_mask_that_its_products_share() -> None:
+    model = nn.Sequential(nn.Linear(5, 40), nn.Tanh(), nn.Dropout(0.5), nn.Linear(40, 2)).double()
+    batch = torch.randn(6, 5, dtype=torch.float64), torch.randn(6, 2, dtype=torch.float64)
+    H = sk.HessianOperator(model, nn.MSELoss(), batch)
+    losses = set()
+    for _ in range(4):
+        v = torch.randn(H.n, dtype=H.dtype)
+        assert torch.equal(H @ v, H @ v)
+        losses.add(float(H.loss))
+        H.refresh()
+    assert len(losses) == 4
+
+
+def test_batch_norm_statistics_move_once_per_refresh() -> None:
+    norm = nn.BatchNorm1d(5, dtype=torch.float64)
+    model = nn.Sequential(norm, nn.Linear(5, 2).double())
+    x, y = torch.randn(8, 5, dtype=torch.float64), torch.randn(8, 2, dtype=torch.float64)
+    H = sk.HessianOperator(model, nn.MSELoss(), (x, y))
+    other = nn.BatchNorm1d(5, dtype=torch.float64)
+    for _ in range(3):
+        H.refresh(update_buffers=True)
+        H @ torch.randn(H.n, dtype=H.dtype)
+        other(x)
+    torch.testing.assert_close(norm.running_var, other.running_var, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("why", ["reads a value", "too large"])
+def test_what_cannot_be_replayed_runs_as_it_is(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = double(PROBLEMS["mlp"]())
+    if why == "too large":
+        monkeypatch.setattr(tape, "_MAX_BYTES", 100)
+    else:
+        monkeypatch.setattr(tape, "_UNSIZED", (torch.Tag.pointwise,))
+    H = operator(problem)
+    agree(H, problem)
+    H.refresh()
+    agree(H, problem)
+    assert not recordings(H)
+
+
+def test_recording_covers_calls_with_and_without_an_out_variant() -> None:
+    x = torch.randn(4, 3)
+
+    def computation() -> Tensor:
+        y = torch.zeros(4, 3).add_(x)  # memory that must be cleared each time
+        values, order = torch.sort(y * 2, dim=0)
+        return torch.cat([values.t().reshape(-1), order.float().view(-1), torch.roll(y, 1).flatten()]).clone()
+
+    recording = tape.record(computation, torch.device("cpu"))
+    assert torch.equal(recording.result, computation())
+    x.copy_(torch.randn(4, 3))
+    recording.replay()
+    assert torch.equal(recording.result, computation())
