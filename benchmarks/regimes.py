@@ -1,6 +1,6 @@
 """How often the regime classifier agrees with how a network was built: muP and zero readout C1, standard C2.
 
-    python benchmarks/regimes.py [--seeds 20] [--steps 128] [--width 128] [--examples 500]
+    python benchmarks/regimes.py [--seeds 20] [--steps 256] [--width 128] [--examples 500]
 
 Full-batch gradient descent on real images with mean squares; a linear warmup from 0 to twice the inverse of the
 initial sharpness, so that the threshold is met early only if the sharpness rises. Seeds are fresh and printed.
@@ -41,7 +41,7 @@ def regime(options: dict, seed: int, *, steps: int, width: int, batch: tuple[tor
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    for name, default in (("seeds", 20), ("steps", 128), ("width", 128), ("examples", 500)):
+    for name, default in (("seeds", 20), ("steps", 256), ("width", 128), ("examples", 500)):
         parser.add_argument(f"--{name}", type=int, default=default)
     o = parser.parse_args()
     torch.set_num_threads(1)

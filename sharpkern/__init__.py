@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from .auditing import audit as audit
     from .critical import CriticalLR as CriticalLR
     from .critical import critical_learning_rate as critical_learning_rate
+    from .dynamics import Catapult as Catapult
+    from .dynamics import EdgeOfStability as EdgeOfStability
+    from .dynamics import Outcome as Outcome
+    from .dynamics import Regime as Regime
     from .dynamics import classify_regime as classify_regime
     from .dynamics import crossings as crossings
     from .dynamics import detect_catapults as detect_catapults
@@ -52,6 +56,10 @@ _HOME = {
     "auditing": ("AuditReport", "audit"),
     "critical": ("CriticalLR", "critical_learning_rate"),
     "dynamics": (
+        "Catapult",
+        "EdgeOfStability",
+        "Outcome",
+        "Regime",
         "classify_regime",
         "crossings",
         "detect_catapults",

@@ -126,6 +126,8 @@ class _Operator:
 class _Curvature(_Operator):
     """A loss at the model's present parameters, exported once; products by its tangent sweeps."""
 
+    _needs_outputs = False
+
     def __init__(
         self,
         model: nn.Module | None,
@@ -181,7 +183,8 @@ class _Curvature(_Operator):
 
     def _engine_for(self, batch: Any) -> ReplayedProgram | AutogradProgram:
         try:
-            return ReplayedProgram(Program(export(self.module, batch), self.params))
+            graph = export(self.module, batch)
+            return ReplayedProgram(Program(graph, self.params, keep_outputs=self._needs_outputs))
         except UnsupportedOpError:
             raise
         except UnsupportedModelError as error:
@@ -258,6 +261,8 @@ class GGNOperator(_Curvature):
 
     Source: Schraudolph, Fast curvature matrix-vector products (2002).
     """
+
+    _needs_outputs = True
 
     def __init__(
         self,

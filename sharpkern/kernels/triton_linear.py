@@ -164,11 +164,45 @@ def _dual_gemm(
 
     acc = tl.zeros((BM, BN), tl.float32)
     acc = _add_product(
-        acc, a + t * a_k, a_row, a_col, b + t * b_k, b_row, b_col, row, col, M, N, K, BM, BN, BK, INDEX, WIDEN, PRECISION
+        acc,
+        a + t * a_k,
+        a_row,
+        a_col,
+        b + t * b_k,
+        b_row,
+        b_col,
+        row,
+        col,
+        M,
+        N,
+        K,
+        BM,
+        BN,
+        BK,
+        INDEX,
+        WIDEN,
+        PRECISION,
     )
     if HAS_SECOND:
         acc = _add_product(
-            acc, c + t * c_k, c_row, c_col, d + t * d_k, d_row, d_col, row, col, M, N, L, BM, BN, BK, INDEX, WIDEN, PRECISION
+            acc,
+            c + t * c_k,
+            c_row,
+            c_col,
+            d + t * d_k,
+            d_row,
+            d_col,
+            row,
+            col,
+            M,
+            N,
+            L,
+            BM,
+            BN,
+            BK,
+            INDEX,
+            WIDEN,
+            PRECISION,
         )
 
     i = tl.arange(0, BM)

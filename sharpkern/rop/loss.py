@@ -105,16 +105,21 @@ class CrossEntropy(_Reduced):
     def _unrows(self, z: Tensor) -> Tensor:
         return z.reshape(z.shape[0], *self.lead, -1).movedim(-1, self.class_dim + 1)
 
-    def _per_row(self, g: Tensor) -> Tensor:
+    def per_row(self, g: Tensor) -> Tensor:
+        """Return the cotangent of each row's loss, ``[k, rows or 1, 1]``."""
         g = self._spread(g)
         return g.reshape(g.shape[0], -1, 1)
 
-    def _slope(self) -> Tensor:
-        """``mass p - t``, the gradient of the unreduced loss."""
-        slope = self.mass * self.p
+    def slope(self, rows: slice = slice(None)) -> Tensor:
+        """Return ``mass p - t``, the gradient of the unreduced loss, for some rows."""
+        slope = self.mass[rows] * self.p[rows]
         if self.t is not None:
-            return slope.sub_(self.t)
-        return slope.scatter_add_(1, self.index, -self.hard)
+            return slope.sub_(self.t[rows])
+        return slope.scatter_add_(1, self.index[rows], -self.hard[rows])
+
+    def curve(self, dz: Tensor, rows: slice = slice(None)) -> Tensor:
+        """Return ``g mass p (dz - <p, dz>)`` for some rows, ``[k, rows, classes]``."""
+        return softmax_jacobian(self.p[rows], dz, self.weight[rows])[0]
 
     def tangent(self, dz: Tensor, *_: None) -> Tensor | None:
         """Return ``<mass p - t, dz>``."""
@@ -130,17 +135,17 @@ class CrossEntropy(_Reduced):
 
     def backward(self, g: Tensor) -> tuple[Tensor | None, ...]:
         """Return ``g (mass p - t)``."""
-        return self._unrows(self._per_row(g) * self._slope()), None, None
+        return self._unrows(self.per_row(g) * self.slope()), None, None
 
     def prepare(self, g: Tensor) -> None:
         """Weigh each row's second derivative."""
-        self.weight = (self._per_row(g) * self.mass).reshape(-1)
+        self.weight = (self.per_row(g) * self.mass).reshape(-1)
 
     def backward_tangent(self, dg: Tensor | None, g: Tensor) -> tuple[Tensor | None, ...]:
         """Return ``dg (mass p - t) + g mass p (dz - <p, dz>)``."""
-        curved, _ = softmax_jacobian(self.p, self.dz, self.weight)
+        curved = self.curve(self.dz)
         if dg is not None:
-            curved += self._per_row(dg) * self._slope()
+            curved += self.per_row(dg) * self.slope()
         return self._unrows(curved), None, None
 
 

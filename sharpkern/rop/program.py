@@ -6,7 +6,9 @@ per block of k vectors and give the Hessian-vector products; they touch nothing 
 
 from __future__ import annotations
 
+import math
 import operator
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from ..flat import Layout
+from . import head
 from .export import Graph
 from .fallback import Fallback
 from .rule import RULES, Rule
@@ -30,6 +33,7 @@ _STOPS = {
         aten.floor, aten.ceil, aten.round, aten.trunc,
     )
 } | {aten.bernoulli.p, aten.round.decimals}  # fmt: skip
+_RESHAPES = {aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints}
 _TENSOR_TYPES = {"Tensor", "Optional[Tensor]", "List[Tensor]", "List[Optional[Tensor]]"}
 NOTHING = -1  # the slot that always holds None
 
@@ -57,12 +61,16 @@ class Program:
     Args:
         graph: from ``export``.
         params: name -> parameter, the flat order of vectors; gradients flow to these only.
+        keep_outputs: keep the model's outputs apart from the loss, as ``ggn`` needs it.
     """
 
-    def __init__(self, graph: Graph, params: Mapping[str, Tensor]) -> None:
+    def __init__(self, graph: Graph, params: Mapping[str, Tensor], *, keep_outputs: bool = True) -> None:
         self.graph = graph
         self.layout = Layout(params)
         self._build(graph)
+        if not keep_outputs:
+            self.output_slots = []
+            self._fuse_head()
         self._mark_live()
 
     # -- building -----------------------------------------------------------------------------------------------
@@ -99,6 +107,35 @@ class Program:
         self.loss_slot: int = slot_of[graph.loss.name]
         self.output_slots: list[int] = [slot_of[node.name] for node in graph.outputs]
         self._floating = _floating_slots(graph.nodes, slot_of)
+        self._shapes = {
+            slot_of[node.name]: tuple(node.meta["val"].shape)
+            for node in graph.nodes
+            if isinstance(node.meta.get("val"), Tensor) and node.name in slot_of
+        }
+
+    def _fuse_head(self) -> None:
+        """Make one step of a large linear layer and the cross-entropy that alone uses its result, perhaps reshaped."""
+        producer = {slot: step for step in self.steps for slot in step.outputs}
+        uses = Counter(slot for step in self.steps for slot in _flat(step.inputs) if slot != NOTHING)
+        loss = producer.get(self.loss_slot)
+        if loss is None or loss.op is not aten.cross_entropy_loss.default:
+            return
+        chain, shape = [loss], self._shapes[loss.inputs[0]]
+        while (before := producer.get(chain[-1].inputs[0])) and uses[before.outputs[0]] == 1 and before.op in _RESHAPES:
+            chain.append(before)
+        if before is None or before.op is not aten.linear.default or uses[before.outputs[0]] != 1:
+            return
+        if len(shape) != 2 or shape[1] != self._shapes[before.outputs[0]][-1] or math.prod(shape) < head.LARGE:
+            return
+        moved = len(before.template) - 1
+        fused = Step(
+            before.name, head.linear_cross_entropy, [*before.template, *loss.template[1:]],
+            [*before.refs, *((position + moved, slot) for position, slot in loss.refs if position)], [],
+            [*before.inputs, *loss.inputs[1:]], loss.outputs,
+        )  # fmt: skip
+        gone = {id(step) for step in (*chain, before)}
+        self.steps = [step for step in self.steps if id(step) not in gone]
+        self.steps.append(fused)
 
     def _new_slot(self) -> int:
         self.size += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -55,6 +56,10 @@ def _prepare(threads: int) -> None:
     os.environ["OMP_NUM_THREADS"] = str(threads)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    with contextlib.suppress(ImportError):  # torch imports tqdm, whose own lock outlives a process that is terminated
+        from tqdm import tqdm
+
+        tqdm.set_lock(threading.RLock())
 
 
 def _end_with_parent() -> None:

@@ -19,6 +19,10 @@
 using std::sqrt;
 inline double rsqrt(double x) { return 1 / std::sqrt(x); }
 
+struct alignas(16) int4 {
+  int x, y, z, w;
+};
+
 struct dim3 {
   unsigned x, y, z;
   dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
@@ -114,7 +118,8 @@ struct cudaLaunchConfig_t {
 };
 
 template <class... Parameters, class... Arguments>
-cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments... arguments) {
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               Arguments... arguments) {
   if (config->gridDim.x < 1 || config->gridDim.x > 0x7fffffffu) return cudaErrorInvalidConfiguration;
   gridDim = config->gridDim;
   emulator::body = [&] { kernel(arguments...); };

@@ -19,7 +19,7 @@ KERNELS = ("forward", "tangent", "by_queries", "by_keys")
 def compiles(chip: int, name: str, precision: str, width: int, flags: dict[str, bool], **fixed: Any) -> None:
     kernel = getattr(kernels, name)
     keys = name == "by_keys"
-    own, other, chunk, part = triton_attention.blocks(width, precision, keys)
+    own, other, chunk, part = triton_attention.blocks(name, width, precision)
     constants = flags | fixed | {
         "WIDE": False, "PRECISION": "tf32" if precision == "tf32" else "ieee", "WQ": width, "WV": width,
         "M": other if keys else own, "N": own if keys else other,

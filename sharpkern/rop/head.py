@@ -1,0 +1,101 @@
+"""A large vocabulary's linear head and its cross-entropy as one op, chunked over tokens in the tangent sweeps.
+
+With logits z = x W' + b, probabilities p (kept by the primal, as torch does), and gz = g (mass p - t):
+    dz = dx W' + x dW' + db          d(gz) = g mass p (dz - <p, dz>)
+    d(gx) = d(gz) W + gz dW          d(gW) = d(gz)' x + gz' dx          d(gb) = sum d(gz)
+Only a chunk of dz, gz and d(gz) exists at a time: a tangent of all logits would be as large as all of p, k times.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .linear import Linear
+from .loss import CrossEntropy
+from .rule import RULES, Rule
+
+aten = torch.ops.aten
+LARGE = 1 << 22  # logits from which chunks pay: their tangents no longer fit into a cache
+_CHUNK = 1 << 21  # logits in a chunk, for all k together
+_PARTS = 8  # at least as many chunks
+
+
+def linear_cross_entropy(x: Tensor, w: Tensor, b: Tensor | None, target: Tensor, *options: Any) -> Tensor:
+    """Return the cross-entropy of the logits ``x W' + b``, rows of classes."""
+    rows = aten.linear.default(x, w, b).reshape(-1, w.shape[0])
+    loss: Tensor = aten.cross_entropy_loss.default(rows, target, *options)
+    return loss
+
+
+class LinearCrossEntropy(Rule):
+    """``cross_entropy(x W' + b, target)`` at the end of a loss."""
+
+    may_be_final = True
+
+    def __init__(self, op: Any, needs: tuple[Any, ...]) -> None:
+        super().__init__(op, needs)
+        self.linear = Linear(aten.linear.default, needs[:3])
+        self.linear.destination = self.destination
+        self.loss = CrossEntropy(aten.cross_entropy_loss.default, (True, *needs[3:]))
+
+    def forward(self, x: Tensor, w: Tensor, b: Tensor | None, target: Tensor, *options: Any) -> Tensor:
+        """Save what linear and cross-entropy save."""
+        z = self.linear.forward(x, w, b)
+        self.logits_shape = z.shape
+        return self.loss.forward(z.reshape(-1, w.shape[0]), target, *options)
+
+    def tangent(self, dx: Tensor | None, dw: Tensor | None, db: Tensor | None, *_: None) -> None:
+        """Save the tangents; the loss's own is not needed."""
+        rows = self.linear.x
+        self.dx = None if dx is None else dx.reshape(dx.shape[0], *rows.shape)
+        self.dw, self.db = dw, db
+
+    def backward(self, g: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the cotangents of x, W and b."""
+        gz = self.loss.backward(g)[0]
+        assert gz is not None
+        return *self.linear.backward(gz.view(g.shape[0], *self.logits_shape)), None, None
+
+    def prepare(self, g: Tensor) -> None:
+        """Spread g over the tokens."""
+        self.loss.prepare(g)
+        self.per_row = self.loss.per_row(g)[0].expand(len(self.loss.p), 1)
+
+    def backward_tangent(self, dg: Tensor | None, g: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the tangents of the cotangents, a chunk of tokens at a time."""
+        x, w = self.linear.x, self.linear.w
+        k = next(d for d in (self.dx, self.dw, self.db) if d is not None).shape[0]
+        dgx = x.new_empty(k, *x.shape) if self.needs[0] else None
+        dgw = self.out(1, (k, *w.shape), x).zero_() if self.needs[1] else None
+        dgb = self.out(2, (k, w.shape[0]), x).zero_() if self.needs[2] else None
+        tokens = len(x)
+        size = max(1, min(-(-tokens // _PARTS), _CHUNK // (k * w.shape[0])))
+        for start in range(0, tokens, size):
+            rows = slice(start, min(start + size, tokens))
+            dx = None if self.dx is None else self.dx[:, rows]
+            dgz = self.loss.curve(self._logits_tangent(rows, dx, k), rows)
+            gz = self.loss.slope(rows).mul_(self.per_row[rows])
+            if dgx is not None:
+                part = torch.matmul(dgz, w, out=dgx[:, rows]) if k == 1 else dgx[:, rows].copy_(dgz @ w)
+                if self.dw is not None:
+                    part += gz @ self.dw
+            if dgw is not None:
+                dgw.baddbmm_(dgz.mT, x[rows].expand(k, *x[rows].shape))
+                if dx is not None:
+                    dgw.baddbmm_(gz.mT.expand(k, *gz.mT.shape), dx)
+            if dgb is not None:
+                dgb += dgz.sum(1)
+        return dgx, dgw, dgb, None, None
+
+    def _logits_tangent(self, rows: slice, dx: Tensor | None, k: int) -> Tensor:
+        x, w = self.linear.x[rows], self.linear.w
+        dz = x.new_zeros(k, len(x), len(w)) if dx is None else dx @ w.t()
+        if self.dw is not None:
+            dz.baddbmm_(x.expand(k, *x.shape), self.dw.mT)
+        return dz if self.db is None else dz.add_(self.db[:, None])
+
+
+RULES[linear_cross_entropy] = LinearCrossEntropy
