@@ -45,6 +45,8 @@ if TYPE_CHECKING:
     from .preconditioning import Preconditioner as Preconditioner
     from .preconditioning import preconditioner as preconditioner
     from .rop import UnsupportedOpError as UnsupportedOpError
+    from .suggest import WarmupSuggestion as WarmupSuggestion
+    from .suggest import suggest_warmup as suggest_warmup
     from .tracker import Record as Record
     from .tracker import SharpnessTracker as SharpnessTracker
     from .warmup import WarmupLR as WarmupLR
@@ -75,6 +77,7 @@ _HOME = {
     "persistent": ("PersistentCatapultLR",),
     "preconditioning": ("Preconditioner", "preconditioner"),
     "rop": ("UnsupportedOpError",),
+    "suggest": ("WarmupSuggestion", "suggest_warmup"),
     "tracker": ("Record", "SharpnessTracker"),
     "warmup": ("WarmupLR", "stability_threshold", "steps_saved", "steps_to_target"),
 }

@@ -1,4 +1,4 @@
-"""The command line: ``sharpkern train | sweep | report | audit | doctor``. torch is imported only by what needs it."""
+"""The command line: ``sharpkern train | suggest | sweep | report | audit | doctor``; torch is imported late."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 USAGE = """usage: sharpkern COMMAND [OPTIONS]
 
   train    train a reference model, tracking its sharpness at every step
+  suggest  measure a reference model, and recommend initial and target learning rate and warmup length
   sweep    train a grid of runs from one TOML file: a phase diagram
   report   draw a sweep's phase diagrams: one HTML page, and PNGs
   audit    check the Hessian-vector products of a reference model against independent truths
@@ -46,7 +47,14 @@ def main(argv: list[str] | None = None) -> int:
 
         print(__version__)
         return OK
-    commands = {"train": _train, "sweep": _sweep, "report": _report_sweep, "audit": _audit, "doctor": _doctor}
+    commands = {
+        "train": _train,
+        "suggest": _suggest,
+        "sweep": _sweep,
+        "report": _report_sweep,
+        "audit": _audit,
+        "doctor": _doctor,
+    }
     command = commands.get(arguments[0])
     if command is None:
         return _complain(f"unknown command {arguments[0]!r}; known are {', '.join(commands)}.")
@@ -320,6 +328,55 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message}; see {self.prog} --help.")
+
+
+def _suggest(arguments: list[str]) -> int:
+    description = (
+        "Measure the model, loss, data and optimizer that the same options would train, try short runs on copies, and "
+        "recommend a warmup. Besides the options below: --lr-target RATE, the target that you want (else the one that "
+        "learnt most); --probe-steps N, the longest warmup tried (64); --preset demo, --config FILE.toml. The "
+        "learning rate and schedule of the options are not used. A full batch makes every step of 6 to 16 short runs "
+        "cost a full pass: use --data.limit or --batch-size for a first look."
+    )
+    rest, own = _take(arguments, ("--lr-target", "--probe-steps"))
+    config, folder = _parse("suggest", description, rest)
+    if folder is not None:
+        raise ValueError("suggest starts from the initial state: it does not take --resume.")
+    lr_target = _number("--lr-target", own, float)
+    probe_steps = _number("--probe-steps", own, int)
+    import torch
+
+    from .suggest import suggest_warmup
+    from .train.data import load
+    from .train.loop import batch_at, build_model, build_optimizer
+    from .train.losses import build_loss, loss_targets
+
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    torch.manual_seed(config.seed)
+    d = config.data
+    data = load(d.name, data_dir=d.dir, text_file=d.text_file, context=d.context, limit=d.limit)
+    targets = loss_targets(config, data.train_targets, data)
+    count = len(data.train_inputs) // min(config.batch_size or len(targets), len(targets))
+    batches = [batch_at(step, config, data.train_inputs, targets) for step in range(1, count + 1)]
+    model = build_model(config, data)
+    found = suggest_warmup(
+        model, build_loss(config), batches, build_optimizer(config, model), lr_target=lr_target,
+        **({} if probe_steps is None else {"probe_steps": probe_steps}),
+    )  # fmt: skip
+    print(found)
+    print(
+        f"To train so: the same options with --optimizer.lr {found.lr_target:.4g} --optimizer.lr-init "
+        f"{found.lr_init:.4g} --optimizer.warmup-steps {found.warmup_steps}"
+    )
+    return OK
+
+
+def _number(name: str, given: dict[str, str], kind: type) -> Any:
+    try:
+        return kind(given[name]) if name in given else None
+    except ValueError:
+        raise ValueError(f"{name} must be {'a number' if kind is float else 'whole'}, got {given[name]!r}.") from None
 
 
 def _audit(arguments: list[str]) -> int:

@@ -28,7 +28,7 @@ def report() -> list[str]:
     x = torch.zeros(1, 1)
     for backend in kernels.BACKENDS:
         device = "cuda" if backend in ("cuda", "triton") else "cpu"
-        reason = kernels.why_not(backend, "vector kernels", x)
+        reason = kernels.why_not(backend, "dual_gemm" if backend == "triton" else "gram", x)
         if reason is None:
             level = f", {native.level()} instructions" if backend == "cpu" else ""
             lines.append(f"backend {backend}: yes ({device}{level})")

@@ -46,6 +46,23 @@ def test_train_fills_the_run_folder(tmp_path: Path, options: list[str], capsys: 
     assert len(metrics.read(out / "metrics.jsonl")) == 4
 
 
+def test_a_critical_start_keeps_the_slope_and_resumes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--loss", "mse", "--optimizer.lr", "20", "--optimizer.warmup-steps", "400"]
+    rows = {}
+    for start in ("False", "True"):
+        out = str(tmp_path / start)
+        code, _, err = run("train", *SMALL, *options, "--optimizer.critical-start", start, "--out", out, capsys=capsys)
+        assert code == 0, err
+        rows[start] = [row["lr"] for row in metrics.read(tmp_path / start / "metrics.jsonl")]
+    gaps = [b - a for a, b in zip(rows["False"], rows["True"], strict=True)]
+    assert gaps[0] > 0 and gaps == pytest.approx([gaps[0]] * len(gaps))
+    (tmp_path / "True" / "checkpoint.pt").unlink()
+    (tmp_path / "True" / "metrics.jsonl").write_text("")  # as if killed before the first step was written
+    assert run("train", "--resume", str(tmp_path / "True"), capsys=capsys)[0] == 0
+    again = [row["lr"] for row in metrics.read(tmp_path / "True" / "metrics.jsonl")]
+    assert again == pytest.approx(rows["True"])
+
+
 def test_config_file_reproduces_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first, second = tmp_path / "a", tmp_path / "b"
     assert run("train", *SMALL, "--optimizer.lr", "0.03", "--out", str(first), capsys=capsys)[0] == 0
@@ -78,6 +95,11 @@ def test_diverging_run_exits_with_3_and_keeps_its_data(tmp_path: Path, capsys: p
         (["train", "--steps", "0"], "steps must be at least 1, got 0"),
         (["train", "--preset"], "--preset needs a value"),
         (["doctor", "please"], "doctor takes no options"),
+        (["suggest", "--lr-target", "big"], "--lr-target must be a number, got 'big'"),
+        (["suggest", "--probe-steps", "1.5"], "--probe-steps must be whole, got '1.5'"),
+        (["suggest", *SMALL, "--lr-target", "-1"], "lr_target must be positive and finite, got -1.0"),
+        (["suggest", *SMALL, "--probe-steps", "3"], "probe_steps must be at least 8"),
+        (["suggest", "--stepz", "5"], "see sharpkern suggest --help"),
         (["train", "--stepz", "5"], "Unrecognized options: --stepz, 5; see sharpkern train --help"),
         (["train", "--steps", "abc"], "Error parsing --steps: invalid literal for int() with base 10: 'abc'"),
         (["train", "--steps"], "Missing value for argument '--steps'"),
@@ -160,6 +182,35 @@ def test_audit_prints_a_verdict(capsys: pytest.CaptureFixture[str]) -> None:
     assert text.strip().splitlines()[-1].startswith("Trustworthy")
 
 
+@pytest.mark.parametrize("options", [["--loss", "mse"], ["--batch-size", "20", "--optimizer.name", "adam"]])
+def test_suggest_recommends_options_that_train(
+    tmp_path: Path, options: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, text, err = run("suggest", *SMALL, *options, "--probe-steps", "8", capsys=capsys)
+    assert code == 0, err
+    for words in ("harpness at the start", "Critical learning rate", "Natural trend", "Largest sensible target",
+                  "Recommended target", "Recommended initial", "Recommended warmup", "Cost"):  # fmt: skip
+        assert words in text
+    advice = text.strip().splitlines()[-1].partition(" with ")[2].split()
+    assert [o for o in advice if o.startswith("--")] == [
+        "--optimizer.lr", "--optimizer.lr-init", "--optimizer.warmup-steps"
+    ]  # fmt: skip
+    out = str(tmp_path / "run")
+    code, text, err = run("train", *SMALL, *options, *advice, "--steps", "10", "--out", out, capsys=capsys)
+    assert code == 0, err
+    losses = [row["loss"] for row in metrics.read(tmp_path / "run" / "metrics.jsonl")]
+    assert sum(losses[5:]) < 2.5 * sum(losses[:5])
+
+
+def test_suggest_takes_the_target_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    code, text, err = run(
+        "suggest", *SMALL, "--loss", "mse", "--probe-steps", "8", "--lr-target=0.00123", capsys=capsys
+    )
+    assert code == 0, err
+    assert "Recommended target: 0.00123, as asked." in text
+    assert "--optimizer.lr 0.00123 --optimizer.lr-init 0.00123 --optimizer.warmup-steps 1" in text
+
+
 def test_doctor_lists_every_backend(capsys: pytest.CaptureFixture[str]) -> None:
     code, text, _ = run("doctor", capsys=capsys)
     assert code == 0
@@ -169,7 +220,12 @@ def test_doctor_lists_every_backend(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "expected"),
-    [(["--help"], "doctor"), (["train", "--help"], "--preset demo"), (["audit", "-h"], "--model.kind")],
+    [
+        (["--help"], "doctor"),
+        (["train", "--help"], "--preset demo"),
+        (["suggest", "--help"], "--probe-steps"),
+        (["audit", "-h"], "--model.kind"),
+    ],
 )
 def test_help_does_not_import_torch(arguments: list[str], expected: str) -> None:
     code = f"""

@@ -15,6 +15,9 @@ from torch import Tensor, nn
 
 import sharpkern as sk
 from sharpkern.critical import next_update
+from sharpkern.train.data import load
+from sharpkern.train.losses import half_mean_squares
+from sharpkern.train.models import FCN
 
 Make = Callable[[Any], torch.optim.Optimizer]
 OPTIMIZERS: dict[str, Make] = {
@@ -115,6 +118,19 @@ def test_groups_keep_the_ratio_of_their_rates() -> None:
     optimizer.param_groups[0]["lr"] = 0.0
     with pytest.raises(RuntimeError, match="first group's lr is 0 and another's is 0.03"):
         sk.critical_learning_rate(model, loss_fn, batch, optimizer)
+
+
+@pytest.mark.parametrize("parameterisation", ["sp", "mup", "ntp"])
+def test_real_images_at_initialisation_are_critical_between_one_and_three_thresholds(parameterisation: str) -> None:
+    data = load("fashion-mnist-5k", limit=300)
+    batch = data.train_inputs, F.one_hot(data.train_targets, 10).float()
+    for _ in range(3):
+        model = FCN(784, 10, width=256, parameterisation=parameterisation, seed=int(torch.randint(10**6, ())))
+        sharpness = sk.sharpness(model, half_mean_squares, batch).value
+        optimizer = torch.optim.SGD(model.parameters(), lr=2 / sharpness)
+        c = sk.critical_learning_rate(model, half_mean_squares, batch, optimizer)
+        assert 1 <= c.value * sharpness / 2 <= 3
+        assert c.forward_passes <= 9
 
 
 def test_a_warm_start_takes_five_or_six_forward_passes() -> None:

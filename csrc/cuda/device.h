@@ -3,6 +3,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <cstring>
 #include <stdexcept>
 #include <string>
 
@@ -30,9 +31,8 @@ int64_t steps_of(int64_t n) {
 template <class T, bool WIDE, bool WHOLE>
 struct Columns {
   static constexpr int COUNT = PER_THREAD<T>;
-  union Pack {
+  struct alignas(16) Pack {
     T x[COUNT];
-    int4 bits;  // moved by one instruction, which is not sure for a struct of numbers
   };
   int64_t first, n;
 
@@ -44,7 +44,7 @@ struct Columns {
   __device__ Pack load(const T* row) const {
     Pack pack;
     if constexpr (WIDE && WHOLE) {
-      pack.bits = *reinterpret_cast<const int4*>(row + first);
+      pack = *reinterpret_cast<const Pack*>(row + first);
     } else {
 #pragma unroll
       for (int j = 0; j < COUNT; ++j) pack.x[j] = WHOLE || column(j) < n ? row[column(j)] : T(0);
@@ -54,7 +54,9 @@ struct Columns {
 
   __device__ void store(T* row, const Pack& pack) const {
     if constexpr (WIDE && WHOLE) {
-      *reinterpret_cast<int4*>(row + first) = pack.bits;
+      int4 bits;
+      memcpy(&bits, &pack, sizeof bits);
+      __stwb(reinterpret_cast<int4*>(row + first), bits);  // a plain assignment was split into single numbers
     } else {
 #pragma unroll
       for (int j = 0; j < COUNT; ++j)

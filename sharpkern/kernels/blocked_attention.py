@@ -16,8 +16,8 @@ from torch import Tensor
 
 from .reference import Heads
 
-ROWS = 64  # queries of a block: causal blocks reach that far over the diagonal
-ELEMENTS = 1 << 18  # scores of a block, over its heads: a few such blocks fit into the caches
+ROWS = 128  # queries of a block: causal blocks reach that far over the diagonal
+ELEMENTS = 1 << 19  # scores of a block, over its heads: a few such blocks fit into the caches
 
 
 class Block(NamedTuple):
@@ -44,7 +44,7 @@ class Blocks:
         self._mask = None if mask is None else mask.expand(B, T, S)
         self._rows = max(1, min(ROWS, T))
         self._heads = max(1, min(B, ELEMENTS // max(1, self._rows * S)))
-        self._memory = q.new_empty(buffers, self._heads * self._rows * S)
+        self._memory = [q.new_empty(self._heads * self._rows * S) for _ in range(buffers)]
         self._future = q.new_full((self._rows, self._rows), -math.inf).triu_(1) if causal else None
 
     def __iter__(self) -> Iterator[Block]:
@@ -60,7 +60,7 @@ class Blocks:
         left, right = a[block.heads, block.rows], b[block.heads, block.keys].mT
         if onto is not None:
             return onto.baddbmm_(left, right)
-        return torch.bmm(left, right, out=self._memory[buffer, : math.prod(block.shape)].view(block.shape))
+        return torch.bmm(left, right, out=self._memory[buffer][: math.prod(block.shape)].view(block.shape))
 
     def scores(self, buffer: int, block: Block) -> Tensor:
         """Return the block of the scores."""

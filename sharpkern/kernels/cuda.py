@@ -13,7 +13,12 @@ from torch import Tensor
 
 from . import native
 
-_cuda = getattr(native._C, "cuda", None)
+try:
+    from .. import _C
+except ImportError:  # native.REASON says why
+    _C = None
+
+_cuda = getattr(_C, "cuda", None)
 _OLDEST = (8, 0)  # compute capability
 
 REASON: str | None = native.REASON

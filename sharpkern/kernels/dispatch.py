@@ -15,6 +15,10 @@ from . import blocked_attention, cuda, native, reference
 BACKENDS = ("cuda", "triton", "cpu", "reference")  # fastest first; the last always fits
 # The kernels that have a Triton version, and the module it is in.
 _TRITON = {
+    "attention": "triton_attention",
+    "attention_backward": "triton_attention",
+    "attention_backward_tangent": "triton_attention",
+    "attention_tangent": "triton_attention",
     "dual_gemm": "triton_linear",
     "embedding": "triton_embedding",
     "embedding_backward": "triton_embedding",

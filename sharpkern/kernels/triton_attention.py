@@ -1,8 +1,8 @@
 """Triton version of ``kernels.attention``: launches the kernels of ``triton_attention_kernels``.
 
-No atomics: a sweep that sums over queries and over keys is two kernels, so the same input gives the same bits. The
-plain backward sweep is the tangent of the backward sweep with nothing of q, k, v moving and g in place of dg, so one
-pair of kernels serves both.
+No atomics: the sums over queries and over keys are kernels of their own, so the same input gives the same bits. The
+plain backward sweep is the tangent of the backward sweep with nothing of q, k, v moving and g in place of dg, so the
+same kernels serve both.
 """
 
 from __future__ import annotations
@@ -18,34 +18,34 @@ from .dispatch import interpreted
 from .reference import Heads
 
 ROWS = 32  # of a program of row_sums
-WARPS = 4
-STAGES = 1
+OPTIONS = {"num_warps": 4, "num_stages": 1, "maxnreg": 255}  # ptxas else spills a little for occupancy
+
+
+# what a kernel is run over, and the width it sums
+BY_KEYS = ("by_keys", "by_values")
+SUMS_Q = ("by_queries", "by_keys")
 
 
 class Blocks(NamedTuple):
-    """Rows that a program owns and rows of the other side at a time; columns read at a time and columns summed."""
+    """Rows that a program owns and rows of the other side at a time; columns read at a time."""
 
     own: int
     other: int
     chunk: int
-    part: int
 
 
-def blocks(kernel: str, width: int, precision: str) -> Blocks:
-    """Choose blocks of a kernel for heads up to ``width`` wide: the largest tried that spill nothing on any chip.
+def blocks(precision: str) -> Blocks:
+    """Choose blocks: the largest tried that spill nothing in any kernel, at any width, on any chip.
 
     A tensor core's warp takes 16 rows, so four warps own 64. Without tensor cores (ieee) operands stay in registers.
-    ``by_keys`` has two accumulators, and columns that may be missing cost it what is left. The interpreter's cost is
-    by program and operation, hence its larger blocks.
+    The interpreter's cost is by program and operation.
     """
-    own, other, chunk = {
-        "ieee": (32 if kernel in ("forward", "by_queries") else 16, 16, 16),
-        "tf32": (64, 16, 16),
-        "16-bit": (64, 16, 32),
-        "interpreted": (64, 32, 64),
+    return {
+        "ieee": Blocks(32, 16, 16),
+        "tf32": Blocks(64, 16, 16),
+        "16-bit": Blocks(64, 16, 32),
+        "interpreted": Blocks(64, 32, 64),
     }[precision]
-    part = 32 if kernel == "by_keys" and width % 16 else 64
-    return Blocks(own, other, min(chunk, kernels.padded(width)), min(part, kernels.padded(width)))
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Heads:
@@ -91,7 +91,8 @@ def attention_backward_tangent(
 def _backward(h: Heads, tangents: int, **arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     dgq, dgk, dgv = (t.new_empty(tangents, *t.shape) for t in (h.q, h.k, h.v))
     _launch("by_queries", h, tangents, dgq=dgq, **arguments)
-    _launch("by_keys", h, tangents, dgk=dgk, dgv=dgv, **arguments)
+    _launch("by_keys", h, tangents, dgk=dgk, **arguments)
+    _launch("by_values", h, tangents, dgv=dgv, **arguments)
     return dgq, dgk, dgv
 
 
@@ -128,44 +129,52 @@ def _moving(h: Heads, dq: Tensor | None, dk: Tensor | None, dv: Tensor | None) -
 
 
 def _launch(name: str, h: Heads, tangents: int, **arguments: Any) -> None:
-    """Run a kernel over every head, tangent and block of queries, of keys for ``by_keys``."""
+    """Run a kernel over every head, tangent, block of rows and part of its result's columns."""
     B, T, width = h.q.shape
     S, width_v = h.v.shape[1:]
     mask = h.q if h.mask is None else h.mask.expand(B, T, S)
     strides = (0, 0, 0) if h.mask is None else mask.stride()
-    keys = name == "by_keys"
-    precision = _precision(h.q.dtype)
-    own, other, chunk, part = blocks(name, max(width, width_v), precision)
-    parts = triton.cdiv(max(width, width_v), part)
-    if name != "forward":
-        arguments |= {"tangents": tangents, "B": B}
-    getattr(kernels, name)[(triton.cdiv(S if keys else T, own) * B * tangents * parts,)](
-        q=h.q.contiguous(),
-        k=h.k.contiguous(),
-        v=h.v.contiguous(),
-        lse=h.lse.contiguous(),
-        mask=mask,
-        T=T,
-        S=S,
-        mb=strides[0],
-        mt=strides[1],
-        ms=strides[2],
-        scale=float(h.scale),
-        MASKED=h.mask is not None,
-        CAUSAL=h.causal,
-        WIDE=precision == "interpreted",
-        PRECISION="tf32" if precision == "tf32" else "ieee",  # of no effect on 16-bit operands
-        WQ=width,
-        WV=width_v,
-        M=other if keys else own,
-        N=own if keys else other,
-        CHUNK=chunk,
-        PART=part,
-        PARTS=parts,
-        num_warps=WARPS,
-        num_stages=STAGES,
-        **arguments,
+    arguments |= {
+        "q": h.q.contiguous(),
+        "k": h.k.contiguous(),
+        "v": h.v.contiguous(),
+        "lse": h.lse.contiguous(),
+        "mask": mask,
+        "tangents": tangents,
+        "B": B,
+        "T": T,
+        "S": S,
+        "mb": strides[0],
+        "mt": strides[1],
+        "ms": strides[2],
+        "scale": float(h.scale),
+        "MASKED": h.mask is not None,
+        "CAUSAL": h.causal,
+        **shape(name, width, width_v, _precision(h.q.dtype)),
+    }
+    kernel = getattr(kernels, name)
+    rows = triton.cdiv(S, arguments["N"]) if name in BY_KEYS else triton.cdiv(T, arguments["M"])
+    kernel[(rows * B * tangents * arguments["PARTS"],)](
+        **{n: a for n, a in arguments.items() if n in kernel.arg_names}, **OPTIONS
     )
+
+
+def shape(name: str, width: int, width_v: int, precision: str) -> dict[str, Any]:
+    """Constants of a kernel that follow from the widths of q and v and from the precision of its products."""
+    own, other, chunk = blocks(precision)
+    result = width if name in SUMS_Q else width_v
+    part = min(64, kernels.padded(result))
+    return {
+        "WIDE": precision == "interpreted",
+        "PRECISION": "tf32" if precision == "tf32" else "ieee",  # of no effect on 16-bit operands
+        "WQ": width,
+        "WV": width_v,
+        "M": other if name in BY_KEYS else own,
+        "N": own if name in BY_KEYS else other,
+        "CHUNK": min(chunk, kernels.padded(max(width, width_v))),
+        "PART": part,
+        "PARTS": triton.cdiv(result, part),
+    }
 
 
 def _precision(dtype: torch.dtype) -> str:

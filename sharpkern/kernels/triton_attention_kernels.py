@@ -7,7 +7,7 @@ What keeps the registers of a thread within bounds: products over the head width
 operands anew, CHUNK columns at a time, rather than keep up to four blocks of a whole width over the loop; and a program
 sums PART columns of a result, so that a wider head is PARTS programs which each form the scores.
 """
-# mypy: allow-untyped-defs, allow-untyped-decorators
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
 import triton
 import triton.language as tl
@@ -326,7 +326,6 @@ def by_keys(
     dD,  # [k, B, T]
     mask,  # [B, T, S] with strides mb, mt, ms
     dgk,  # [k, B, S, WQ]
-    dgv,  # [k, B, S, WV]
     tangents,
     B,
     T,
@@ -350,7 +349,7 @@ def by_keys(
     PART: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """``dgk`` and ``dgv``. Blocks are [keys, queries], so that P and its like are left operands as they stand."""
+    """``dgk``. Blocks are [keys, queries], so that P and its like are left operands as they stand."""
     head, first, tangent, part = _place(S, tangents, N, PARTS)
     moved = tangent * B + head
     q, dq = q + head * T * WQ, dq + moved * T * WQ
@@ -360,6 +359,67 @@ def by_keys(
     i, j = tl.arange(0, M), tl.arange(0, N)
     column = part * PART
     sum_dgk = tl.zeros([N, PART], tl.float32)
+    begin = first // M * M if CAUSAL else 0
+    for start in range(begin, T, M):
+        s, ds = _products(k, dk, q, dq, first, start, S, T, True, DK, DQ, WQ, N, M, CHUNK, WIDE, PRECISION)
+        s = _seen(scale * s, start, i[None, :], first, j[:, None], T, S, mask + head * mb, mt, ms, MASKED, CAUSAL)
+        row_lse = _row_numbers(lse + head * T, start, T, float("inf"), M)
+        p = tl.exp(s - row_lse[None, :])
+        vg, dvg = _products(v, dv, g, dg, first, start, S, T, DQ or DK, DV, True, WV, N, M, CHUNK, WIDE, PRECISION)
+        row_dD = _row_numbers(dD + moved * T, start, T, 0.0, M)
+        dgs = p * (dvg - row_dD[None, :])
+        if DQ or DK:
+            row_m = _row_numbers(m + moved * T, start, T, 0.0, M)
+            row_D = _row_numbers(D + head * T, start, T, 0.0, M)
+            gs = p * (vg - row_D[None, :])
+            dgs += gs * (scale * ds - row_m[None, :])
+            if DQ:
+                sum_dgk = _gather(gs, dq, start, T, column, sum_dgk, WQ, WIDE, PRECISION)
+        sum_dgk = _gather(dgs, q, start, T, column, sum_dgk, WQ, WIDE, PRECISION)
+    _store_rows(dgk + moved * S * WQ, scale * sum_dgk, first, S, column, WQ)
+
+
+@triton.jit
+def by_values(
+    q,  # [B, T, WQ]
+    dq,  # [k, B, T, WQ]
+    k,  # [B, S, WQ]
+    dk,  # [k, B, S, WQ]
+    g,  # [B, T, WV]
+    dg,  # [k, B, T, WV]
+    lse,  # [B, T]
+    m,  # [k, B, T]
+    mask,  # [B, T, S] with strides mb, mt, ms
+    dgv,  # [k, B, S, WV]
+    tangents,
+    B,
+    T,
+    S,
+    mb,
+    mt,
+    ms,
+    scale,
+    DQ: tl.constexpr,
+    DK: tl.constexpr,
+    MASKED: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WQ: tl.constexpr,
+    WV: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PART: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """``dgv``, in a kernel of its own: beside ``dgk`` its sums would spill. Blocks are as in ``by_keys``."""
+    head, first, tangent, part = _place(S, tangents, N, PARTS)
+    moved = tangent * B + head
+    q, dq = q + head * T * WQ, dq + moved * T * WQ
+    k, dk = k + head * S * WQ, dk + moved * S * WQ
+    i, j = tl.arange(0, M), tl.arange(0, N)
+    column = part * PART
     sum_dgv = tl.zeros([N, PART], tl.float32)
     begin = first // M * M if CAUSAL else 0
     for start in range(begin, T, M):
@@ -367,21 +427,11 @@ def by_keys(
         s = _seen(scale * s, start, i[None, :], first, j[:, None], T, S, mask + head * mb, mt, ms, MASKED, CAUSAL)
         row_lse = _row_numbers(lse + head * T, start, T, float("inf"), M)
         p = tl.exp(s - row_lse[None, :])
-        sum_dgv = _gather(p, dg, start, T, column, sum_dgv, WV, WIDE, PRECISION)
-        vg, dvg = _products(v, dv, g, dg, first, start, S, T, DQ or DK, DV, True, WV, N, M, CHUNK, WIDE, PRECISION)
-        row_dD = _row_numbers(dD + moved * T, start, T, 0.0, M)
-        dgs = p * (dvg - row_dD[None, :])
+        sum_dgv = _gather(p, dg + moved * T * WV, start, T, column, sum_dgv, WV, WIDE, PRECISION)
         if DQ or DK:
             row_m = _row_numbers(m + moved * T, start, T, 0.0, M)
-            row_D = _row_numbers(D + head * T, start, T, 0.0, M)
             dp = p * (scale * ds - row_m[None, :])
-            sum_dgv = _gather(dp, g, start, T, column, sum_dgv, WV, WIDE, PRECISION)
-            dgs += dp * (vg - row_D[None, :])
-            if DQ:
-                gs = p * (vg - row_D[None, :])
-                sum_dgk = _gather(gs, dq, start, T, column, sum_dgk, WQ, WIDE, PRECISION)
-        sum_dgk = _gather(dgs, q, start, T, column, sum_dgk, WQ, WIDE, PRECISION)
-    _store_rows(dgk + moved * S * WQ, scale * sum_dgk, first, S, column, WQ)
+            sum_dgv = _gather(dp, g + head * T * WV, start, T, column, sum_dgv, WV, WIDE, PRECISION)
     _store_rows(dgv + moved * S * WV, sum_dgv, first, S, column, WV)
 
 

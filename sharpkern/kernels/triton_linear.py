@@ -19,37 +19,41 @@ class Tiles(NamedTuple):
     n: int
     k: int
     warps: int
-    stages: int
 
 
-# By precision of the products; none of these spills on sm_80, sm_90 or sm_100 (tests/kernels_triton).
+# By precision of the products. They spill on none of sm_80, sm_90 and sm_100; no GPU has measured them yet.
 CONFIGURATIONS = {
     "16bit": {
-        "large": Tiles(128, 128, 64, 8, 3),
-        "medium": Tiles(64, 64, 64, 4, 4),
-        "few rows": Tiles(16, 128, 64, 4, 4),
-        "few columns": Tiles(128, 16, 64, 4, 4),
+        "large": Tiles(128, 128, 64, 8),
+        "medium": Tiles(64, 64, 64, 8),
+        "few rows": Tiles(16, 64, 32, 4),
+        "few columns": Tiles(64, 16, 64, 4),
     },
     "tf32": {
-        "large": Tiles(128, 64, 32, 8, 3),
-        "medium": Tiles(64, 64, 32, 4, 3),
-        "few rows": Tiles(16, 64, 32, 4, 3),
-        "few columns": Tiles(64, 16, 32, 4, 3),
+        "large": Tiles(128, 64, 32, 8),
+        "medium": Tiles(64, 64, 32, 4),
+        "few rows": Tiles(16, 64, 32, 4),
+        "few columns": Tiles(64, 16, 32, 4),
     },
-    # without tensor cores: larger tiles would need more registers than a thread has
-    "ieee": {
-        "large": Tiles(64, 64, 32, 4, 3),
-        "medium": Tiles(64, 64, 32, 4, 3),
-        "few rows": Tiles(16, 64, 32, 4, 3),
-        "few columns": Tiles(64, 16, 32, 4, 3),
+    "ieee": {  # no tensor cores
+        "large": Tiles(64, 64, 16, 8),
+        "medium": Tiles(32, 64, 16, 4),
+        "few rows": Tiles(16, 64, 32, 4),
+        "few columns": Tiles(64, 16, 32, 4),
     },
 }
 GROUP = 8  # rows of tiles that are finished together, so that they find the same columns of b and d in the L2 cache
 _BUSY = 256  # programs that keep a data-centre GPU, with 108 to 148 multiprocessors, busy
+# Below this length, offsets within any of the tiles above fit in 32 bits; 64 bits would cost large tiles a spill.
+_SHORT_STRIDE = 2**23
 
 
-def tiles(k: int, M: int, N: int, dtype: torch.dtype) -> Tiles:
-    """Choose the tiles for ``k`` results ``[M, N]``: large ones if that still leaves work for the whole GPU."""
+def tiles(k: int, M: int, N: int, dtype: torch.dtype, copied: bool) -> Tiles:
+    """Choose the tiles of ``k`` results ``[M, N]``.
+
+    They are large if that leaves work for the whole GPU and the operands can be copied to shared memory in vectors;
+    if not, operands pass through registers, of which a large tile has none to spare.
+    """
     choice = CONFIGURATIONS[precision(dtype) if dtype == torch.float32 else "16bit"]
     if M <= 16:
         return choice["few rows"]
@@ -57,7 +61,7 @@ def tiles(k: int, M: int, N: int, dtype: torch.dtype) -> Tiles:
         return choice["few columns"]
     large = choice["large"]
     programs = k * triton.cdiv(M, large.m) * triton.cdiv(N, large.n)
-    return large if programs >= _BUSY else choice["medium"]
+    return large if copied and programs >= _BUSY else choice["medium"]
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -69,7 +73,7 @@ def precision(dtype: torch.dtype) -> str:
 
 @triton.jit
 def _add_product(
-    acc,  # [BM, BN]
+    acc,  # [BM, BN], the tile from (row, col)
     a,  # [M, K], of this program's tangent
     a_row,
     a_col,
@@ -88,12 +92,13 @@ def _add_product(
     WIDEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    ks = tl.arange(0, BK)
-    step = tl.full((), BK, tl.int64)
+    # one 64-bit pointer to the tile and short offsets in it: a pointer to each entry would cost registers
     a += row.to(tl.int64) * a_row
     b += col.to(tl.int64) * b_col
+    step = tl.full((), BK, tl.int64)
     i = tl.arange(0, BM)
     j = tl.arange(0, BN)
+    ks = tl.arange(0, BK)
     a_at = i.to(INDEX)[:, None] * a_row + ks.to(INDEX)[None, :] * a_col
     b_at = ks.to(INDEX)[:, None] * b_row + j.to(INDEX)[None, :] * b_col
     in_a = (i < M - row)[:, None]
@@ -153,9 +158,9 @@ def _dual_gemm(
 ):
     # The tangents of one tile are neighbours, for they share the primal's tiles; then go the tiles of one group of
     # rows, column by column.
-    at = tl.program_id(0)
-    t = (at % k).to(tl.int64)
-    tile = at // k
+    program = tl.program_id(0)
+    t = (program % k).to(tl.int64)
+    tile = program // k
     group = GROUP * tl.cdiv(N, BN)
     first = tile // group * GROUP
     height = tl.minimum(tl.cdiv(M, BM) - first, GROUP)
@@ -164,61 +169,29 @@ def _dual_gemm(
 
     acc = tl.zeros((BM, BN), tl.float32)
     acc = _add_product(
-        acc,
-        a + t * a_k,
-        a_row,
-        a_col,
-        b + t * b_k,
-        b_row,
-        b_col,
-        row,
-        col,
-        M,
-        N,
-        K,
-        BM,
-        BN,
-        BK,
-        INDEX,
-        WIDEN,
-        PRECISION,
-    )
+        acc, a + t * a_k, a_row, a_col, b + t * b_k, b_row, b_col, row, col, M, N, K,
+        BM, BN, BK, INDEX, WIDEN, PRECISION,
+    )  # fmt: skip
     if HAS_SECOND:
         acc = _add_product(
-            acc,
-            c + t * c_k,
-            c_row,
-            c_col,
-            d + t * d_k,
-            d_row,
-            d_col,
-            row,
-            col,
-            M,
-            N,
-            L,
-            BM,
-            BN,
-            BK,
-            INDEX,
-            WIDEN,
-            PRECISION,
-        )
+            acc, c + t * c_k, c_row, c_col, d + t * d_k, d_row, d_col, row, col, M, N, L,
+            BM, BN, BK, INDEX, WIDEN, PRECISION,
+        )  # fmt: skip
 
     i = tl.arange(0, BM)
     j = tl.arange(0, BN)
     inside = (i < M - row)[:, None] & (j < N - col)[None, :]
-    at = i.to(INDEX)[:, None] * N + j[None, :]
-    tile = row.to(tl.int64) * N + col
-    tile_k = t * M * N + tile
+    entry = i.to(INDEX)[:, None] * N + j[None, :]
+    start = row.to(tl.int64) * N + col
+    start_k = t * M * N + start
     if HAS_BIAS:
         acc += tl.load(bias + (t * N + col) + j, mask=j < N - col, other=0.0).to(tl.float32)[None, :]
     if HAS_SLOPE:
-        acc *= tl.load(slope + tile + at, mask=inside, other=0.0).to(tl.float32)
+        acc *= tl.load(slope + start + entry, mask=inside, other=0.0).to(tl.float32)
     if CURVED:
-        curve = tl.load(curvature + tile + at, mask=inside, other=0.0).to(tl.float32)
-        acc += curve * tl.load(dz + tile_k + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + tile_k + at, acc.to(out.dtype.element_ty), mask=inside)
+        curve = tl.load(curvature + start + entry, mask=inside, other=0.0).to(tl.float32)
+        acc += curve * tl.load(dz + start_k + entry, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + start_k + entry, acc.to(out.dtype.element_ty), mask=inside)
 
 
 def dual_gemm(
@@ -234,11 +207,13 @@ def dual_gemm(
     """See ``kernels.linear``."""
     k = (a if a.ndim == 3 else b).shape[0]
     (M, K), N = a.shape[-2:], b.shape[-1]
-    second, curved = c is not None and d is not None, curvature is not None and dz is not None
-    if not second:
+    second = c is not None and d is not None
+    if c is None or d is None:
         c, d = a, b  # never read, as the other operands that stand in for absent ones
     out = a.new_empty(k, M, N)
-    size = tiles(k, M, N, a.dtype)
+    factors = (a, b, c, d)
+    short = max(N, *(s for f in factors for s in f.stride())) < _SHORT_STRIDE
+    size = tiles(k, M, N, a.dtype, all(_copied(f) for f in factors))
     _dual_gemm[(k * triton.cdiv(M, size.m) * triton.cdiv(N, size.n),)](
         a,
         b,
@@ -246,8 +221,8 @@ def dual_gemm(
         d,
         a if bias is None else bias.contiguous(),
         a if slope is None else slope.contiguous(),
-        curvature.contiguous() if curved else a,
-        dz.contiguous() if curved else a,
+        a if curvature is None else curvature.contiguous(),
+        a if dz is None else dz.contiguous(),
         out,
         k,
         M,
@@ -261,16 +236,15 @@ def dual_gemm(
         HAS_SECOND=second,
         HAS_BIAS=bias is not None,
         HAS_SLOPE=slope is not None,
-        CURVED=curved,
+        CURVED=curvature is not None and dz is not None,
         BM=size.m,
         BN=size.n,
         BK=size.k,
-        INDEX=tl.int32,
+        INDEX=tl.int32 if short else tl.int64,
         GROUP=GROUP,
         WIDEN=interpreted(),
         PRECISION=precision(a.dtype),
         num_warps=size.warps,
-        num_stages=size.stages,
     )
     return out
 
@@ -278,3 +252,11 @@ def dual_gemm(
 def _strides(t: Tensor) -> tuple[int, ...]:
     """Return the strides by tangent, row and column; all tangents read the same shared operand."""
     return t.stride() if t.ndim == 3 else (0, *t.stride())
+
+
+def _copied(t: Tensor) -> bool:
+    """Whether a tile can be copied in vectors: Triton can tell that its rows or columns are contiguous and aligned."""
+    row, col = t.stride()[-2:]
+    along, across = (t.shape[-1], row) if col == 1 else (t.shape[-2], col)
+    tangents = t.stride(0) if t.ndim == 3 else 0
+    return 1 in (row, col) and all(n % 16 == 0 for n in (along, across, tangents, t.data_ptr()))

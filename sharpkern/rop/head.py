@@ -8,6 +8,9 @@ Only a chunk of dz, gz and d(gz) exists at a time: a tangent of all logits would
 
 from __future__ import annotations
 
+import math
+from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,11 +19,13 @@ from torch import Tensor
 from .linear import Linear
 from .loss import CrossEntropy
 from .rule import RULES, Rule
+from .step import NOTHING, Step, flat_slots
 
 aten = torch.ops.aten
 LARGE = 1 << 22  # logits from which chunks pay: their tangents no longer fit into a cache
 _CHUNK = 1 << 21  # logits in a chunk, for all k together
 _PARTS = 8  # at least as many chunks
+_RESHAPES = {aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints}
 
 
 def linear_cross_entropy(x: Tensor, w: Tensor, b: Tensor | None, target: Tensor, *options: Any) -> Tensor:
@@ -99,3 +104,42 @@ class LinearCrossEntropy(Rule):
 
 
 RULES[linear_cross_entropy] = LinearCrossEntropy
+
+
+def fuse_head(steps: list[Step], loss_slot: int, shapes: Mapping[int, tuple[int, ...]]) -> list[Step]:
+    """Make one step of a large linear layer and the cross-entropy that alone uses its result, perhaps reshaped.
+
+    Args:
+        steps: of the program, in order.
+        loss_slot: of the loss.
+        shapes: slot -> shape.
+
+    Returns:
+        The steps, with the pair replaced where there is one.
+    """
+    producer = {slot: step for step in steps for slot in step.outputs}
+    uses = Counter(slot for step in steps for slot in flat_slots(step.inputs) if slot != NOTHING)
+    loss = producer.get(loss_slot)
+    if loss is None or loss.op is not aten.cross_entropy_loss.default:
+        return steps
+    gone, before = [loss], producer.get(loss.inputs[0])
+    while before is not None and before.op in _RESHAPES and uses[before.outputs[0]] == 1:
+        gone.append(before)
+        before = producer.get(before.inputs[0])
+    if before is None or before.op is not aten.linear.default or uses[before.outputs[0]] != 1:
+        return steps
+    rows, logits = shapes[loss.inputs[0]], shapes[before.outputs[0]]
+    if len(rows) != 2 or rows[1] != logits[-1] or math.prod(rows) < LARGE:
+        return steps
+    moved = len(before.template) - 1  # linear's arguments take the place of the logits
+    fused = Step(
+        name=before.name,
+        op=linear_cross_entropy,
+        template=[*before.template, *loss.template[1:]],
+        refs=[*before.refs, *((position + moved, slot) for position, slot in loss.refs if position)],
+        list_refs=[],
+        inputs=[*before.inputs, *loss.inputs[1:]],
+        outputs=loss.outputs,
+    )
+    gone_ids = {id(step) for step in (*gone, before)}
+    return [*(step for step in steps if id(step) not in gone_ids), fused]

@@ -6,21 +6,19 @@ per block of k vectors and give the Hessian-vector products; they touch nothing 
 
 from __future__ import annotations
 
-import math
 import operator
-from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from ..flat import Layout
-from . import head
 from .export import Graph
 from .fallback import Fallback
+from .head import fuse_head
 from .rule import RULES, Rule
+from .step import NOTHING, Step, call, flat_slots, is_slot, step_of
 
 aten = torch.ops.aten
 
@@ -33,26 +31,6 @@ _STOPS = {
         aten.floor, aten.ceil, aten.round, aten.trunc,
     )
 } | {aten.bernoulli.p, aten.round.decimals}  # fmt: skip
-_RESHAPES = {aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints}
-_TENSOR_TYPES = {"Tensor", "Optional[Tensor]", "List[Tensor]", "List[Optional[Tensor]]"}
-NOTHING = -1  # the slot that always holds None
-
-
-@dataclass
-class Step:
-    """One call: where its arguments come from and where its results go (slots are indices into lists of values)."""
-
-    name: str
-    op: Any
-    template: list[Any]  # schema arguments in order; tensors filled in at run time
-    refs: list[tuple[int, int]]  # (argument position, slot)
-    list_refs: list[tuple[int, list[Any]]]  # (argument position, slots of a list argument)
-    inputs: list[Any]  # per tensor argument of the schema: slot, NOTHING, or a list of those
-    outputs: list[int]  # slots; more than one for a multi-output op
-    rule: Rule | None = None
-    g: Any = None  # the primal cotangent of the result, kept for backward_tangent
-    last_use: list[int] = field(default_factory=list)
-    kwarg_names: list[str] = field(default_factory=list)  # keyword-only schema arguments, the last of template
 
 
 class Program:
@@ -67,17 +45,17 @@ class Program:
     def __init__(self, graph: Graph, params: Mapping[str, Tensor], *, keep_outputs: bool = True) -> None:
         self.graph = graph
         self.layout = Layout(params)
+        self.steps: list[Step] = []
         self._build(graph)
         if not keep_outputs:
-            self.output_slots = []
-            self._fuse_head()
+            self.output_slots.clear()
+            self.steps = fuse_head(self.steps, self.loss_slot, self._shapes)
         self._mark_live()
 
     # -- building -----------------------------------------------------------------------------------------------
 
     def _build(self, graph: Graph) -> None:
         slot_of: dict[str, Any] = {}
-        self.steps: list[Step] = []
         self.size = 0
         by_tensor: dict[int, int] = {}
         for node in graph.nodes:
@@ -96,7 +74,7 @@ class Program:
                 value = node.meta["val"]
                 many = isinstance(value, tuple | list)
                 slots = [self._new_slot() for _ in value] if many else [self._new_slot()]
-                self.steps.append(_step(node, slot_of, slots))
+                self.steps.append(step_of(node, slot_of, slots))
                 slot_of[node.name] = slots if many else slots[0]
         self._params = [(slot, t) for t, slot in ((t, by_tensor[id(t)]) for t in _unique(graph.parameters.values()))]
         self.param_slots = [by_tensor.get(id(t), NOTHING) for t in self.layout.tensors]
@@ -107,35 +85,11 @@ class Program:
         self.loss_slot: int = slot_of[graph.loss.name]
         self.output_slots: list[int] = [slot_of[node.name] for node in graph.outputs]
         self._floating = _floating_slots(graph.nodes, slot_of)
-        self._shapes = {
+        self._shapes: dict[int, tuple[int, ...]] = {
             slot_of[node.name]: tuple(node.meta["val"].shape)
             for node in graph.nodes
             if isinstance(node.meta.get("val"), Tensor) and node.name in slot_of
         }
-
-    def _fuse_head(self) -> None:
-        """Make one step of a large linear layer and the cross-entropy that alone uses its result, perhaps reshaped."""
-        producer = {slot: step for step in self.steps for slot in step.outputs}
-        uses = Counter(slot for step in self.steps for slot in _flat(step.inputs) if slot != NOTHING)
-        loss = producer.get(self.loss_slot)
-        if loss is None or loss.op is not aten.cross_entropy_loss.default:
-            return
-        chain, shape = [loss], self._shapes[loss.inputs[0]]
-        while (before := producer.get(chain[-1].inputs[0])) and uses[before.outputs[0]] == 1 and before.op in _RESHAPES:
-            chain.append(before)
-        if before is None or before.op is not aten.linear.default or uses[before.outputs[0]] != 1:
-            return
-        if len(shape) != 2 or shape[1] != self._shapes[before.outputs[0]][-1] or math.prod(shape) < head.LARGE:
-            return
-        moved = len(before.template) - 1
-        fused = Step(
-            before.name, head.linear_cross_entropy, [*before.template, *loss.template[1:]],
-            [*before.refs, *((position + moved, slot) for position, slot in loss.refs if position)], [],
-            [*before.inputs, *loss.inputs[1:]], loss.outputs,
-        )  # fmt: skip
-        gone = {id(step) for step in (*chain, before)}
-        self.steps = [step for step in self.steps if id(step) not in gone]
-        self.steps.append(fused)
 
     def _new_slot(self) -> int:
         self.size += 1
@@ -148,7 +102,7 @@ class Program:
         for step in self.steps:
             differentiable = RULES[step.op].differentiable if step.op in RULES else None
             outs = [s for i, s in enumerate(step.outputs) if differentiable is None or i in differentiable]
-            if step.op not in _STOPS and any(s in active for s in _flat(step.inputs)):
+            if step.op not in _STOPS and any(s in active for s in flat_slots(step.inputs)):
                 outs = [s for s in outs if s in self._floating]
                 active.update(outs)
                 if outs:
@@ -157,7 +111,7 @@ class Program:
         live = []
         for step in reversed(candidates):
             if wanted.intersection(step.outputs) and active.intersection(step.outputs):
-                wanted.update(_flat(step.inputs))
+                wanted.update(flat_slots(step.inputs))
                 live.append(step)
         self.live = live[::-1]
         for step in self.live:
@@ -176,14 +130,14 @@ class Program:
         self.model_steps = []
         for step in reversed(self.live):
             if model_part.intersection(step.outputs):
-                model_part.update(_flat(step.inputs))
+                model_part.update(flat_slots(step.inputs))
                 self.model_steps.append(step.name)
 
     def _find_last_uses(self) -> None:
         keep = {self.loss_slot, *self.output_slots, *(slot for _, slot in self._mutations)}
         seen = set(keep)
         for step in reversed(self.steps):
-            used = [slot for _, slot in step.refs] + [s for _, slots in step.list_refs for s in slots if _is_slot(s)]
+            used = [slot for _, slot in step.refs] + [s for _, slots in step.list_refs for s in slots if is_slot(s)]
             for slot in [*used, *step.outputs]:
                 if slot not in seen:
                     seen.add(slot)
@@ -233,8 +187,8 @@ class Program:
                 for position, slot in step.refs:
                     args[position] = values[slot]
                 for position, slots in step.list_refs:
-                    args[position] = [values[s] if _is_slot(s) else s for s in slots]
-                result = step.rule.forward(*args) if step.rule is not None else _call(step, args)
+                    args[position] = [values[s] if is_slot(s) else s for s in slots]
+                result = step.rule.forward(*args) if step.rule is not None else call(step, args)
                 if isinstance(result, tuple | list):
                     for slot, value in zip(step.outputs, result, strict=True):
                         values[slot] = value
@@ -364,55 +318,6 @@ class Program:
             elif value is not part:
                 part.copy_(value)
         return flat
-
-
-def _step(node: fx.Node, slot_of: Mapping[str, Any], outputs: list[int]) -> Step:
-    schema = node.target._schema.arguments  # type: ignore[union-attr]
-    step = Step(node.name, node.target, [], [], [], [], outputs)
-    for position, argument in enumerate(schema):
-        if position < len(node.args):
-            value: Any = node.args[position]
-        elif argument.name in node.kwargs:
-            value = node.kwargs[argument.name]
-        else:
-            value = argument.default_value
-        if argument.kwarg_only:
-            step.kwarg_names.append(argument.name)
-        entry: Any = NOTHING
-        if isinstance(value, fx.Node):
-            entry = slot_of[value.name]
-            step.refs.append((position, entry))
-            value = None
-        elif isinstance(value, list | tuple) and any(isinstance(v, fx.Node) for v in value):
-            entry = [slot_of[v.name] if isinstance(v, fx.Node) else NOTHING for v in value]
-            slots = [_Slot(slot_of[v.name]) if isinstance(v, fx.Node) else v for v in value]
-            step.list_refs.append((position, slots))
-            value = None
-        step.template.append(value)
-        if str(argument.type) in _TENSOR_TYPES:
-            step.inputs.append(entry)
-    return step
-
-
-class _Slot(int):
-    """A slot inside a list argument, told apart from a plain integer of that list."""
-
-
-def _is_slot(value: Any) -> bool:
-    return type(value) is _Slot
-
-
-def _call(step: Step, args: list[Any]) -> Any:
-    split = len(args) - len(step.kwarg_names)
-    return step.op(*args[:split], **dict(zip(step.kwarg_names, args[split:], strict=True)))
-
-
-def _flat(inputs: list[Any]) -> Iterable[int]:
-    for entry in inputs:
-        if isinstance(entry, list):
-            yield from entry
-        else:
-            yield entry
 
 
 def _keep(entry: Any, active: set[int]) -> Any:

@@ -68,7 +68,7 @@ def heatmap(content: Map, title: str, lr_label: str, path: Path) -> None:
     from matplotlib.collections import LineCollection
 
     width, height = len(content.lr), len(content.warmup)
-    figure = _figure(max(3.4, 0.9 + 0.52 * width), max(1.9, 1.1 + 0.42 * height))
+    figure = _figure(max(3.4, 0.9 + 0.46 * width), max(1.9, 1.1 + 0.42 * height))
     axes = figure.subplots()
     image = np.full((height, width), np.nan)
     low, high = content.limits
@@ -76,7 +76,7 @@ def heatmap(content: Map, title: str, lr_label: str, path: Path) -> None:
     for (lr, warmup), square in content.squares.items():
         x, y = content.lr.index(lr), content.warmup.index(warmup)
         if square.value is None:
-            axes.text(x, y, square.ended, ha="center", va="center", fontsize=7.5, color="#555555")
+            axes.text(x, y, square.ended, ha="center", va="center", fontsize=7.5, color="#555555", linespacing=0.95)
             continue
         image[y, x] = square.value
         r, g, b, _ = colours((square.value - low) / (high - low) if high > low else 0.5)

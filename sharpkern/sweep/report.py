@@ -141,13 +141,17 @@ class _Report:
     def maps(self, cells: list[Cell], suffix: str) -> list[str]:
         """Accuracy, loss, and where the critical learning rate is known, T_reach and T_save."""
         parts = []
-        kinds: list[tuple[str, str, str, str, Callable[[Cell], float | None]]] = [
-            ("best_test_accuracy", "best test accuracy", ".2f", "viridis", lambda c: self.of(c, "best_test_accuracy")),
-            ("best_test_loss", "best test loss", "#.2g", "viridis_r", lambda c: self.of(c, "best_test_loss")),
-            ("T_reach", "T_reach: warmup steps from the critical lr", ".0f", "cividis_r", lambda c: self.steps(c, 0)),
-            ("T_save", "T_save: steps saved by starting there", ".0f", "cividis", lambda c: self.steps(c, 1)),
-        ]
-        for file, title, form, colours, value in kinds:
+        kinds: list[tuple[str, str, str, str, str, Callable[[Cell], float | None]]] = [
+            ("best_test_accuracy", "best test accuracy", "The best at any evaluation of a run that trained.", ".2f",
+             "viridis", lambda c: self.of(c, "best_test_accuracy")),
+            ("best_test_loss", "best test loss", "The lowest at any evaluation of a run that trained.", "#.2g",
+             "viridis_r", lambda c: self.of(c, "best_test_loss")),
+            ("T_reach", "T_reach", "Steps to the target when warmup of the same slope starts at the critical learning "
+             "rate, found at initialisation by forward passes.", ".0f", "cividis_r", lambda c: self.steps(c, 0)),
+            ("T_save", "T_save", "Warmup steps saved by that, less the search's forward passes, two to a step.", ".0f",
+             "cividis", lambda c: self.steps(c, 1)),
+        ]  # fmt: skip
+        for file, title, note, form, colours, value in kinds:
             every = [v for c in self.sweep.cells if self.trained(c) and (v := value(c)) is not None]
             if not every:
                 continue
@@ -157,14 +161,14 @@ class _Report:
                 here = [c for c in cells if _place(c) == place and self.of(c, "status") != "unfinished"]
                 values = [v for c in here if self.trained(c) and (v := value(c)) is not None]
                 if here:
-                    ends = " ".join(dict.fromkeys(_ENDS[self.of(c, "status")] for c in here if not self.trained(c)))
+                    ends = "\n".join(dict.fromkeys(_ENDS[self.of(c, "status")] for c in here if not self.trained(c)))
                     squares[place] = Square(
                         fmean(values) if values else None, sum(map(self.trained, here)), len(here), ends
                     )
             path = self.path(f"{file}{suffix}")
             content = Map(lr, warmup, squares, (min(every), max(every)), form, colours)
             heatmap(content, title, self.lr_label, path)
-            parts.append(_figure(path, title[0].upper() + title[1:] + " over target learning rate and warmup steps."))
+            parts.append(_figure(path, f"{title[0].upper()}{title[1:]}. {note}"))
         return parts
 
     def boundary(self, cells: list[Cell]) -> list[str]:

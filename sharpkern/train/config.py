@@ -68,6 +68,8 @@ class OptimizerConfig:
     """target learning rate"""
     lr_init: float = 0.0
     """where warmup starts"""
+    critical_start: bool = False
+    """start at the critical learning rate instead, measured on the first batch, with the slope of a start from zero"""
     warmup_steps: int = 1
     """1 is no warmup"""
     power: float = 1.0

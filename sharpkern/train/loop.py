@@ -90,9 +90,11 @@ class Run:
         self.model, self.loss_fn = build_model(config, self.data), build_loss(config)
         self.optimizer = build_optimizer(config, self.model)
         o, t = config.optimizer, config.tracking
+        batch = batch_at(1, config, self.data.train_inputs, self.targets)
         self.schedule = WarmupLR(
-            self.optimizer, o.lr, o.warmup_steps, lr_init=o.lr_init, power=o.power, decay=o.decay,
-            total_steps=config.steps,
+            self.optimizer, o.lr, o.warmup_steps, lr_init="critical" if o.critical_start else o.lr_init,
+            probe=(self.model, self.loss_fn, batch), rise=0.1 if o.name == "sgd" else 0.01, power=o.power,
+            decay=o.decay, total_steps=config.steps,
         )  # fmt: skip
         self.tracker = SharpnessTracker(
             self.model, self.loss_fn, self.optimizer, tol=t.tol, every=t.every, max_matvecs=t.max_matvecs

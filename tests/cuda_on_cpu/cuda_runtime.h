@@ -22,6 +22,7 @@ inline double rsqrt(double x) { return 1 / std::sqrt(x); }
 struct alignas(16) int4 {
   int x, y, z, w;
 };
+inline void __stwb(int4* address, int4 value) { *address = value; }
 
 struct dim3 {
   unsigned x, y, z;

@@ -13,24 +13,16 @@ from sharpkern.kernels import triton_attention_kernels as kernels
 FLOAT32 = {"lse", "m", "D", "dD", "mask"}
 INTEGERS = {"tangents", "B", "T", "S", "mb", "mt", "ms"}
 PRECISIONS = {"ieee": "fp32", "tf32": "fp32", "16-bit": "bf16"}  # to the type of the operands
-KERNELS = ("forward", "tangent", "by_queries", "by_keys")
+KERNELS = ("forward", "tangent", "by_queries", "by_keys", "by_values")
 
 
 def compiles(chip: int, name: str, precision: str, width: int, flags: dict[str, bool], **fixed: Any) -> None:
     kernel = getattr(kernels, name)
-    keys = name == "by_keys"
-    own, other, chunk, part = triton_attention.blocks(name, width, precision)
-    constants = flags | fixed | {
-        "WIDE": False, "PRECISION": "tf32" if precision == "tf32" else "ieee", "WQ": width, "WV": width,
-        "M": other if keys else own, "N": own if keys else other,
-        "CHUNK": chunk, "PART": part, "PARTS": -(-width // part),
-    }  # fmt: skip
+    constants = flags | fixed | triton_attention.shape(name, width, width, precision)
     signature = dict.fromkeys(kernel.arg_names, f"*{PRECISIONS[precision]}") | dict.fromkeys(FLOAT32, "*fp32")
     signature |= dict.fromkeys(INTEGERS, "i32") | {"scale": "fp32"}
     constants = {k: v for k, v in constants.items() if k in kernel.arg_names}
-    check(
-        chip, kernel, signature, constants, num_warps=triton_attention.WARPS, num_stages=triton_attention.STAGES,
-    )  # fmt: skip
+    check(chip, kernel, signature, constants, **triton_attention.OPTIONS)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

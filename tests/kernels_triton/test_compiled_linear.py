@@ -1,0 +1,53 @@
+"""``triton_linear``, as it ships, compiles for each chip without spills."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from launches import check_launches
+from offline import CHIPS
+from torch import Tensor
+
+from sharpkern.kernels import triton_linear
+from sharpkern.kernels.triton_linear import CONFIGURATIONS, dual_gemm, tiles
+
+# M, N of calls that choose each configuration
+SIZES = {"large": (4096, 4096), "medium": (256, 256), "few rows": (16, 1024), "few columns": (1024, 16)}
+
+
+def meta(dtype: torch.dtype, *shape: int) -> Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+# Each flag only adds code, so what all of them fit into, some do. That leaves the two ends: all flags, and none, where
+# ptxas has been seen to spill although it had registers left. bfloat16 and float16 differ only in conversions.
+@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("precision", CONFIGURATIONS)
+@pytest.mark.parametrize("chip", CHIPS)
+def test_dual_gemm(chip: int, precision: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    dtype = torch.bfloat16 if precision == "16bit" else torch.float32
+    if precision == "tf32":
+        monkeypatch.setattr(triton_linear, "precision", lambda dtype: "tf32")
+    k, (M, N), K = 3, SIZES[name], 1024
+    chosen = []
+    monkeypatch.setattr(triton_linear, "tiles", lambda *args: chosen.append(tiles(*args)) or chosen[-1])
+
+    def heaviest(K: int = K, M: int = M, N: int = N) -> None:
+        """A layer's tangent and its activation's: dx W' + x dW'."""
+        x, W, z = meta(dtype, M, K), meta(dtype, N, K), meta(dtype, M, N)
+        dx, dW, dz, db = meta(dtype, k, M, K), meta(dtype, k, N, K), meta(dtype, k, M, N), meta(dtype, k, N)
+        dual_gemm(dx, W.mT, x, dW.mT, db, z, z, dz)
+
+    def lightest() -> None:
+        """The gradient of the input where the weight has no tangent: dg W."""
+        dual_gemm(meta(dtype, k, M, K), meta(dtype, K, N))
+
+    def ragged() -> None:
+        """No size is a multiple of 16: each number is loaded by itself."""
+        heaviest(1021, M - 3, N - 3)
+
+    for call in (heaviest, lightest, ragged):
+        check_launches(chip, triton_linear, "_dual_gemm", call=call)
+    # large tiles do not take ragged operands
+    want = CONFIGURATIONS[precision]
+    assert chosen == [want[name], want[name], want["medium" if name == "large" else name]]

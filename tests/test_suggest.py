@@ -1,0 +1,199 @@
+"""Suggested warmups: against what training with and without them does, and against independent counts."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import sharpkern as sk
+
+
+def half_mean_squares(output: Tensor, target: Tensor) -> Tensor:
+    return 0.5 * F.mse_loss(output, target)
+
+
+def network(mup: bool = False, width: int = 64) -> nn.Module:
+    """Three linear layers with ReLU: standard, or with the readout divided by the root of the width."""
+    sizes = (20, width, width, 5)
+    layers = [nn.Linear(a, b) for a, b in itertools.pairwise(sizes)]
+    for i, layer in enumerate(layers):
+        nn.init.normal_(layer.weight, 0.0, ((1 if i == 2 else 2) / layer.in_features) ** 0.5)
+        nn.init.zeros_(layer.bias)
+    if mup:
+        layers[-1].weight.data.div_(width**0.5)
+    return nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2])
+
+
+def images(examples: int = 120) -> tuple[Tensor, Tensor]:
+    """Five overlapping classes of points with a decaying spectrum."""
+    y = torch.randint(0, 5, (examples,))
+    x = torch.randn(examples, 20) + 1.5 * torch.randn(5, 20)[y]
+    return x / torch.arange(1, 21).sqrt(), F.one_hot(y, 5).float()
+
+
+def train(model: nn.Module, batch: Any, optimizer: torch.optim.Optimizer, schedule: Any, steps: int) -> list[float]:
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = half_mean_squares(model(batch[0]), batch[1])
+        losses.append(float(loss.detach()))
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return losses
+
+
+MAKE: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "sgd": lambda ps: torch.optim.SGD(ps, lr=0.1),
+    "momentum": lambda ps: torch.optim.SGD(ps, lr=0.1, momentum=0.9),
+    "adam": lambda ps: torch.optim.Adam(ps, lr=0.1),
+}
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_the_suggestion_trains_and_costs_what_it_says(name: str) -> None:
+    model, batch = network(), images()
+    optimizer = MAKE[name](model.parameters())
+    calls = [0]
+    model.register_forward_hook(lambda *_: calls.__setitem__(0, calls[0] + 1))
+    before = [*(p.detach().clone() for p in model.parameters()), torch.get_rng_state()]
+    s = sk.suggest_warmup(model, half_mean_squares, batch, optimizer, probe_steps=32)
+    after = [*model.parameters(), torch.get_rng_state()]
+    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+    assert not optimizer.state and all(p.grad is None for p in model.parameters())
+
+    truth = sk.preconditioned_sharpness(model, half_mean_squares, batch, optimizer, tol=1e-4).value
+    assert s.sharpness == pytest.approx(truth, rel=0.01)
+    exact = sk.critical_learning_rate(model, half_mean_squares, batch, optimizer, tol=1e-3, rise=1.0).value
+    assert s.critical_lr == pytest.approx(exact, rel=0.08)
+    assert 0 < s.lr_init <= s.lr_target <= s.lr_target_max
+    assert 1 <= s.warmup_steps <= 32
+    assert s.critical.forward_passes == s.forward_passes
+    assert sum(40 for t in s.trials if t.fall > -1) + 10 < s.gradients <= 40 * len(s.trials) + 40
+    assert s.matvecs > 32
+    for text in s.evidence.values():
+        assert text in str(s)
+
+    twin, other = copy.deepcopy((model, optimizer))
+    schedule = sk.WarmupLR(other, s.lr_target, s.warmup_steps, lr_init=s.lr_init)
+    losses = train(twin, batch, other, schedule, 40)
+    trial = next(t for t in s.trials if (t.lr_target, t.warmup_steps) == (s.lr_target, s.warmup_steps))
+    assert max(losses) / losses[0] == pytest.approx(trial.peak, rel=1e-3)
+    assert max(losses) <= 2 * losses[0]
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_standard_parameterisation_needs_the_warmup_that_is_suggested() -> None:
+    """For a target that kills the network at once, the suggested length trains it, and a quarter of it does worse."""
+    for _ in range(3):
+        model, batch = network(), images()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        lr_target = 24 / sk.sharpness(model, half_mean_squares, batch).value
+        s = sk.suggest_warmup(model, half_mean_squares, batch, optimizer, probe_steps=64, lr_target=lr_target)
+        assert s.lr_target == lr_target
+        peaks = {}
+        for length in (1, s.warmup_steps):
+            twin, other = copy.deepcopy((model, optimizer))
+            start = s.lr_init if length > 1 else lr_target
+            losses = train(twin, batch, other, sk.WarmupLR(other, lr_target, length, lr_init=start), 80)
+            peaks[length] = max(x if x == x else float("inf") for x in losses) / losses[0]
+        if "none held" in s.evidence["warmup_steps"]:
+            assert min(peaks.values()) > 1.9
+        elif s.warmup_steps > 1:
+            assert peaks[1] > 2.1 > peaks[s.warmup_steps]
+        else:
+            assert peaks[1] < 2.1
+
+
+def test_a_small_target_needs_no_warmup() -> None:
+    model, batch = network(), images()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    eta = sk.critical_learning_rate(model, half_mean_squares, batch, optimizer).lower
+    s = sk.suggest_warmup(model, half_mean_squares, batch, optimizer, probe_steps=16, lr_target=0.3 * eta)
+    assert (s.warmup_steps, s.lr_init) == (1, s.lr_target)
+    assert "no warmup is needed" in s.evidence["lr_init"]
+
+
+def test_a_target_beyond_everything_is_named_as_such() -> None:
+    model, batch = network(), images()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    s = sk.suggest_warmup(model, half_mean_squares, batch, optimizer, probe_steps=16, lr_target=1e5)
+    assert "above the largest sensible one" in s.evidence["lr_target"]
+    assert "none held" in s.evidence["warmup_steps"]
+
+
+def test_groups_keep_their_ratio() -> None:
+    """Twice the rate for every group is half the suggested rates."""
+    model, batch = network(), images()
+    found = []
+    for scale in (1.0, 2.0):
+        groups = [
+            {"params": model[0].parameters(), "lr": 0.1 * scale},
+            {"params": model[2:].parameters(), "lr": 0.2 * scale},
+        ]
+        found.append(sk.suggest_warmup(model, half_mean_squares, batch, torch.optim.SGD(groups, lr=0.1), probe_steps=8))
+    assert found[0].critical_lr == pytest.approx(found[1].critical_lr)
+    assert found[0].lr_target == pytest.approx(found[1].lr_target)
+    one = sk.suggest_warmup(model, half_mean_squares, batch, torch.optim.SGD(model.parameters(), lr=0.1), probe_steps=8)
+    assert one.critical_lr > 1.1 * found[0].critical_lr  # most parameters move twice as far there
+
+
+def test_loaders_lists_and_single_batches() -> None:
+    model = network()
+    x, y = images(64)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    loader = DataLoader(TensorDataset(x, y), batch_size=16, shuffle=True)
+    s = sk.suggest_warmup(model, half_mean_squares, loader, optimizer, probe_steps=8, batches=3)
+    assert "the mean of 3 batch(es)" in s.evidence["sharpness"]
+    listed = [(x[i : i + 16], y[i : i + 16]) for i in range(0, 64, 16)]
+    s = sk.suggest_warmup(model, half_mean_squares, listed, optimizer, probe_steps=8)
+    values = [sk.sharpness(model, half_mean_squares, b, tol=1e-4).value for b in listed]
+    assert s.sharpness == pytest.approx(sum(values) / 4, rel=0.01)
+    with pytest.raises(ValueError, match="can be read only once"):
+        sk.suggest_warmup(model, half_mean_squares, iter(listed), optimizer)
+    for nothing in ([], 3):
+        with pytest.raises(ValueError, match="data must be a DataLoader, a list of batches, or one batch, got"):
+            sk.suggest_warmup(model, half_mean_squares, nothing, optimizer)
+
+
+def test_adam_learns_what_a_gradient_start_would_do() -> None:
+    model, batch = network(), images()
+    optimizer = torch.optim.Adam(model.parameters())
+    s = sk.suggest_warmup(model, half_mean_squares, batch, optimizer, probe_steps=8)
+    gi = sk.preconditioned_sharpness(model, half_mean_squares, batch, sk.GIAdam(model.parameters()), tol=1e-4).value
+    said = s.evidence["sharpness"].partition("GI-Adam would start at ")[2].split(",")[0]
+    assert float(said) == pytest.approx(gi, rel=0.01)
+    assert s.regime.name == "C2"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"probe_steps": 4}, "probe_steps must be at least 8 and batches at least 1, got 4 and 4"),
+        ({"batches": 0}, "got 64 and 0"),
+        ({"lr_target": 0.0}, "lr_target must be positive and finite, got 0.0"),
+    ],
+)
+def test_bad_arguments_are_refused(options: dict[str, Any], message: str) -> None:
+    model = network()
+    with pytest.raises(ValueError, match=message):
+        sk.suggest_warmup(model, half_mean_squares, images(), torch.optim.SGD(model.parameters(), lr=0.1), **options)
+
+
+def test_hopeless_problems_say_why() -> None:
+    model, (x, y) = network(), images()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=r"the sharpness is -?[0-9.e-]+, not positive"):
+        sk.suggest_warmup(model, lambda o, t: 0 * (o - t).square().mean(), (x, y), sgd)
+    with pytest.raises(sk.NonFiniteLossError):
+        sk.suggest_warmup(model, half_mean_squares, (x * float("nan"), y), sgd)
+    with pytest.raises(TypeError, match="no stability threshold is known for Adagrad"):
+        sk.suggest_warmup(model, half_mean_squares, (x, y), torch.optim.Adagrad(model.parameters()))
