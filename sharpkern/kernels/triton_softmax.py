@@ -15,8 +15,8 @@ from torch import Tensor
 
 # The longest (padded) row that is held in registers. Rows whose numbers do not come in 16s need an address for each
 # number, not for each four.
-HELD = {"aligned": 8192, "ragged": 2048}
-LONG_BLOCK = 2048  # numbers of a longer row at a time
+HELD = {"aligned": 8192, "ragged": 1024}
+LONG_BLOCK = 4096  # numbers of a longer row at a time
 
 
 class Tile(NamedTuple):
@@ -38,8 +38,8 @@ def tile(rows: int, C: int) -> Tile:
 
 
 def warps(numbers: int) -> int:
-    """Return the warps for a tile: 4 numbers a thread, then 8, then what 16 warps make of it."""
-    return 16 if numbers > 2048 else max(1, min(8, numbers // 128))
+    """Return the warps for a tile: 16 numbers a thread, for with fewer ptxas saves registers to the point of spills."""
+    return max(1, numbers // 512)
 
 
 @triton.jit

@@ -5,18 +5,19 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from pathlib import Path
 from typing import Any
 
-from ..dynamics import Catapult, classify_regime, detect_catapults
+from ..dynamics import classify_regime, detect_catapults, training_outcome
 from ..train.config import TrainConfig
 from ..train.metrics import Row, replace_file
 from .grid import Cell, Sweep
 
 RESULT, DECLARED = "result.json", "cell.toml"
 TIMING = ("seconds",)  # columns that differ between two runs of the same cell
-_BETTER_THAN_CHANCE = 1.5
 _OUT_OF_BOUNDS = 1e5
+_SMOOTH = 10  # steps over which a mini-batch run is averaged before catapults and regimes are looked for
 
 
 def result_of(cell: Cell) -> dict[str, Any] | None:
@@ -48,32 +49,27 @@ def table(sweep: Sweep) -> list[dict[str, Any]]:
 def summarise(rows: list[Row], config: TrainConfig, classes: int) -> dict[str, Any]:
     """Return a finished run's row of the table.
 
-    status is "diverged" if the loss was not finite, or 1e5 times the first at the end; "failed" if the last training
-    accuracy is below 1.5 times chance, or the last loss above the first; else "trained".
+    The status is that of ``training_outcome``: "trained", "failed" or "diverged", the last also for a loss of 1e5 times
+    the first (Kalra and Barkeshli, Phase diagram of early training dynamics, 2023).
 
     Args:
         rows: of metrics.jsonl.
         config: of the run.
         classes: of the data, for chance.
-
-    Source: the failure rule of Kalra and Barkeshli, Why warmup the learning rate? (2024); the bound of 1e5 is from
-    their Phase diagram of early training dynamics (2023).
     """
     finite = [row for row in rows if row.get("loss") is not None]
-    evaluated = [row for row in finite if row.get("test_accuracy") is not None]
-    last_accuracy = evaluated[-1]["train_accuracy"] if evaluated else 0.0
-    status = "trained"
-    if len(finite) < len(rows) or finite[-1]["loss"] > _OUT_OF_BOUNDS * finite[0]["loss"]:
-        status = "diverged"
-    elif last_accuracy < _BETTER_THAN_CHANCE / classes or finite[-1]["loss"] > finite[0]["loss"]:
-        status = "failed"
+    evaluated = [row for row in finite if row.get("train_accuracy") is not None]
+    losses = [row["loss"] for row in rows]
+    limit = _OUT_OF_BOUNDS * losses[0] if finite and losses[0] else math.inf
+    accuracy = [row["train_accuracy"] for row in evaluated] if evaluated and config.model.kind != "gpt" else None
+    status = training_outcome(losses, accuracy=accuracy, chance=1 / classes, limit=limit).name
     return {
         "status": status,
         "learning_rate": config.optimizer.lr,
         "steps": len(finite),
         "best_test_accuracy": max((row["test_accuracy"] for row in evaluated), default=None),
         "best_test_loss": min((x for row in evaluated if (x := row["test_loss"]) is not None), default=None),
-        "train_accuracy": last_accuracy if evaluated else None,
+        "train_accuracy": evaluated[-1]["train_accuracy"] if evaluated else None,
         "train_loss": finite[-1]["loss"] if finite else None,
         **_dynamics(finite, config),
         "seconds": sum(row["seconds"] for row in finite),
@@ -106,14 +102,18 @@ def _dynamics(rows: list[Row], config: TrainConfig) -> dict[str, Any]:
             "crossing_lr": crossed["lr"],
             "crossing_sharpness": crossed[key],
         }
-    found = _catapults([row["loss"] for row in measured], curvature, lr, kappa, config)
+    smooth = 1 if config.batch_size is None else _SMOOTH
+    # with momentum the loss also rises without a catapult: the sharpness must fall
+    drop = 0.0 if smooth == 1 and config.optimizer.name == "sgd" and not config.optimizer.momentum else 0.1
+    loss = [row["loss"] for row in measured]
+    found = [c for c in detect_catapults(loss, curvature, lr, kappa, min_drop=drop, smooth=smooth) if c.end is not None]
     result |= {
         "catapults": len(found),
         "largest_catapult": max((c.loss_ratio for c in found), default=None),
         "largest_drop": max((c.sharpness_drop for c in found), default=None),
     }
     if curvature[0] > 0:
-        regime = classify_regime(curvature, lr, kappa)
+        regime = classify_regime(curvature, lr, kappa, smooth=smooth)
         result |= {
             "regime": regime.name,
             "trend": regime.trend,
@@ -121,15 +121,6 @@ def _dynamics(rows: list[Row], config: TrainConfig) -> dict[str, Any]:
             "near_threshold": regime.persistence,
         }
     return result
-
-
-def _catapults(
-    loss: list[float], curvature: list[float], lr: list[float], kappa: float, config: TrainConfig
-) -> list[Catapult]:
-    """Find the catapults that ended; where the loss also rises for other reasons, the sharpness must have fallen."""
-    noisy = config.batch_size is not None or config.optimizer.momentum > 0 or config.optimizer.name != "sgd"
-    found = detect_catapults(loss, curvature, lr, kappa, min_drop=0.1 if noisy else 0.0)
-    return [c for c in found if c.end is not None]
 
 
 def write_table(path: Path, rows: list[dict[str, Any]]) -> None:

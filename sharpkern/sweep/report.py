@@ -112,7 +112,7 @@ class _Report:
             )
         lines.append(
             "<p>The red line separates runs that trained from those that diverged (the loss left all bounds: div.) or "
-            "failed (training accuracy below 1.5 times chance, or a loss above the first: fail). With several seeds, "
+            "failed (training accuracy below 1.5 times chance at the end: fail). With several seeds, "
             "numbers are means over those that trained; 2/3 says how many did, and the line follows the majority.</p>"
         )
         return lines

@@ -101,7 +101,10 @@ def _critical(config: TrainConfig) -> dict[str, Any]:
 
     model, loss_fn, (batch,) = _start(config, 1)
     o = config.optimizer
-    found = critical_learning_rate(model, loss_fn, batch, build_optimizer(config, model), start=o.lr / o.warmup_steps)
+    found = critical_learning_rate(
+        model, loss_fn, batch, build_optimizer(config, model), start=o.lr / o.warmup_steps,
+        rise=0.1 if o.name == "sgd" else 0.01,
+    )  # fmt: skip
     known = 0 < found.lower <= found.value < math.inf  # a bracket was found
     return {"critical_lr": found.value if known else None, "critical_lr_passes": found.forward_passes}
 

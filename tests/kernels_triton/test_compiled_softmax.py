@@ -13,8 +13,8 @@ from sharpkern.kernels import triton_softmax
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     ("C", "kernel"),
-    [(10, "_held"), (128, "_held"), (1000, "_held"), (2047, "_held"), (2048, "_held"), (8192, "_held")]
-    + [(50257, "_long"), (262144, "_long")],
+    [(10, "_held"), (128, "_held"), (1000, "_held"), (2048, "_held"), (4096, "_held"), (8192, "_held")]
+    + [(2047, "_long"), (50257, "_long"), (262144, "_long")],
 )  # fmt: skip
 @pytest.mark.parametrize("chip", CHIPS)
 def test_softmax(chip: int, C: int, kernel: str, dtype: torch.dtype) -> None:
@@ -23,6 +23,7 @@ def test_softmax(chip: int, C: int, kernel: str, dtype: torch.dtype) -> None:
         lambda: triton_softmax.softmax_jacobian(p, u, weight),
         lambda: triton_softmax.softmax_jacobian(p, u[:1]),
         lambda: triton_softmax.softmax_backward_tangent(p, u, p, u),
+        lambda: triton_softmax.softmax_backward_tangent(p, u[:1], p, u[:1]),
     )
     for call in calls:
         assert check_launches(chip, triton_softmax, "_held", "_long", call=call) == [kernel]
