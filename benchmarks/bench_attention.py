@@ -3,7 +3,8 @@
 The loss is half the sum of squares of the output, so that its Hessian has every term of attention's second derivative.
 Contenders, interleaved: the blocked rule, the rule that keeps the probabilities, and double backward on torch's math
 path (the one with second derivatives), with the gradient's graph kept and with all of it computed again. Products are
-checked against each other first. Memory is the growth of a fresh process's peak, primal sweeps included.
+checked against each other first. Memory is the growth of a fresh process's peak, primal sweeps included. On a machine
+that does other work too, set ``OMP_WAIT_POLICY=passive``, or threads that wait take the time of those that work.
 """
 
 from __future__ import annotations

@@ -58,7 +58,8 @@ def finish(cell: Cell) -> None:
         "best_test_loss": 0.05 / o.lr, "train_accuracy": 0.8, "train_loss": 0.01, "initial_sharpness": 20.0,
         "initial_curvature": 20.0, "crossing_step": 3, "crossing_lr": 0.12, "crossing_sharpness": 15.0, "catapults": 2,
         "largest_catapult": 1.5, "largest_drop": 0.25, "regime": "C2", "trend": 0.75, "regime_is_sure": False,
-        "near_threshold": 0.5, "seconds": 1.5, "critical_lr": 0.15, "critical_lr_passes": 8,
+        "near_threshold": 0.5, "seconds": 1.5, "critical_lr": 0.15,
+        "T_reach": 7, "T_save": o.warmup_steps / 2 - 4,
     }  # fmt: skip
     cell.folder.mkdir(parents=True)
     (cell.folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

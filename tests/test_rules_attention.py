@@ -61,6 +61,38 @@ def test_masked_attention(shape: tuple[int, ...]) -> None:
     attend(*shapes, attn_mask=torch.randn(shape, dtype=torch.float64))
 
 
+def test_broadcasting_batch_dimensions() -> None:
+    attend((2, 3, 5, 4), (1, 3, 6, 4), (2, 1, 6, 3))
+    keep = torch.rand(2, 1, 5, 6) > 0.4
+    keep[..., 0] = True
+    attend((1, 3, 5, 4), (1, 3, 6, 4), (2, 3, 6, 4), attn_mask=keep)
+    keep = torch.rand(2, 1, 1, 6) > 0.4  # padding
+    keep[..., 0] = True
+    attend((2, 3, 5, 4), (2, 3, 6, 4), (2, 3, 6, 4), attn_mask=keep)
+
+
+@pytest.mark.parametrize(
+    ("shape", "options", "blocks"),
+    [
+        ((1, 1, 512, 2), {}, False),
+        ((1, 1, 513, 2), {}, True),
+        ((1, 1, 256, 2), {"causal": True}, False),
+        ((1, 1, 257, 2), {"causal": True}, True),
+        ((1, 1, 257, 2), {"causal": True, "dropout": 0.5}, False),
+        ((80, 1, 512, 2), {}, True),
+    ],
+    ids=str,
+)
+def test_long_sequences_take_the_blocks(
+    shape: tuple[int, ...], options: dict[str, float], blocks: bool, way: str
+) -> None:
+    q = torch.randn(shape)
+    op = Attention(torch.ops.aten.scaled_dot_product_attention.default, (True, True, True))
+    op.forward(q, q, q, **options)
+    forced = way == "blocked" and "dropout" not in options
+    assert isinstance(op.way, attention.Blocked if blocks or forced else attention.Kept)
+
+
 def test_grouped_queries() -> None:
     attend((2, 6, 4, 3), (2, 2, 5, 3), (2, 2, 5, 3), enable_gqa=True)
     attend((1, 4, 4, 3), (1, 1, 4, 3), (1, 1, 4, 3), enable_gqa=True, is_causal=True)

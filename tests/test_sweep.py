@@ -20,7 +20,7 @@ import pytest
 import sharpkern as sk
 from sharpkern import cli
 from sharpkern.sweep import executors
-from sharpkern.sweep.collect import TIMING, reach_and_save, summarise
+from sharpkern.sweep.collect import TIMING, summarise
 from sharpkern.sweep.grid import Cell, read_sweep
 from sharpkern.sweep.run import Outcome, run_cell
 from sharpkern.train.config import OptimizerConfig, TrainConfig, from_toml
@@ -155,7 +155,8 @@ def test_finished_cells_are_results_and_are_not_run_again(tmp_path: Path) -> Non
     rows = table_without_time(out)
     assert [row["status"] for row in rows] == ["trained", "trained", "diverged", "diverged"]
     assert float(rows[0]["best_test_accuracy"]) > 0
-    assert float(rows[0]["critical_lr"]) > 0
+    critical, lr = float(rows[1]["critical_lr"]), float(rows[1]["learning_rate"])
+    assert float(rows[1]["T_save"]) == pytest.approx(4 * min(1, critical / lr) - float(rows[1]["forward_passes"]) / 2)
     assert not list(out.glob("cells/*/checkpoint.pt"))
     before = {p: p.stat().st_mtime_ns for p in out.glob("cells/*/*")}
     assert run(path, out) == []
@@ -229,13 +230,6 @@ def test_status_follows_the_rules(rows: list[dict], status: str) -> None:
     result = summarise(rows, TrainConfig(), classes=10)
     assert result["status"] == status
     json.dumps(result, allow_nan=False)
-
-
-def test_steps_reached_and_saved_by_starting_at_the_critical_rate() -> None:
-    result = {"critical_lr": 0.25, "critical_lr_passes": 8, "learning_rate": 1.0}
-    assert reach_and_save(result, 100) == (75.0, 21.0)
-    assert reach_and_save(result | {"learning_rate": 0.2}, 100) == (1.0, 96.0)
-    assert reach_and_save({"critical_lr": None}, 100) is None
 
 
 def test_cell_waits_for_another_process_that_has_it(tmp_path: Path) -> None:

@@ -20,9 +20,11 @@ from .rule import Rule, align, reduce_to, rule
 aten = torch.ops.aten
 Cotangents = tuple[Tensor | None, Tensor | None, Tensor | None]
 
-# On the CPU: scores of a head, and of all heads, up to which keeping them is faster than forming them again.
+# On the CPU, scores of a head up to which keeping them is faster than forming them again: the point where one vector
+# loses as much as a block of four gains. Blocks skip what causal attention masks. All heads: 64 MiB of float32.
 MAX_KEPT_OF_HEAD = 512 * 512
-MAX_KEPT = 1 << 26
+MAX_KEPT_OF_CAUSAL_HEAD = 256 * 256
+MAX_KEPT = 1 << 24
 
 
 @rule(aten.scaled_dot_product_attention.default)
@@ -48,7 +50,7 @@ class Attention(Rule):
         self.shapes = (q.shape, k.shape, v.shape)
         k, v = self._repeat(k), self._repeat(v)
         self.way: Kept | Blocked
-        if dropout > 0.0 or _small(q, k):
+        if dropout > 0.0 or _small(q, k, causal):
             self.way = Kept(q, k, v, mask, dropout, causal, scale, self.needs)
         else:
             self.way = Blocked(q, k, v, mask, causal, scale)
@@ -83,11 +85,12 @@ class Attention(Rule):
         return self._shrink(self.way.backward_tangent(dg, g))
 
 
-def _small(q: Tensor, k: Tensor) -> bool:
+def _small(q: Tensor, k: Tensor, causal: bool) -> bool:
     """Whether keeping the probabilities is faster; never on a GPU, where forming them costs no traffic."""
     scores = q.shape[-2] * k.shape[-2]
     heads = math.prod(torch.broadcast_shapes(q.shape[:-2], k.shape[:-2]))
-    return not q.is_cuda and scores <= MAX_KEPT_OF_HEAD and heads * scores <= MAX_KEPT
+    limit = MAX_KEPT_OF_CAUSAL_HEAD if causal else MAX_KEPT_OF_HEAD
+    return not q.is_cuda and scores <= limit and heads * scores <= MAX_KEPT
 
 
 class Kept:

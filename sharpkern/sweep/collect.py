@@ -71,7 +71,7 @@ def summarise(rows: list[Row], config: TrainConfig, classes: int) -> dict[str, A
         "best_test_loss": min((x for row in evaluated if (x := row["test_loss"]) is not None), default=None),
         "train_accuracy": evaluated[-1]["train_accuracy"] if evaluated else None,
         "train_loss": finite[-1]["loss"] if finite else None,
-        **_dynamics(finite, config),
+        **_dynamics(finite, config, status),
         "seconds": sum(row["seconds"] for row in finite),
     }
 
@@ -82,7 +82,7 @@ def curvature_key(rows: list[Row]) -> str:
     return "preconditioned_sharpness" if adaptive else "sharpness"
 
 
-def _dynamics(rows: list[Row], config: TrainConfig) -> dict[str, Any]:
+def _dynamics(rows: list[Row], config: TrainConfig, status: str) -> dict[str, Any]:
     """Say how the run met the stability threshold, how often it was thrown back, and in which regime."""
     empty = dict.fromkeys(
         ("initial_sharpness", "initial_curvature", "crossing_step", "crossing_lr", "crossing_sharpness", "catapults",
@@ -106,7 +106,9 @@ def _dynamics(rows: list[Row], config: TrainConfig) -> dict[str, Any]:
     # with momentum the loss also rises without a catapult: the sharpness must fall
     drop = 0.0 if smooth == 1 and config.optimizer.name == "sgd" and not config.optimizer.momentum else 0.1
     loss = [row["loss"] for row in measured]
-    found = [c for c in detect_catapults(loss, curvature, lr, kappa, min_drop=drop, smooth=smooth) if c.end is not None]
+    found = detect_catapults(loss, curvature, lr, kappa, min_drop=drop, smooth=smooth)
+    if status == "diverged":  # the last one is the divergence, unless it ended
+        found = [c for c in found if c.end is not None]
     result |= {
         "catapults": len(found),
         "largest_catapult": max((c.loss_ratio for c in found), default=None),
@@ -130,20 +132,3 @@ def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
     writer.writeheader()
     writer.writerows(rows)
     replace_file(path, text.getvalue().encode())
-
-
-def reach_and_save(result: dict[str, Any], warmup_steps: int) -> tuple[float, float] | None:
-    """Return T_reach and T_save: warmup steps left, and saved, when warmup starts at the critical learning rate.
-
-        T_reach = T (1 - lr_c / lr), 1 where lr_c is no smaller      T_save = T min(1, lr_c / lr) - passes / 2
-
-    None without a critical learning rate. The start keeps the slope of a warmup from zero; two forward passes cost as
-    much as a step.
-
-    Source: Kalra and Barkeshli, Why warmup the learning rate? (2024).
-    """
-    critical = result.get("critical_lr")
-    if critical is None:
-        return None
-    share = min(1.0, critical / result["learning_rate"])
-    return max(1.0, warmup_steps * (1 - share)), warmup_steps * share - result["critical_lr_passes"] / 2

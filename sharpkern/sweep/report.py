@@ -11,7 +11,7 @@ from statistics import fmean, median
 from typing import Any
 
 from ..train.metrics import read, replace_file
-from .collect import reach_and_save, table
+from .collect import table
 from .diagrams import Map, Square, heatmap, trajectories
 from .grid import Cell, Sweep, labels, read_sweep, word
 
@@ -147,9 +147,9 @@ class _Report:
             ("best_test_loss", "best test loss", "The lowest at any evaluation of a run that trained.", "#.2g",
              "viridis_r", lambda c: self.of(c, "best_test_loss")),
             ("T_reach", "T_reach", "Steps to the target when warmup of the same slope starts at the critical learning "
-             "rate, found at initialisation by forward passes.", ".0f", "cividis_r", lambda c: self.steps(c, 0)),
+             "rate, found at initialisation by forward passes.", ".0f", "cividis_r", lambda c: self.of(c, "T_reach")),
             ("T_save", "T_save", "Warmup steps saved by that, less the search's forward passes, two to a step.", ".0f",
-             "cividis", lambda c: self.steps(c, 1)),
+             "cividis", lambda c: self.of(c, "T_save")),
         ]  # fmt: skip
         for file, title, note, form, colours, value in kinds:
             every = [v for c in self.sweep.cells if self.trained(c) and (v := value(c)) is not None]
@@ -261,11 +261,6 @@ class _Report:
     def trained(self, cell: Cell) -> bool:
         """Neither failed nor diverged, and finished."""
         return bool(self.of(cell, "status") == "trained")
-
-    def steps(self, cell: Cell, which: int) -> float | None:
-        """T_reach or T_save."""
-        both = reach_and_save(self.results[cell.name], _place(cell)[1])
-        return None if both is None else both[which]
 
 
 def _place(cell: Cell) -> tuple[float, int]:

@@ -95,9 +95,10 @@ def _in_units(cell: Cell) -> TrainConfig:
 
 
 def _critical(config: TrainConfig) -> dict[str, Any]:
-    """Find the critical learning rate at initialisation as a user would who starts warmup there."""
+    """Find the critical learning rate at initialisation, and what warmup would gain by starting there."""
     from ..critical import critical_learning_rate
     from ..train.loop import build_optimizer
+    from ..warmup import steps_saved, steps_to_target
 
     model, loss_fn, (batch,) = _start(config, 1)
     o = config.optimizer
@@ -105,8 +106,14 @@ def _critical(config: TrainConfig) -> dict[str, Any]:
         model, loss_fn, batch, build_optimizer(config, model), start=o.lr / o.warmup_steps,
         rise=0.1 if o.name == "sgd" else 0.01,
     )  # fmt: skip
-    known = 0 < found.lower <= found.value < math.inf  # a bracket was found
-    return {"critical_lr": found.value if known else None, "critical_lr_passes": found.forward_passes}
+    if not 0 < found.lower <= found.value < math.inf:  # no bracket was found
+        return dict.fromkeys(("critical_lr", "forward_passes", "T_reach", "T_save"))
+    return {
+        "critical_lr": found.value,
+        "forward_passes": found.forward_passes,
+        "T_reach": steps_to_target(o.warmup_steps, found.value, o.lr, power=o.power),
+        "T_save": steps_saved(o.warmup_steps, found.value, o.lr, forward_passes=found.forward_passes),
+    }
 
 
 def _start(config: TrainConfig, count: int) -> tuple[Any, Any, list[Any]]:
