@@ -65,7 +65,7 @@ def test_broadcasting_batch_dimensions() -> None:
     attend((2, 3, 5, 4), (1, 3, 6, 4), (2, 1, 6, 3))
     keep = torch.rand(2, 1, 5, 6) > 0.4
     keep[..., 0] = True
-    attend((1, 3, 5, 4), (1, 3, 6, 4), (2, 3, 6, 4), attn_mask=keep)
+    attend((1, 3, 5, 4), (2, 3, 6, 4), (2, 1, 6, 4), attn_mask=keep)
     keep = torch.rand(2, 1, 1, 6) > 0.4  # padding
     keep[..., 0] = True
     attend((2, 3, 5, 4), (2, 3, 6, 4), (2, 3, 6, 4), attn_mask=keep)
