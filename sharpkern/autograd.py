@@ -89,6 +89,11 @@ class AutogradProgram:
         """Multiply the Hessian with k vectors: ``[k, n] -> [k, n]``."""
         return torch.stack([self._hessian_column(list(v)) for v in zip(*self.layout.views(block), strict=True)])
 
+    def quadratic_form(self, block: Tensor, *, gauss_newton: bool = False) -> Tensor:
+        """Return ``v'Av`` for k vectors ``[k, n]``, from full products; ``[k]`` float64."""
+        products = self.ggn(block) if gauss_newton else self.hvp(block)
+        return torch.linalg.vecdot(products.double(), block.double())
+
     def _hessian_column(self, v: list[Tensor]) -> Tensor:
         pairs = [(g, t.to(g.dtype)) for g, t in zip(self.parts, v, strict=True) if g is not None]
         if not pairs:

@@ -144,6 +144,10 @@ def _compare(
     _close(three, want, tol, "Hv, k = 3")
     _close(program.hvp(block[1:2]), want[1:2], tol, "Hv, k = 1")
     _close(program.hvp(block), three, 0.0, "Hv again")
+    forms = program.quadratic_form(block)
+    size = block.norm(dim=1) * want.norm(dim=1)
+    assert bool(((forms - (block * want).sum(1)).abs() <= tol * size).all()), "v'Hv, k = 3"
+    assert bool(((program.quadratic_form(block[:1]) - forms[:1]).abs() <= tol * size[0]).all()), "v'Hv, k = 1"
     uhv, vhu = (block[0] * three[1]).sum(), (block[1] * three[0]).sum()
     size = block[0].norm() * three[1].norm()
     assert abs(uhv - vhu) <= tol * size, f"u'Hv - v'Hu = {uhv - vhu:.3g}, |u||Hv| = {size:.3g}"

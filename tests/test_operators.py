@@ -23,6 +23,7 @@ from problems import relative as error
 from torch import nn
 
 import sharpkern as sk
+from sharpkern.measure import gradients_of
 
 
 @pytest.fixture(params=PROBLEMS)
@@ -40,6 +41,32 @@ def test_loss_gradient_and_products_agree_with_double_backward(problem: Problem)
     assert error(H.matvec(V[0]), want[0]) <= 1e-10
     assert error(H.matmat(V.t()).t(), want) <= 1e-10
     assert error((H @ V.t()).t(), want) <= 1e-10
+
+
+def forms_of(A: sk.HessianOperator | sk.GGNOperator | sk.PreconditionedOperator) -> float:
+    """Compare quadratic forms with products, for a block and for one vector; return the error relative to |v||Av|."""
+    V = torch.randn(A.n, 18, dtype=A.dtype)
+    products = A @ V
+    size = (V.norm(dim=0) * products.norm(dim=0)).double()
+    forms = A.quadratic_form(V)
+    assert forms.shape == (18,)
+    errors = [forms - (V * products).sum(0), A.quadratic_form(V[:, 0]) - forms[0]]
+    return max(float((e / size).abs().max()) for e in errors)
+
+
+def test_quadratic_form_is_that_of_the_products(problem: Problem) -> None:
+    H = operator(problem)
+    optimizer = torch.optim.RMSprop(problem.model.parameters())
+    P = sk.preconditioner(optimizer, gradients=gradients_of(H))
+    for A in (H, sk.GGNOperator(*problem), sk.PreconditionedOperator(H, P)):
+        assert forms_of(A) <= 1e-10
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_quadratic_form_in_lower_precision(name: str) -> None:
+    problem = PROBLEMS[name]()
+    assert forms_of(operator(cast(problem, torch.float32))) <= 1e-5
+    assert forms_of(operator(cast(problem, torch.bfloat16))) <= 0.02
 
 
 @pytest.mark.parametrize("name", PROBLEMS)

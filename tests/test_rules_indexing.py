@@ -35,6 +35,18 @@ def test_padding_row_of_an_embedding_gets_no_gradient() -> None:
     assert program.hvp(torch.randn(2, 12, dtype=torch.float64)).view(2, 4, 3)[:, 2].abs().max() == 0
 
 
+def test_padding_row_is_constant_where_positions_mix() -> None:
+    def loss(p: Any, index: Tensor, padding: int | None = 2) -> Tensor:
+        return (F.embedding(index, p["table"], padding).sum(0) ** 3).sum()
+
+    def frozen(p: Any, index: Tensor) -> Tensor:
+        row = torch.arange(4)[:, None] == 2
+        return loss({"table": torch.where(row, p["table"].detach(), p["table"])}, index, None)
+
+    table = torch.randn(4, 3, dtype=torch.float64)
+    check({"table": table}, loss, torch.tensor([2, 1, 2, 0]), rule=Embedding, reference=frozen)
+
+
 @pytest.mark.parametrize("options", [{"scale_grad_by_freq": True}, {"sparse": True}])
 def test_embedding_options_without_a_dense_hessian_are_refused(options: dict[str, bool]) -> None:
     def loss(p: Any, index: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .fallback import UnsupportedOpError
-from .rule import Rule, fold, rule
+from .rule import Rule, fold, inner, rule
 
 aten = torch.ops.aten
 
@@ -103,6 +103,13 @@ class Convolution(Rule):
     def backward_tangent(self, dg: Tensor, g: Tensor) -> tuple[Tensor | None, ...]:
         """Return the tangents of the cotangents."""
         return self._blocks(dg, g[0])
+
+    def second_order(self, dargs: tuple[Any, ...], g: Tensor) -> Tensor | None:
+        """Return ``2 <g, conv(dx, dw)>``."""
+        if self.dx is None or self.dw is None:
+            return None
+        pairs = zip(self.dx, self.dw, strict=True)
+        return 2 * torch.cat([inner(g, self._conv(dx, dw)[None]) for dx, dw in pairs])
 
     def _blocks(self, dg: Tensor, g: Tensor | None) -> tuple[Tensor | None, ...]:
         """Pull back k cotangents; with g, add its pull-back along the tangents of x and w."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .linear import Linear
 from .loss import CrossEntropy
-from .rule import RULES, Rule
+from .rule import RULES, Rule, inner
 from .step import NOTHING, Step, flat_slots
 
 aten = torch.ops.aten
@@ -76,10 +76,7 @@ class LinearCrossEntropy(Rule):
         dgx = x.new_empty(k, *x.shape) if self.needs[0] else None
         dgw = self.out(1, (k, *w.shape), x).zero_() if self.needs[1] else None
         dgb = self.out(2, (k, w.shape[0]), x).zero_() if self.needs[2] else None
-        tokens = len(x)
-        size = max(1, min(-(-tokens // _PARTS), _CHUNK // (k * w.shape[0])))
-        for start in range(0, tokens, size):
-            rows = slice(start, min(start + size, tokens))
+        for rows in self._chunks(k):
             dx = None if self.dx is None else self.dx[:, rows]
             dgz = self.loss.curve(self._logits_tangent(rows, dx, k), rows)
             gz = self.loss.slope(rows).mul_(self.per_row[rows])
@@ -94,6 +91,25 @@ class LinearCrossEntropy(Rule):
             if dgb is not None:
                 dgb += dgz.sum(1)
         return dgx, dgw, dgb, None, None
+
+    def second_order(self, dargs: tuple[Any, ...], g: Tensor) -> Tensor:
+        """Return ``<g mass p (dz - <p, dz>), dz> + 2 <gz, dx dW'>``, a chunk of tokens at a time."""
+        k = next(d for d in (self.dx, self.dw, self.db) if d is not None).shape[0]
+        total = torch.zeros(k, dtype=torch.float64, device=self.linear.x.device)
+        for rows in self._chunks(k):
+            dx = None if self.dx is None else self.dx[:, rows]
+            dz = self._logits_tangent(rows, dx, k)
+            total += inner(self.loss.curve(dz, rows), dz)
+            if dx is not None and self.dw is not None:
+                gz = self.loss.slope(rows).mul_(self.per_row[rows])
+                total += 2 * inner(gz[None], dx @ self.dw.mT)
+        return total
+
+    def _chunks(self, k: int) -> Iterator[slice]:
+        """Split the tokens."""
+        tokens, classes = len(self.linear.x), len(self.linear.w)
+        size = max(1, min(-(-tokens // _PARTS), _CHUNK // (k * classes)))
+        return (slice(start, min(start + size, tokens)) for start in range(0, tokens, size))
 
     def _logits_tangent(self, rows: slice, dx: Tensor | None, k: int) -> Tensor:
         x, w = self.linear.x[rows], self.linear.w

@@ -16,7 +16,10 @@ aten = torch.ops.aten
 
 @rule(aten.embedding.default)
 class Embedding(LinearInArgs):
-    """Rows of a table; the row of ``padding_idx`` gets no gradient, as in torch."""
+    """Rows of a table; the row of ``padding_idx`` gets no gradient, as in torch, and is constant along tangents.
+
+    torch's own second derivative moves it in the forward pass alone, which is no symmetric matrix.
+    """
 
     def forward(
         self, table: Tensor, index: Tensor, padding: int = -1, by_count: bool = False, sparse: bool = False
@@ -33,7 +36,10 @@ class Embedding(LinearInArgs):
 
     def tangent(self, dtable: Tensor, _: None = None) -> Tensor:
         """Look up."""
-        return dtable.index_select(1, self.index).view(dtable.shape[0], *self.lead, self.width)
+        dy = dtable.index_select(1, self.index)
+        if self.padding >= 0:
+            dy.masked_fill_((self.index == self.padding)[:, None], 0)
+        return dy.view(dtable.shape[0], *self.lead, self.width)
 
     def backward(self, g: Tensor) -> tuple[Tensor, None]:
         """Add up by row; k tables are one tall table."""

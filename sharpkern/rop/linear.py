@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .rule import Rule, align, reduce_to, rule
+from .rule import Rule, align, inner, reduce_to, rule
 
 aten = torch.ops.aten
 
@@ -88,6 +88,12 @@ class Linear(Rule):
         if self.needs[2]:
             dgb = torch.sum(dg, 1, out=self.out(2, (k, dg.shape[-1]), dg))
         return dgx, dgw, dgb
+
+    def second_order(self, dargs: tuple[Any, ...], g: Tensor) -> Tensor | None:
+        """Return ``2 <g, dx dW'>``."""
+        if self.dx is None or self.dw is None:
+            return None
+        return 2 * inner(g.reshape(1, *self.dx.shape[1:-1], self.w.shape[0]), self.dx @ self.dw.mT)
 
     def _weight(self, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
         """Sum ``a' b`` over the pairs ``[k, rows, out], [k, rows, in]``, into the flat result where possible."""
@@ -188,6 +194,12 @@ class MatMul(Rule):
             dgb = self.a.mT @ dg if self.da is None else self.a.mT @ dg + self.da.mT @ g
         return self._shrink(dga, dgb)
 
+    def second_order(self, dargs: tuple[Any, ...], g: Tensor) -> Tensor | None:
+        """Return ``2 <g, da db>``."""
+        if self.da is None or self.db is None:
+            return None
+        return 2 * inner(self._cotangent(g), self.da @ self.db)
+
     def _shrink(self, ga: Tensor | None, gb: Tensor | None) -> tuple[Tensor | None, ...]:
         """Sum over broadcast batch dimensions and restore the arguments' shapes."""
         if ga is not None:
@@ -234,3 +246,7 @@ class AddMM(Rule):
             return self.backward(dg)
         dgc = reduce_to(self.beta * dg, self.c_shape) if self.needs[0] else None
         return dgc, *self.product.backward_tangent(self.alpha * dg, self.alpha * g)
+
+    def second_order(self, dargs: tuple[Any, ...], g: Tensor) -> Tensor | None:
+        """Return ``2 alpha <g, da db>``."""
+        return self.product.second_order(dargs[1:], self.alpha * g) if self.bilinear else None

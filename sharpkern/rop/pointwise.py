@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..kernels.pointwise import slope_product
 from .fallback import UnsupportedOpError
-from .rule import RULES, Rule, rule
+from .rule import RULES, Rule, inner, rule
 
 aten = torch.ops.aten
 Derivative = Callable[..., Tensor]
@@ -81,6 +81,10 @@ class Unary(Rule):
     def backward_tangent(self, dg: Tensor, g: Tensor) -> tuple[Tensor]:
         """Return ``f'(x) dg + g f''(x) dx``."""
         return (slope_product(self._slope(), dg, self.curvature, self.dx),)
+
+    def second_order(self, dargs: tuple[Any, ...], g: Tensor) -> Tensor | None:
+        """Return ``<g f''(x), dx^2>``."""
+        return None if self.curvature is None else inner(self.curvature * self.dx, self.dx)
 
 
 @rule(aten.pow.Scalar)

@@ -254,14 +254,32 @@ class Program:
             self._tangent(block)
             return self._reverse(None, frozenset(self.model_steps), block.shape[0])
 
-    def _tangent(self, block: Tensor) -> None:
+    def quadratic_form(self, block: Tensor, *, gauss_newton: bool = False) -> Tensor:
+        """Return ``v'Hv`` for k vectors ``[k, n]``: the tangent sweep and one contraction per op; ``[k]`` float64.
+
+        The generalised Gauss-Newton matrix leaves out the second order of the model's own ops.
+        """
+        if not self.prepared:
+            self.prepare()
+        total = torch.zeros(block.shape[0], dtype=torch.float64, device=self.layout.device)
+        with torch.no_grad():
+            self._tangent(block, total, frozenset(self.model_steps if gauss_newton else ()))
+        return total
+
+    def _tangent(self, block: Tensor, second: Tensor | None = None, linear_steps: frozenset[str] = frozenset()) -> None:
+        """Sweep from the parameters to the loss; add the second order of all but ``linear_steps`` to ``second``."""
         tangents: list[Any] = [None] * (self.size + 1)
         for slot, view, tensor in zip(self.param_slots, self.layout.views(block), self.layout.tensors, strict=True):
             if slot != NOTHING:
                 tangents[slot] = view.to(tensor.dtype)
         for step in self.live:
             assert step.rule is not None
-            result = step.rule.tangent(*[_pick(tangents, entry) for entry in step.inputs])
+            dargs = tuple(_pick(tangents, entry) for entry in step.inputs)
+            result = step.rule.tangent(*dargs)
+            if second is not None and step.name not in linear_steps:
+                part = step.rule.second_order(dargs, step.g)
+                if part is not None:
+                    second += part
             if isinstance(result, tuple | list):
                 for slot, value in zip(step.outputs, result, strict=True):
                     tangents[slot] = value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -70,6 +71,11 @@ class ReplayedProgram:
     def ggn(self, block: Tensor) -> Tensor:
         """See ``Program.ggn``."""
         return self._product("ggn", self.program.ggn, block)
+
+    def quadratic_form(self, block: Tensor, *, gauss_newton: bool = False) -> Tensor:
+        """See ``Program.quadratic_form``."""
+        form = partial(self.program.quadratic_form, gauss_newton=gauss_newton)
+        return self._product(f"quadratic_form {gauss_newton}", form, block)
 
     def _product(self, name: str, sweep: Callable[[Tensor], Tensor], block: Tensor) -> Tensor:
         if not self._live:

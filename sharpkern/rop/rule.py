@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 Op = Any  # torch._ops.OpOverload
 RULES: dict[Op, type[Rule]] = {}
@@ -54,6 +55,21 @@ class Rule:
         """Return the tangent of ``backward(g)`` along the last ``tangent``: dg ``[k, *shape]``, g ``[1, *shape]``."""
         raise NotImplementedError
 
+    def second_order(self, dargs: tuple[Any, ...], g: Any) -> Tensor | None:
+        """Return ``<g, f''[d, d]>`` ``[k]`` along the last ``tangent``, whose arguments come again; None where zero.
+
+        The sum over all ops is v'Hv. ``backward_tangent`` of a zero dg is ``g f''[d, .]``: one more contraction with
+        the tangents makes any rule's second order; rules with expensive products have a cheaper way.
+        """
+        k = next(d for d in _flat(dargs) if d is not None).shape[0]
+        dg = None if self.final else pytree.tree_map_only(Tensor, lambda t: t.new_zeros(k, *t.shape[1:]), g)
+        results = self.backward_tangent(dg, g)
+        total = None
+        for d, part in zip(_flat(dargs), _flat(results), strict=True):
+            if d is not None and part is not None:
+                total = inner(part, d) if total is None else total + inner(part, d)
+        return total
+
     def out(self, position: int, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """Return memory for the result at a position: the parameter's part of the flat result, or a new tensor."""
         dest = self.destination[position]
@@ -68,6 +84,21 @@ class LinearInArgs(Rule):
     def backward_tangent(self, dg: Any, g: Any) -> tuple[Any, ...]:  # noqa: ARG002
         """Return ``backward(dg)``."""
         return self.backward(dg)
+
+    def second_order(self, dargs: tuple[Any, ...], g: Any) -> None:  # noqa: ARG002
+        """Nothing."""
+
+
+def inner(a: Tensor, b: Tensor) -> Tensor:
+    """Return the inner products ``[k]``, float64, of ``[k or 1, *shape]`` with ``[k, *shape]``."""
+    a, b = (t.reshape(t.shape[0], -1) for t in (a, b))
+    if a.dtype.itemsize < 4:
+        a, b = a.float(), b.float()
+    return torch.linalg.vecdot(a, b).double()
+
+
+def _flat(values: Any) -> list[Tensor | None]:
+    return [t for v in values for t in (v if isinstance(v, list) else [v])]
 
 
 def rule(*ops: Op) -> Callable[[type[Rule]], type[Rule]]:

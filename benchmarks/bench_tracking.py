@@ -1,0 +1,197 @@
+"""Compare ways to know the sharpness at every step: products, errors, misses. Prints Markdown tables.
+
+    python benchmarks/bench_tracking.py [--tuning] [--tol 0.01] [--wall] [--per-run]
+
+Every solver replays the same stored runs (tracking_runs.py); the first use trains them, some minutes. An Adam
+run gives two series, of the Hessian and of the preconditioned Hessian. Step 1, where all start cold, is left
+out of the counts of products.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tracking_runs import HELD_OUT_SEEDS, TUNING_SEEDS, Moment, replay, runs
+
+from sharpkern.eigen import EigenResult, lanczos, lobpcg
+from sharpkern.warm import WarmLanczos
+
+Solver = Callable[[Moment], tuple[float, float, int]]  # -> value, residual norm, products
+
+
+class R(WarmLanczos):
+    """The study's tracker: start from the last Ritz vector, stop by the residual, sentinel after every jump."""
+
+    _short, _loose, _predicts = 10**9, 1.0, False
+
+
+class NoGap(WarmLanczos):
+    """Without the remembered gap."""
+
+    _loose = 1.0
+
+
+class NoPrediction(WarmLanczos):
+    """Without the predicted start."""
+
+    _predicts = False
+
+
+def warm(kind: type[WarmLanczos], tol: float, *, hint: bool = True) -> Solver:
+    solver = kind(tol=tol)
+    return lambda now: _told(solver.step(now.operator, now.probes["gradient"] if hint else None))
+
+
+def unguarded(tol: float) -> Solver:
+    """Lanczos from the last Ritz vector, no guards."""
+    last: list[Tensor] = []
+
+    def solve(now: Moment) -> tuple[float, float, int]:
+        result = lanczos(now.operator, tol=tol if last else tol / 10, v0=last[0] if last else None, max_matvecs=80)
+        last[:] = [result.eigenvectors]
+        return _told(result)
+
+    return solve
+
+
+def cold_lanczos(tol: float) -> Solver:
+    generator = torch.Generator().manual_seed(0)
+    return lambda now: _told(lanczos(now.operator, tol=tol, generator=generator))
+
+
+def fixed_lobpcg(tol: float) -> Solver:
+    """LOBPCG from the same vector at every step."""
+    return lambda now: _told(lobpcg(now.operator, tol=tol, generator=torch.Generator().manual_seed(0)))
+
+
+def pyhessian(_: float) -> Solver:
+    """PyHessian's published rule with its defaults: cold power iteration until the Rayleigh quotient changes
+    by less than 1e-3 relative, at most 100 products. It follows the largest magnitude and gives no residual.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def solve(now: Moment) -> tuple[float, float, int]:
+        v = torch.randn(now.operator.n, dtype=now.operator.dtype, generator=generator)
+        before = None
+        for count in range(1, 101):
+            v = v / (v.norm() + 1e-6)
+            product = now.operator.matmat(v[:, None])[:, 0]
+            value = float(v @ product)
+            if before is not None and abs(value - before) / (abs(before) + 1e-6) < 1e-3:
+                break
+            before, last, v = value, v, product
+        return value, float((product - value * last / last.norm()).norm()), count
+
+    return solve
+
+
+CONTENDERS: dict[str, Callable[[float], Solver]] = {
+    "sharpkern": lambda tol: warm(WarmLanczos, tol),
+    "sharpkern, no gradient": lambda tol: warm(WarmLanczos, tol, hint=False),
+    "sharpkern, no gap": lambda tol: warm(NoGap, tol),
+    "sharpkern, no prediction": lambda tol: warm(NoPrediction, tol),
+    "R (the study's)": lambda tol: warm(R, tol),
+    "warm Lanczos, no guards": unguarded,
+    "cold Lanczos": cold_lanczos,
+    "LOBPCG, fixed start": fixed_lobpcg,
+    "PyHessian's rule": pyhessian,
+}
+
+
+def _told(result: EigenResult) -> tuple[float, float, int]:
+    return float(result.eigenvalues[0]), float(result.residual_norms[0]), result.matvecs
+
+
+@dataclass
+class Series:
+    """What one solver did on one series: a row a step."""
+
+    name: str
+    products: Tensor
+    error: Tensor  # relative
+    covered: Tensor
+    seconds: float
+
+
+def measure(names: list[str], tol: float, seeds: tuple[int, ...]) -> dict[str, list[Series]]:
+    """Replay every run."""
+    table: dict[str, list[Series]] = {name: [] for name in names}
+    for run in runs(seeds):
+        for series in run.truth:
+            solvers = {name: CONTENDERS[name](tol) for name in names}
+            rows: dict[str, list[tuple[float, ...]]] = {name: [] for name in names}
+            seconds = dict.fromkeys(names, 0.0)
+            for now in replay(run, series):
+                truth = float(now.truth[0])
+                for name, solve in solvers.items():
+                    start = time.perf_counter()
+                    value, residual, products = solve(now)
+                    seconds[name] += time.perf_counter() - start
+                    rounding = 3e-5 * abs(truth)  # of float32 products
+                    rows[name].append((products, abs(value / truth - 1), abs(value - truth) <= residual + rounding))
+            for name in names:
+                products, error, covered = torch.tensor(rows[name], dtype=torch.float64).T
+                label = f"{run.spec.name}, {series}, seed {run.spec.seed}"
+                table[name].append(Series(label, products, error, covered, seconds[name] / len(products)))
+    return table
+
+
+def longest(error: Tensor, level: float = 0.02) -> int:
+    """Length of the longest run of steps above a level."""
+    best = now = 0
+    for above in (error > level).tolist():
+        now = now + 1 if above else 0
+        best = max(best, now)
+    return best
+
+
+def row(name: str, series: list[Series], *, wall: bool) -> str:
+    """One line of the table."""
+    products = torch.cat([s.products[1:] for s in series])
+    error = torch.cat([s.error for s in series]) * 100
+    covered = torch.cat([s.covered for s in series])
+    worst = max(float(s.products[1:].mean()) for s in series)
+    p50, p95 = error.quantile(torch.tensor([0.5, 0.95], dtype=error.dtype)).tolist()
+    cells = [
+        name, f"{products.mean():.2f}", f"{worst:.1f}", f"{p50:.3f}", f"{p95:.2f}", f"{error.max():.1f}",
+        f"{(error <= 1).double().mean():.2%}", f"{(error <= 2).double().mean():.2%}",
+        str(max(longest(s.error) for s in series)), f"{covered.mean():.2%}",
+    ]  # fmt: skip
+    if wall:
+        cells.append(f"{1e3 * sum(s.seconds for s in series) / len(series):.2f}")
+    return "| " + " | ".join(cells) + " |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--tuning", action="store_true", help="the seeds that constants were chosen on")
+    parser.add_argument("--tol", type=float, nargs="*", default=[0.01])
+    parser.add_argument("--only", nargs="*", default=list(CONTENDERS), help="names of contenders")
+    parser.add_argument("--wall", action="store_true", help="add milliseconds a step")
+    parser.add_argument("--per-run", action="store_true")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    seeds = TUNING_SEEDS if options.tuning else HELD_OUT_SEEDS
+    for tol in options.tol:
+        table = measure(options.only, tol, seeds)
+        series = next(iter(table.values()))
+        print(f"\ntol = {tol}, {len(series)} series, {sum(len(s.error) for s in series)} steps, seeds {seeds}\n")
+        heads = ["solver", "products a step", "worst run", "median error %", "p95 %", "max %", "within 1%"]
+        heads += ["within 2%", "longest run > 2%", "interval covers", *(["ms a step"] if options.wall else [])]
+        print("| " + " | ".join(heads) + " |\n" + "|---" * len(heads) + "|")
+        for name, found in table.items():
+            print(row(name, found, wall=options.wall), flush=True)
+        if options.per_run:
+            print(f"\n| run | {' | '.join(table)} |\n" + "|---" * (len(table) + 1) + "|")
+            for i, one in enumerate(series):
+                means = [f"{found[i].products[1:].mean():.2f}" for found in table.values()]
+                print(f"| {one.name} | {' | '.join(means)} |")
+
+
+if __name__ == "__main__":
+    main()
