@@ -350,6 +350,7 @@ def _suggest(arguments: list[str]) -> int:
     from .train.data import load
     from .train.loop import batch_at, build_model, build_optimizer
     from .train.losses import build_loss, loss_targets
+    from .train.moments import draw_second_moment
 
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -359,9 +360,11 @@ def _suggest(arguments: list[str]) -> int:
     targets = loss_targets(config, data.train_targets, data)
     count = len(data.train_inputs) // min(config.batch_size or len(targets), len(targets))
     batches = [batch_at(step, config, data.train_inputs, targets) for step in range(1, count + 1)]
-    model = build_model(config, data)
+    model, loss_fn = build_model(config, data), build_loss(config)
+    optimizer = build_optimizer(config, model)
+    draw_second_moment(model, loss_fn, batches[0], optimizer)
     found = suggest_warmup(
-        model, build_loss(config), batches, build_optimizer(config, model), lr_target=lr_target,
+        model, loss_fn, batches, optimizer, lr_target=lr_target,
         **({} if probe_steps is None else {"probe_steps": probe_steps}),
     )  # fmt: skip
     print(found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import random
@@ -18,6 +19,7 @@ import sharpkern as sk
 from sharpkern.train import checkpoint, metrics
 from sharpkern.train.config import DataConfig, ModelConfig, OptimizerConfig, TrainConfig, to_toml
 from sharpkern.train.loop import Run, batch_at
+from sharpkern.train.summary import summarise
 
 
 def config(out: Path, **changes) -> TrainConfig:
@@ -44,7 +46,7 @@ def finish(run: Run) -> list[dict]:
     return list(run.steps())
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adam", "gi-adam"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "gi-adam", "ri-adam"])
 def test_same_seed_gives_the_same_rows(tmp_path: Path, optimizer: str) -> None:
     chosen = OptimizerConfig(name=optimizer, lr=0.01, warmup_steps=4, momentum=0.9)
     for name in ("a", "b"):
@@ -71,16 +73,60 @@ def test_rows_hold_what_a_plain_training_run_computes(tmp_path: Path) -> None:
     assert {"test_accuracy", "train_accuracy", "test_loss"} <= row.keys()
 
 
-def test_resumed_run_gives_the_same_rows(tmp_path: Path) -> None:
-    finish(Run(config(tmp_path / "whole")))
-    run = Run(config(tmp_path / "cut"))
+@pytest.mark.parametrize("optimizer", ["adam", "gi-adam"])
+def test_rows_hold_what_shows_that_adam_fails(tmp_path: Path, optimizer: str) -> None:
+    chosen = OptimizerConfig(name=optimizer, lr=0.01, beta1=0.8, beta2=0.9, eps=1e-4)
+    run = Run(config(tmp_path / "run", optimizer=chosen, loss="mse", seed=random.randrange(2**31)))
+    with torch.no_grad():  # one unit of the first layer is off
+        run.model.layers[0].weight[3] = 0.0
+        run.model.layers[0].bias[3] = -1.0
+    model = copy.deepcopy(run.model).double()
+    x, y = (t.double() for t in batch_at(1, run.config, run.data.train_inputs, run.targets))
+    model(x).sub(y).square().mean().mul(0.5).backward()
+    g = torch.cat([p.grad.flatten() for p in model.parameters()])
+    row = finish(run)[0]
+    assert row["m_norm"] == pytest.approx(0.2 * float(g.norm()), rel=1e-4)
+    share = 0.1 if optimizer == "adam" else 1.0
+    assert row["v_norm"] == pytest.approx(share * float((g * g).norm()), rel=1e-4)
+    assert row["grad_norm"] == pytest.approx(float(g.norm()), rel=1e-4)
+    dead = sum(int((layer.weight.grad == 0).all(1).sum()) for layer in model.layers)
+    assert row["dead_units"] == dead / 34 >= 1 / 34
+    # Adam's first step is -lr g / |g|, GI-Adam's shorter by the root of 1 - beta2: P^-1 follows
+    params = list(model.parameters())
+    names = [name for name, _ in model.named_parameters()]
+
+    def loss(flat: torch.Tensor) -> torch.Tensor:
+        parts = flat.split([p.numel() for p in params])
+        views = {n: part.view(p.shape) for n, part, p in zip(names, parts, params, strict=True)}
+        return 0.5 * (torch.func.functional_call(model, views, (x,)) - y).square().mean()
+
+    flat = torch.cat([p.detach().flatten() for p in params])
+    for name, root in (("initial_adam", 1.0), ("initial_gi_adam", 0.1**-0.5)):
+        scale = (0.2 * (root * g.abs() + 1e-4)).rsqrt()
+        v = torch.randn_like(flat)
+        for _ in range(300):  # a power iteration on P^-1/2 H P^-1/2, shifted against large negative eigenvalues
+            product = scale * torch.autograd.functional.vhp(loss, flat, scale * v)[1]
+            value = float(v @ product / (v @ v))
+            v = product + 0.5 * abs(value) * v
+            v /= v.norm()
+        assert row[name] == pytest.approx(value, rel=2e-2)
+    assert row[f"initial_{optimizer.replace('-', '_')}"] == pytest.approx(row["preconditioned_sharpness"], rel=1e-2)
+    assert "initial_adam" not in metrics.read(tmp_path / "run" / "metrics.jsonl")[1]
+    assert f"{row['initial_adam']:.4g} for Adam" in "\n".join(summarise([row]))
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "ri-adam"])
+def test_resumed_run_gives_the_same_rows(tmp_path: Path, optimizer: str) -> None:
+    chosen = OptimizerConfig(name=optimizer, lr=0.05, warmup_steps=4)
+    finish(Run(config(tmp_path / "whole", optimizer=chosen)))
+    run = Run(config(tmp_path / "cut", optimizer=chosen))
     steps = run.steps()
     for _ in range(5):  # two steps beyond the checkpoint at step 3
         next(steps)
     steps.close()
     with (tmp_path / "cut" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "lo')
-    finish(Run(config(tmp_path / "cut"), resume=True))
+    finish(Run(config(tmp_path / "cut", optimizer=chosen), resume=True))
     assert rows_without_time(tmp_path / "cut") == rows_without_time(tmp_path / "whole")
 
 

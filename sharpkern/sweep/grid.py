@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..train.config import TrainConfig, _build, to_toml
+from ..train.config import TrainConfig, build, to_toml
 
 UNITS = ("1", "1/sharpness")
 
@@ -125,7 +125,7 @@ def _configure(tables: dict[str, Any], chosen: dict[str, Any], folder: Path, pat
         for name in above:
             table = _table(table.setdefault(name, {}), name, path)
         table[last] = value
-    config: TrainConfig = _build(TrainConfig, merged, str(path))
+    config: TrainConfig = build(TrainConfig, merged, str(path))
     config = replace(config, out=folder, threads=config.threads or 1)
     config.validate()
     if not 0 < config.optimizer.lr < math.inf:

@@ -54,7 +54,7 @@ class DataConfig:
 class OptimizerConfig:
     """The optimizer and its learning-rate schedule."""
 
-    name: Literal["sgd", "adam", "gi-adam"] = "sgd"
+    name: Literal["sgd", "adam", "gi-adam", "ri-adam"] = "sgd"
     """optimizer"""
     momentum: float = 0.0
     """sgd: momentum"""
@@ -167,12 +167,22 @@ def from_toml(text: str, source: str = "the configuration") -> TrainConfig:
         tables = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{source}: not TOML: {error}.") from error
-    result: TrainConfig = _build(TrainConfig, tables, source)
+    result: TrainConfig = build(TrainConfig, tables, source)
     result.validate()
     return result
 
 
-def _build(cls: Any, values: dict[str, Any], where: str) -> Any:
+def build(cls: Any, values: dict[str, Any], where: str) -> Any:
+    """Make a configuration, or one of its tables, from what a TOML file holds.
+
+    Args:
+        cls: the dataclass.
+        values: by option; a whole number will do for a float.
+        where: the file, for error messages.
+
+    Raises:
+        ValueError: an unknown option, or a value of the wrong type.
+    """
     hints = get_type_hints(cls)
     if unknown := values.keys() - hints.keys():
         raise ValueError(f"{where}: unknown option {sorted(unknown)[0]!r}; known are {', '.join(hints)}.")
@@ -182,7 +192,7 @@ def _build(cls: Any, values: dict[str, Any], where: str) -> Any:
         if dataclasses.is_dataclass(hint):
             if not isinstance(value, dict):
                 raise ValueError(f"{where}: {name} must be a table, got {value!r}.")
-            arguments[name] = _build(hint, value, f"{where}, [{name}]")
+            arguments[name] = build(hint, value, f"{where}, [{name}]")
             continue
         allowed = getattr(hint, "__args__", (hint,))
         if Path in allowed and isinstance(value, str):

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Iterator
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..operators import NonFiniteLossError
-from ..optim import GIAdam
+from ..optim import GIAdam, dead_units, optimizer_norms
 from ..tracker import SharpnessTracker
 from ..warmup import WarmupLR
 from . import checkpoint
@@ -19,6 +20,7 @@ from .data import Dataset, load
 from .losses import build_loss, loss_targets
 from .metrics import MetricsFile, Row, replace_file
 from .models import CNN, FCN, GPT
+from .moments import draw_second_moment, initial_preconditioned_sharpness
 
 
 def build_model(config: TrainConfig, data: Dataset) -> nn.Module:
@@ -42,8 +44,11 @@ def build_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimi
     o = config.optimizer
     if o.name == "sgd":
         return torch.optim.SGD(model.parameters(), lr=o.lr, momentum=o.momentum)
-    cls = torch.optim.Adam if o.name == "adam" else GIAdam
-    return cls(model.parameters(), lr=o.lr, betas=(o.beta1, o.beta2), eps=o.eps)
+    betas = (o.beta1, o.beta2)
+    if o.name == "adam":
+        return torch.optim.Adam(model.parameters(), lr=o.lr, betas=betas, eps=o.eps)
+    v0: Literal["gradient", "random"] = "random" if o.name == "ri-adam" else "gradient"
+    return GIAdam(model.parameters(), lr=o.lr, betas=betas, eps=o.eps, v0=v0)
 
 
 def batch_at(step: int, config: TrainConfig, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -91,6 +96,7 @@ class Run:
         self.optimizer = build_optimizer(config, self.model)
         o, t = config.optimizer, config.tracking
         batch = batch_at(1, config, self.data.train_inputs, self.targets)
+        draw_second_moment(self.model, self.loss_fn, batch, self.optimizer)
         self.schedule = WarmupLR(
             self.optimizer, o.lr, o.warmup_steps, lr_init="critical" if o.critical_start else o.lr_init,
             probe=(self.model, self.loss_fn, batch), rise=0.1 if o.name == "sgd" else 0.01, power=o.power,
@@ -124,14 +130,19 @@ class Run:
         start = time.perf_counter()
         batch = batch_at(step, self.config, self.data.train_inputs, self.targets)
         try:
+            starts = (
+                initial_preconditioned_sharpness(self.model, self.loss_fn, batch, self.optimizer) if step == 1 else {}
+            )
             record = self.tracker.step(batch)
         except NonFiniteLossError:
             self.metrics.write({"step": step, "loss": None, "diverged": True})
             raise
-        row = dataclasses.asdict(record)
+        row = dataclasses.asdict(record) | {"measured": record.measured, "dead_units": dead_units(self.model)} | starts
         if step == 1 or step % self.config.eval_every == 0 or step == self.config.steps:
             row |= self.evaluate()
         self.optimizer.step()
+        norms = optimizer_norms(self.optimizer)  # moments with this step's gradient in them; its norm is in the record
+        row |= {f"{name}_norm": value for name, value in norms.items() if name != "g"}
         self.schedule.step()
         self.done = step
         row["seconds"] = time.perf_counter() - start

@@ -36,6 +36,11 @@ def summarise(rows: list[Row]) -> list[str]:
         lines.append(
             f"{what} at initialisation: {curvature[0]:.4g}; after {rows[-1]['step']} steps: {curvature[-1]:.4g}."
         )
+        if (adam := measured[0].get("initial_adam")) and (gi_adam := measured[0].get("initial_gi_adam")):
+            lines.append(
+                f"Before the first step the preconditioned sharpness is {adam:.4g} for Adam and {gi_adam:.4g} for "
+                f"GI-Adam, {adam / gi_adam:.3g} times less."
+            )
         ratio = _column(measured, "ratio")
         crossing = first_crossing(ratio)
         if crossing is None:
@@ -65,6 +70,7 @@ def summarise(rows: list[Row]) -> list[str]:
     losses = [row["loss"] for row in rows if row.get("loss") is not None]
     if losses:
         lines.append(f"Training loss: {losses[0]:.4g} to {losses[-1]:.4g}.")
+    lines += _failing(rows)
     evaluated = [row for row in rows if row.get("test_accuracy") is not None]
     if evaluated:
         last = evaluated[-1]
@@ -75,6 +81,19 @@ def summarise(rows: list[Row]) -> list[str]:
             f"Cost: {matvecs / len(measured):.1f} Hessian-vector products and {seconds / len(measured):.2f} s a step."
         )
     return lines
+
+
+def _failing(rows: list[Row]) -> list[str]:
+    """Say what shows that Adam is failing: a second moment inflated by a spike, and units without a gradient."""
+    found = [row for row in rows if row.get("v_norm")]
+    if not found:
+        return []
+    highest = max(found, key=lambda row: row["v_norm"])
+    return [
+        f"Norm of the second moment: {found[0]['v_norm']:.3g} at first, at most {highest['v_norm']:.3g}, at step "
+        f"{highest['step']}; of the units, {found[-1]['dead_units']:.1%} had no gradient at the end, "
+        f"{found[0]['dead_units']:.1%} at first."
+    ]
 
 
 def _catapults(catapults: list[Catapult], rows: list[Row]) -> str:
