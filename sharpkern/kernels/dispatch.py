@@ -83,6 +83,13 @@ def choose(kernel: str, x: Tensor) -> ModuleType:
     return _module(forced, kernel)
 
 
+def runs_on(backend: str, kernel: str, x: Tensor) -> bool:
+    """Whether ``choose`` takes this backend, for callers with a path of their own where it does not."""
+    if forced := os.environ.get("SHARPKERN_BACKEND"):
+        return forced == backend
+    return next(b for b in _order(x.is_cuda) if why_not(b, kernel, x) is None) == backend
+
+
 def interpreted() -> bool:
     """Whether Triton kernels run in Triton's interpreter, on CPU tensors (``TRITON_INTERPRET=1``)."""
     return os.environ.get("TRITON_INTERPRET") == "1"

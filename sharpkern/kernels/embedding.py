@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .dispatch import choose
+from .dispatch import choose, runs_on
 
 
 def embedding(tables: Tensor, index: Tensor) -> Tensor:
@@ -38,3 +38,8 @@ def embedding_backward(g: Tensor, index: Tensor, rows: int) -> Tensor:
     """
     result: Tensor = choose("embedding_backward", g).embedding_backward(g, index, rows)
     return result
+
+
+def fused(tables: Tensor) -> bool:
+    """Whether both kernels run as kernels of this package on a tensor, rather than as torch's lookups."""
+    return runs_on("triton", "embedding", tables)

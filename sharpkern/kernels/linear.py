@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .dispatch import choose
+from .dispatch import choose, runs_on
 
 
 def dual_gemm(
@@ -23,6 +23,7 @@ def dual_gemm(
     slope: Tensor | None = None,
     curvature: Tensor | None = None,
     dz: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Return ``slope (a b + c d + bias) + curvature dz``; absent operands count as zero, an absent slope as one.
 
@@ -32,12 +33,19 @@ def dual_gemm(
         c: ``[M, L]`` or ``[k, M, L]``, with d ``[L, N]`` or ``[k, L, N]``; at least one of them has k.
         bias: ``[k, N]``.
         slope: ``[M, N]``; curvature ``[M, N]`` goes with dz ``[k, M, N]``.
+        out: ``[k, M, N]`` like the result, each ``[M, N]`` contiguous; allocated if None.
 
     Returns:
-        ``[k, M, N]``, contiguous, in a's dtype; 16-bit floats are accumulated in float32. Whether float32 products may
-        be rounded to TF32 on a GPU is torch's own setting (``torch.backends.cuda.matmul.allow_tf32``).
+        ``[k, M, N]`` in a's dtype, contiguous unless out is not; 16-bit floats are accumulated in float32. Whether
+        float32 products may be rounded to TF32 on a GPU is torch's own setting
+        (``torch.backends.cuda.matmul.allow_tf32``).
 
     Cost: 2 k M N (K + L) operations; shared operands are read once for all k.
     """
-    result: Tensor = choose("dual_gemm", a).dual_gemm(a, b, c, d, bias, slope, curvature, dz)
+    result: Tensor = choose("dual_gemm", a).dual_gemm(a, b, c, d, bias, slope, curvature, dz, out)
     return result
+
+
+def fused(x: Tensor) -> bool:
+    """Whether ``dual_gemm`` runs as one kernel on a tensor, rather than as torch's products."""
+    return runs_on("triton", "dual_gemm", x)

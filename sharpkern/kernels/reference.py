@@ -154,18 +154,19 @@ def dual_gemm(
     slope: Tensor | None = None,
     curvature: Tensor | None = None,
     dz: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """See ``kernels.linear``."""
-    out = _wide(a) @ _wide(b)
+    y = _wide(a) @ _wide(b)
     if c is not None and d is not None:
-        out = out + _wide(c) @ _wide(d)
+        y = y + _wide(c) @ _wide(d)
     if bias is not None:
-        out = out + _wide(bias)[:, None]
+        y = y + _wide(bias)[:, None]
     if slope is not None:
-        out = out * _wide(slope)
+        y = y * _wide(slope)
     if curvature is not None and dz is not None:
-        out = out + _wide(curvature) * _wide(dz)
-    return out.to(a.dtype)
+        y = y + _wide(curvature) * _wide(dz)
+    return y.to(a.dtype) if out is None else out.copy_(y)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Heads:

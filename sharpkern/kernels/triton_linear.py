@@ -126,7 +126,7 @@ def _dual_gemm(
     slope,  # [M, N]
     curvature,  # [M, N]
     dz,  # [k, M, N]
-    out,  # [k, M, N]
+    out,  # [k, M, N], any stride by tangent
     k,
     M,
     N,
@@ -144,6 +144,7 @@ def _dual_gemm(
     d_k,
     d_row,
     d_col,
+    out_k,
     HAS_SECOND: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_SLOPE: tl.constexpr,
@@ -183,15 +184,14 @@ def _dual_gemm(
     inside = (i < M - row)[:, None] & (j < N - col)[None, :]
     entry = i.to(INDEX)[:, None] * N + j[None, :]
     start = row.to(tl.int64) * N + col
-    start_k = t * M * N + start
     if HAS_BIAS:
         acc += tl.load(bias + (t * N + col) + j, mask=j < N - col, other=0.0).to(tl.float32)[None, :]
     if HAS_SLOPE:
         acc *= tl.load(slope + start + entry, mask=inside, other=0.0).to(tl.float32)
     if CURVED:
         curve = tl.load(curvature + start + entry, mask=inside, other=0.0).to(tl.float32)
-        acc += curve * tl.load(dz + start_k + entry, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + start_k + entry, acc.to(out.dtype.element_ty), mask=inside)
+        acc += curve * tl.load(dz + (t * M * N + start) + entry, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + (t * out_k + start) + entry, acc.to(out.dtype.element_ty), mask=inside)
 
 
 def dual_gemm(
@@ -203,6 +203,7 @@ def dual_gemm(
     slope: Tensor | None = None,
     curvature: Tensor | None = None,
     dz: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """See ``kernels.linear``."""
     k = (a if a.ndim == 3 else b).shape[0]
@@ -210,7 +211,7 @@ def dual_gemm(
     second = c is not None and d is not None
     if c is None or d is None:
         c, d = a, b  # never read, as the other operands that stand in for absent ones
-    out = a.new_empty(k, M, N)
+    out = a.new_empty(k, M, N) if out is None else out
     factors = (a, b, c, d)
     short = max(N, *(s for f in factors for s in f.stride())) < _SHORT_STRIDE
     size = tiles(k, M, N, a.dtype, all(_copied(f) for f in factors))
@@ -233,6 +234,7 @@ def dual_gemm(
         *_strides(b),
         *_strides(c),
         *_strides(d),
+        out.stride(0),
         HAS_SECOND=second,
         HAS_BIAS=bias is not None,
         HAS_SLOPE=slope is not None,

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels.embedding import embedding, embedding_backward, fused
 from .arithmetic import Kind
 from .fallback import UnsupportedOpError
 from .rule import LinearInArgs, align, rule
@@ -36,7 +37,7 @@ class Embedding(LinearInArgs):
 
     def tangent(self, dtable: Tensor, _: None = None) -> Tensor:
         """Look up."""
-        dy = dtable.index_select(1, self.index)
+        dy = embedding(dtable, self.index) if fused(dtable) else dtable.index_select(1, self.index)
         if self.padding >= 0:
             dy.masked_fill_((self.index == self.padding)[:, None], 0)
         return dy.view(dtable.shape[0], *self.lead, self.width)
@@ -44,16 +45,21 @@ class Embedding(LinearInArgs):
     def backward(self, g: Tensor) -> tuple[Tensor, None]:
         """Add up by row; k tables are one tall table."""
         k = g.shape[0]
+        if fused(g):
+            tables = embedding_backward(g.reshape(k, -1, self.width).contiguous(), self.index, self.rows)
+            return self._without_padding(tables), None
         g = g.reshape(-1, self.width)
         if k == 1:
             table = aten.embedding_dense_backward.default(g, self.index, self.rows, self.padding, False)
             return table[None], None
         offset = torch.arange(k, device=g.device)[:, None] * self.rows
         tall = aten.embedding_dense_backward.default(g, (self.index + offset).view(-1), k * self.rows, -1, False)
-        tables = tall.view(k, self.rows, self.width)
+        return self._without_padding(tall.view(k, self.rows, self.width)), None
+
+    def _without_padding(self, tables: Tensor) -> Tensor:
         if self.padding >= 0:
             tables[:, self.padding] = 0
-        return tables, None
+        return tables
 
 
 @rule(aten.index_select.default)

@@ -2,7 +2,7 @@
 
 y = x W' + b:   dy = dx W' + x dW' + db        gx = g W          d(gx) = dg W + g dW
                                                gW = g' x         d(gW) = dg' x + g' dx        gb = sum g
-Each line is a sum of products into one accumulator (a GEMM with beta = 1).
+Each line is a sum of products into one accumulator: the dual GEMM on a GPU, elsewhere a GEMM with beta = 1.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels.linear import dual_gemm, fused
 from .rule import Rule, align, inner, reduce_to, rule
 
 aten = torch.ops.aten
@@ -35,6 +36,8 @@ class Linear(Rule):
         self.dx = None if dx is None else dx.reshape(dx.shape[0], *self.x.shape)
         k = _first(dx, dw, db).shape[0]
         rows, width = self.x.shape[0], self.w.shape[0]
+        if fused(self.x) and (self.dx is not None or dw is not None):
+            return self._fused_tangent(db).view(k, *self.lead, width)
         if k == 1:
             bias = None if db is None else db[0]
             y = _sum_of_products([(self._dx0(), self.w.t()), (self.x, None if dw is None else dw[0].t())], bias)
@@ -51,6 +54,13 @@ class Linear(Rule):
 
     def _dx0(self) -> Tensor | None:
         return None if self.dx is None else self.dx[0]
+
+    def _fused_tangent(self, db: Tensor | None) -> Tensor:
+        moved = None if self.dw is None else self.dw.mT
+        if self.dx is None:
+            assert moved is not None
+            return dual_gemm(self.x, moved, bias=db)
+        return dual_gemm(self.dx, self.w.t(), None if moved is None else self.x, moved, db)
 
     def backward(self, g: Tensor) -> tuple[Tensor | None, ...]:
         """Return ``g W, g' x, sum g``."""
@@ -72,7 +82,9 @@ class Linear(Rule):
         g = g.reshape(1, *dg.shape[1:])
         dgx = dgw = dgb = None
         if self.needs[0]:
-            if self.dw is None:
+            if fused(dg):
+                dgx = dual_gemm(dg, self.w, None if self.dw is None else g[0], self.dw)
+            elif self.dw is None:
                 dgx = dg @ self.w
             elif k == 1:
                 dgx = torch.mm(dg[0], self.w).addmm_(g[0], self.dw[0])
@@ -80,7 +92,10 @@ class Linear(Rule):
                 dgx = torch.bmm(g.expand(k, *g.shape[1:]), self.dw)
                 dgx.view(-1, dgx.shape[-1]).addmm_(dg.reshape(-1, dg.shape[-1]), self.w)
             dgx = dgx.view(k, *self.lead, -1)
-        if self.needs[1]:
+        if self.needs[1] and fused(dg):
+            out = self.out(1, (k, *self.w.shape), dg)
+            dgw = dual_gemm(dg.mT, self.x, None if self.dx is None else g[0].mT, self.dx, out=out)
+        elif self.needs[1]:
             pairs = [(dg, self.x.expand(k, *self.x.shape))]
             if self.dx is not None:
                 pairs.append((g.expand(k, *g.shape[1:]), self.dx))

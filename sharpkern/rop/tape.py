@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..kernels import native
+from ..kernels.dispatch import interpreted
 
 aten = torch.ops.aten
 _MAX_BYTES = 32 << 20  # of results a recording keeps; above that, calls are long enough not to need it
@@ -46,6 +47,8 @@ def record(computation: Callable[[], Tensor], device: torch.device) -> Recording
     Raises:
         NotReplayableError: it cannot be replayed.
     """
+    if device.type == "cpu" and interpreted():
+        raise NotReplayableError("Triton's interpreter leaves no trace of its calls")
     return CUDAGraph(computation) if device.type == "cuda" else Tape(computation)
 
 
