@@ -1,6 +1,6 @@
 """Full-batch gradient descent through warmups of several lengths: muP sharpens first (C1), SP flattens (C2).
 
-    python examples/warmup_regimes.py [SEED]            # about 2 minutes
+    python examples/warmup_regimes.py [SEED ...]        # about 2 minutes a seed; the first is drawn
 
 After figure 1 of Kalra and Barkeshli, Why warmup the learning rate? (2024): FCN-4, mean squares, targets of
 1 / lambda_0 for muP and 32 / lambda_0 for SP.
@@ -17,31 +17,33 @@ from common import colours, figure, images, loss_fn, network, save, tracked
 
 import sharpkern as sk
 
-WARMUPS = (1, 16, 64, 256)
+WARMUPS = (1, 16, 64, 256, 512)
+STEPS = 512
 SETTINGS = (("mup", 1.0, "muP, target 1/λ₀ (C1)"), ("sp", 32.0, "SP, target 32/λ₀ (C2)"))
 
 
-def main(seed: int) -> None:
-    """Train both networks through all warmups, and draw loss and sharpness."""
+def main(seeds: list[int]) -> None:
+    """Train both networks through all warmups, and draw loss and sharpness of the first seed."""
     batch = images()
-    made, axes = figure(2, 2, f"Full-batch gradient descent, 500 Fashion-MNIST images, FCN-4-128, seed {seed}")
-    for column, (parameterisation, target, title) in enumerate(SETTINGS):
-        top, bottom = axes[:, column]
-        for warmup, colour in zip(WARMUPS, colours(len(WARMUPS)), strict=True):
+    made, axes = figure(2, 2, f"Full-batch gradient descent, 500 Fashion-MNIST images, FCN-4-128, seed {seeds[0]}")
+    for (parameterisation, target, title), (top, bottom) in zip(SETTINGS, axes.T, strict=True):
+        for seed, (warmup, colour) in itertools.product(seeds, zip(WARMUPS, colours(len(WARMUPS)), strict=True)):
             model = network(parameterisation, seed)
             initial = sk.sharpness(model, loss_fn, batch).value
             optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
             schedule = sk.WarmupLR(optimizer, target / initial, warmup)
-            records = tracked(model, optimizer, schedule, itertools.repeat(batch), 384)
+            records = tracked(model, optimizer, schedule, itertools.repeat(batch), STEPS)
+            tell(f"{parameterisation}, seed {seed}, warmup {warmup}", records, initial)
+            if seed != seeds[0]:
+                continue
             step = [r.step for r in records]
             top.plot(step, [r.loss for r in records], color=colour, label=f"warmup {warmup}")
             bottom.plot(step, [r.sharpness / initial for r in records], color=colour)
             bottom.plot(step, [r.threshold / initial for r in records], "--", color=colour, linewidth=1)
-            if len(records) < 384:
-                top.plot(step[-1], 5, "x", color=colour, markersize=9, markeredgewidth=2, label="diverges")
-            tell(f"{parameterisation}, warmup {warmup}", records, initial)
-        start = records[0].loss
-        top.set(title=title, yscale="log", ylabel="loss", ylim=(start / 1000, 12 * start))
+            if len(records) < STEPS:
+                top.plot(step[-1], 5 * records[0].loss, "x", color=colour, markersize=9, markeredgewidth=2)
+            start = records[0].loss
+            top.set(title=title, yscale="log", ylabel="loss (× diverges)", ylim=(start / 1000, 12 * start))
         top.legend(fontsize=8, loc="lower left")
         bottom.plot([], [], "--", color="black", linewidth=1, label="threshold 2/η")
         bottom.plot([], [], color="black", label="sharpness")
@@ -54,7 +56,7 @@ def tell(name: str, records: list[sk.Record], initial: float) -> None:
     """Print how a run met the threshold."""
     ratio = [r.ratio for r in records]
     losses, sharpness, rates = zip(*((r.loss, r.sharpness, r.lr) for r in records), strict=True)
-    outcome = "diverges" if len(records) < 384 else f"loss {losses[0]:.3g} to {losses[-1]:.3g}"
+    outcome = "diverges" if len(records) < STEPS else f"loss {losses[0]:.3g} to {losses[-1]:.3g}"
     crossing = sk.first_crossing(ratio)
     if outcome == "diverges" or crossing is None:
         print(f"{name}: {outcome}")
@@ -71,4 +73,4 @@ def tell(name: str, records: list[sk.Record], initial: float) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 0)
+    main([int(s) for s in sys.argv[1:]] or [0])
