@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sharpkern import kernels
-from sharpkern.kernels import native
+from sharpkern.kernels import dispatch, native
 
 SHAPES = [(1, 1), (1, 1023), (3, 1024), (4, 2049), (7, 4099), (2, 3 * 8192 + 5)]  # tails, chunk borders
 DTYPES = [torch.float32, torch.float64]
@@ -84,6 +84,53 @@ def test_combine_scale_and_second_moment(backend: str, k: int, n: int, dtype: to
     assert_close(got, (0.1 * ((moment.double() / 0.3).sqrt() + 1e-4)) ** -0.5, ulps=4)
 
 
+def ill_conditioned(k: int, n: int, dtype: torch.dtype, smallest: float) -> Tensor:
+    """Rows of all lengths whose directions have singular values from 1 to ``smallest``."""
+    left = torch.linalg.qr(torch.randn(k, k, dtype=torch.float64))[0]
+    right = torch.linalg.qr(torch.randn(n, k, dtype=torch.float64))[0]
+    values = torch.logspace(0, float(torch.tensor(smallest).log10()), k, dtype=torch.float64)
+    rows = torch.nn.functional.normalize(left @ (values[:, None] * right.t()), dim=1)
+    return (torch.logspace(-3, 3, k, dtype=torch.float64)[:, None] * rows).to(dtype)
+
+
+@pytest.mark.parametrize(("k", "n"), [(1, 1), (1, 1000), (3, 3), (8, 20_001), (16, 50)])
+@pytest.mark.parametrize(
+    ("dtype", "smallest"),
+    [(torch.float32, 1), (torch.float32, 1e-3), (torch.float32, 2e-5), (torch.float64, 1e-3), (torch.float64, 1e-9),
+     (torch.float64, 1e-13)],
+    ids=str,
+)  # fmt: skip
+def test_orthonormalise(backend: str, k: int, n: int, dtype: torch.dtype, smallest: float) -> None:
+    V = ill_conditioned(k, n, dtype, smallest)
+    Q = kernels.orthonormalise(V)
+    q, v = Q.double(), V.double()
+    assert Q.dtype == dtype and Q.is_contiguous()
+    assert float((q @ q.t() - torch.eye(k)).abs().max()) <= (1e-6 if dtype == torch.float32 else 1e-13)
+    L = v @ q.t()
+    assert bool((L.diagonal() > 0).all())
+    scale = v.norm(dim=1, keepdim=True)
+    limit = 30 * k * torch.finfo(dtype).eps
+    assert float((L.triu(1) / scale).abs().max()) <= limit  # Gram-Schmidt's: row i from the first i rows
+    assert float(((L @ q - v) / scale).abs().max()) <= limit
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_dependent_rows_are_refused_with_their_rank(backend: str, dtype: torch.dtype) -> None:
+    V = torch.randn(4, 3000, dtype=dtype)
+    with pytest.raises(kernels.RankError, match="5 rows of V span 4 dimensions") as caught:
+        kernels.orthonormalise(torch.cat([V, (torch.randn(1, 4).to(dtype) @ V)]))
+    assert caught.value.rank == 4
+    with pytest.raises(kernels.RankError, match="4 rows of V span 3"):
+        kernels.orthonormalise(torch.cat([V[:3], torch.zeros_like(V[:1])]))
+    with pytest.raises(kernels.RankError, match="6 rows of V span 4"):
+        kernels.orthonormalise(torch.cat([V, 3 * V[:1], -V[2:3]]))
+    with pytest.raises(ValueError, match="no more rows than columns"):
+        kernels.orthonormalise(torch.randn(3, 2, dtype=dtype))
+    V[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="NaN"):
+        kernels.orthonormalise(V)
+
+
 def test_bits_do_not_depend_on_threads() -> None:
     V, W = torch.randn(3, 100_003), torch.randn(3, 100_003)
     threads = torch.get_num_threads()
@@ -133,7 +180,7 @@ def test_wrong_arguments_are_refused_with_what_was_wrong() -> None:
         kernels.power_step(V, torch.randn(3, 6))
     with pytest.raises(ValueError, match=r"C must be \[m, 2\] float64"):
         kernels.combine(torch.randn(1, 2), V)
-    with pytest.raises(ValueError, match=r"d must be a contiguous \[6\] vector"):
+    with pytest.raises(ValueError, match=r"d must be contiguous \[6\], torch.float32"):
         kernels.scale(V, torch.randn(5))
     with pytest.raises(ValueError, match=r"out must be contiguous \[2, 6\]"):
         kernels.scale(V, torch.randn(6), out=torch.empty(2, 5))
@@ -149,7 +196,9 @@ def test_forced_backend_runs_or_raises(monkeypatch: pytest.MonkeyPatch) -> None:
         kernels.gram(V, V)
     monkeypatch.setenv("SHARPKERN_BACKEND", "cpu")
     monkeypatch.setattr(native, "REASON", "the compiled module is missing")
+    dispatch.forget()
     with pytest.raises(RuntimeError, match="cannot run on backend 'cpu': the compiled module is missing"):
         kernels.gram(V, V)
     monkeypatch.delenv("SHARPKERN_BACKEND")
     assert torch.allclose(kernels.gram(V, V), V.double() @ V.double().T)  # falls to the reference by itself
+    dispatch.forget()

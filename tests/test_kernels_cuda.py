@@ -10,7 +10,7 @@ import re
 import shutil
 import subprocess
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -218,6 +218,18 @@ def test_bits_do_not_depend_on_the_order_of_threads_and_blocks(emulated: Any) ->
     assert all(torch.equal(a, b) for a, b in zip(forwards, backwards, strict=True))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_orthonormalise(device: str, dtype: torch.dtype) -> None:
+    V = torch.randn(5, 2049, dtype=dtype)
+    V[4] = V[0] + 1e-5 * V[4]
+    Q = cuda.orthonormalise(V.to(device)).cpu()
+    assert float((Q.double() @ Q.double().t() - torch.eye(5)).abs().max()) <= 8 * torch.finfo(dtype).eps
+    want = reference.orthonormalise(V)
+    assert_close(Q, want.double(), ulps=1e6, scale=1.0)  # 1e5: the condition of the last row
+    with pytest.raises(kernels.RankError):
+        cuda.orthonormalise(torch.cat([V, V[:1]]).to(device))
+
+
 @gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("n", [1, 7, 2049, 100_001, 100_004])
@@ -345,6 +357,14 @@ def test_dispatch_says_why_not_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     assert kernels.why_not("cuda", "gram", fake(torch.float32)) == "sharpkern was built without CUDA"
 
 
+@pytest.fixture
+def _fresh() -> Iterator[None]:
+    dispatch.forget()
+    yield
+    dispatch.forget()
+
+
+@pytest.mark.usefixtures("_fresh")
 def test_dispatch_chooses_cuda_for_cuda_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SHARPKERN_BACKEND", raising=False)
     monkeypatch.setattr(cuda, "REASON", None)
@@ -352,6 +372,7 @@ def test_dispatch_chooses_cuda_for_cuda_tensors(monkeypatch: pytest.MonkeyPatch)
     assert dispatch.choose("gram", fake(torch.float32)) is cuda
     assert dispatch.choose("gram", torch.zeros(1)) is not cuda
     monkeypatch.setattr(cuda, "problem", lambda device: "the driver is too old")
+    dispatch.forget()
     assert dispatch.choose("gram", fake(torch.float32)) is reference
     monkeypatch.setenv("SHARPKERN_BACKEND", "cuda")
     with pytest.raises(RuntimeError, match="gram cannot run on backend 'cuda': the driver is too old"):

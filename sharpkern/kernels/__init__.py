@@ -12,6 +12,9 @@ from torch import Tensor
 from .dispatch import BACKENDS as BACKENDS
 from .dispatch import choose
 from .dispatch import why_not as why_not
+from .reference import RankError as RankError
+
+_DTYPES = (torch.float32, torch.float64)
 
 
 def gram(V: Tensor, W: Tensor) -> Tensor:
@@ -90,8 +93,38 @@ def combine(C: Tensor, V: Tensor, out: Tensor | None = None) -> Tensor:
             f"C must be [m, {V.shape[0]}] float64 on {V.device}, got {list(C.shape)} {C.dtype} on {C.device}."
         )
     if out is not None:
-        _check_out(out, (C.shape[0], V.shape[1]), V)
+        _check_like("out", out, (C.shape[0], V.shape[1]), V)
     return choose("combine", V).combine(C.contiguous(), V, out)
+
+
+def orthonormalise(V: Tensor) -> Tensor:
+    """Return the Gram-Schmidt basis of the rows of a block, by Cholesky QR.
+
+    Args:
+        V: ``[k, n]``, k <= n.
+
+    Returns:
+        ``[k, n]`` like V: Q with V = L Q, L lower triangular with a positive diagonal. Q Q' is the identity to 1e-6
+        (float32) or 1e-13 (float64), however close to dependent the rows are.
+
+    Raises:
+        RankError: the rows are dependent to rounding; its ``rank`` says how many are not. A ValueError.
+        ValueError: V is no contiguous block with k <= n, or holds NaN or infinite numbers.
+
+    Cost: moves 6 k n numbers for most blocks (two passes of ``gram`` and ``combine``), at most four times that. A GPU
+    is waited for once in each pass.
+    Source: Fukaya et al., Shifted Cholesky QR (2020).
+
+    >>> orthonormalise(torch.tensor([[3.0, 0.0], [4.0, 2.0]])).tolist()
+    [[1.0, 0.0], [0.0, 1.0]]
+    """
+    _check_block("V", V)
+    if V.shape[0] > V.shape[1]:
+        raise ValueError(f"V must have no more rows than columns to be orthonormalised, got {list(V.shape)}.")
+    if V.shape[0] == 0:
+        return torch.empty_like(V)
+    result: Tensor = choose("orthonormalise", V).orthonormalise(V)
+    return result
 
 
 def scale(V: Tensor, d: Tensor, out: Tensor | None = None) -> Tensor:
@@ -114,9 +147,9 @@ def scale(V: Tensor, d: Tensor, out: Tensor | None = None) -> Tensor:
     [[2.0, 3.0]]
     """
     _check_block("V", V)
-    _check_vector("d", d, V.shape[1], V)
+    _check_like("d", d, V.shape[1:], V)
     if out is not None:
-        _check_out(out, tuple(V.shape), V)
+        _check_like("out", out, V.shape, V)
     return choose("scale", V).scale(V, d, out)
 
 
@@ -145,16 +178,23 @@ def inv_sqrt_adam(
     >>> inv_sqrt_adam(torch.tensor([16.0]), bias_correction2=1.0, eps=0.0, factor=1.0).item()
     0.5
     """
-    _check_vector("v", v, v.numel(), v)
+    if v.ndim != 1 or not v.is_contiguous() or v.dtype not in _DTYPES:
+        raise ValueError(
+            f"v must be a contiguous vector of float32 or float64, got {list(v.shape)} {v.dtype}, "
+            f"contiguous={v.is_contiguous()}."
+        )
     if out is not None:
-        _check_out(out, tuple(v.shape), v)
+        _check_like("out", out, v.shape, v)
     module = choose("inv_sqrt_adam", v)
     result: Tensor = module.inv_sqrt_adam(v, bias_correction2=bias_correction2, eps=eps, factor=factor, out=out)
     return result
 
 
+# Each check is one expression on the way that succeeds: a call on a short vector is mostly these.
+
+
 def _check_block(name: str, V: Tensor) -> None:
-    if V.ndim != 2 or not V.is_contiguous() or (V.dtype != torch.float32 and V.dtype != torch.float64):
+    if V.ndim != 2 or not V.is_contiguous() or V.dtype not in _DTYPES:
         raise ValueError(
             f"{name} must be a contiguous [k, n] block of float32 or float64, got {list(V.shape)} {V.dtype}, "
             f"contiguous={V.is_contiguous()}."
@@ -163,27 +203,19 @@ def _check_block(name: str, V: Tensor) -> None:
 
 def _check_blocks(name: str, W: Tensor, V: Tensor) -> None:
     _check_block("V", V)
+    if W is V:
+        return
     _check_block(name, W)
-    if W.shape[1] != V.shape[1] or W.dtype != V.dtype or W.device != V.device:
+    if W.shape[1] != V.shape[1] or W.dtype is not V.dtype or W.device != V.device:
         raise ValueError(
             f"{name} must have rows like V's ([{V.shape[1]}] {V.dtype} on {V.device}), "
             f"got [{W.shape[1]}] {W.dtype} on {W.device}."
         )
 
 
-def _check_vector(name: str, d: Tensor, n: int, like: Tensor) -> None:
-    if d.shape != (n,) or not d.is_contiguous() or d.dtype != like.dtype or d.device != like.device:
+def _check_like(name: str, d: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
+    if d.shape != shape or d.dtype is not like.dtype or not d.is_contiguous() or d.device != like.device:
         raise ValueError(
-            f"{name} must be a contiguous [{n}] vector, {like.dtype} on {like.device}, got {list(d.shape)} {d.dtype} "
+            f"{name} must be contiguous {list(shape)}, {like.dtype} on {like.device}, got {list(d.shape)} {d.dtype} "
             f"on {d.device}, contiguous={d.is_contiguous()}."
-        )
-    if d.dtype != torch.float32 and d.dtype != torch.float64:
-        raise ValueError(f"{name} must be float32 or float64, got {d.dtype}.")
-
-
-def _check_out(out: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
-    if out.shape != shape or out.dtype != like.dtype or out.device != like.device or not out.is_contiguous():
-        raise ValueError(
-            f"out must be contiguous {list(shape)} {like.dtype} on {like.device}, got {list(out.shape)} {out.dtype} "
-            f"on {out.device}, contiguous={out.is_contiguous()}."
         )

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import native
+from .cholesky_qr import cholesky_qr
 
 try:
     from .. import _C
@@ -61,6 +62,11 @@ def combine(C: Tensor, V: Tensor, out: Tensor | None = None) -> Tensor:
     out = V.new_empty(C.shape[0], V.shape[1]) if out is None else out
     _call("combine", V, C, *C.shape, V, V.shape[1], out)
     return out
+
+
+def orthonormalise(V: Tensor) -> Tensor:
+    """See ``kernels.orthonormalise``."""
+    return cholesky_qr(V, gram, combine)
 
 
 def scale(V: Tensor, d: Tensor, out: Tensor | None = None) -> Tensor:

@@ -35,6 +35,10 @@ _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def why_not(backend: str, kernel: str, x: Tensor) -> str | None:
     """Say in one sentence why a backend cannot run a kernel on a tensor's device and dtype; None if it can."""
+    return _why_not(backend, kernel, x.device, x.dtype)
+
+
+def _why_not(backend: str, kernel: str, device: torch.device, dtype: torch.dtype) -> str | None:
     if backend == "reference" or (backend == "cpu" and kernel in _BLOCKED):
         return None
     if backend == "cpu":
@@ -42,28 +46,28 @@ def why_not(backend: str, kernel: str, x: Tensor) -> str | None:
             return native.REASON
         if not hasattr(native, kernel):
             return f"sharpkern has no compiled CPU version of {kernel}; torch's own kernels run it"
-        if x.device.type != "cpu":
-            return f"the tensor is on {x.device}"
-        if x.dtype not in (torch.float32, torch.float64):
-            return f"{x.dtype} is not supported, float32 and float64 are"
+        if device.type != "cpu":
+            return f"the tensor is on {device}"
+        if dtype not in (torch.float32, torch.float64):
+            return f"{dtype} is not supported, float32 and float64 are"
         return None
     if backend == "triton":
         if kernel not in _TRITON:
             return f"sharpkern has no Triton version of {kernel}"
         if reason := _no_triton(_TRITON[kernel]):
             return reason
-        if x.dtype not in _TRITON_DTYPES:
-            return f"{x.dtype} is not supported, float32, bfloat16 and float16 are"
-        return None if x.is_cuda or interpreted() else f"the tensor is on {x.device}"
+        if dtype not in _TRITON_DTYPES:
+            return f"{dtype} is not supported, float32, bfloat16 and float16 are"
+        return None if device.type == "cuda" or interpreted() else f"the tensor is on {device}"
     if cuda.REASON is not None:
         return cuda.REASON
     if not hasattr(cuda, kernel):
         return f"sharpkern has no CUDA C++ version of {kernel}"
-    if not x.is_cuda:
-        return f"the tensor is on {x.device}"
-    if x.dtype not in (torch.float32, torch.float64):
-        return f"{x.dtype} is not supported, float32 and float64 are"
-    return cuda.problem(x.device)
+    if device.type != "cuda":
+        return f"the tensor is on {device}"
+    if dtype not in (torch.float32, torch.float64):
+        return f"{dtype} is not supported, float32 and float64 are"
+    return cuda.problem(device)
 
 
 def choose(kernel: str, x: Tensor) -> ModuleType:
@@ -73,30 +77,40 @@ def choose(kernel: str, x: Tensor) -> ModuleType:
         ValueError: SHARPKERN_BACKEND names no backend.
         RuntimeError: the forced backend cannot run here, and why.
     """
-    forced = os.environ.get("SHARPKERN_BACKEND")
+    return _choice(kernel, os.environ.get("SHARPKERN_BACKEND"), x.device, x.dtype)
+
+
+@functools.cache
+def _choice(kernel: str, forced: str | None, device: torch.device, dtype: torch.dtype) -> ModuleType:
     if not forced:
-        return _module(next(b for b in _order(x.is_cuda) if why_not(b, kernel, x) is None), kernel)
+        return _module(_fastest(kernel, device, dtype), kernel)
     if forced not in BACKENDS:
         raise ValueError(f"SHARPKERN_BACKEND is {forced!r}; known backends are {', '.join(BACKENDS)}.")
-    if reason := why_not(forced, kernel, x):
+    if reason := _why_not(forced, kernel, device, dtype):
         raise RuntimeError(f"{kernel} cannot run on backend {forced!r}: {reason}.")
     return _module(forced, kernel)
 
 
+@functools.cache
+def _fastest(kernel: str, device: torch.device, dtype: torch.dtype) -> str:
+    order = BACKENDS if device.type == "cuda" else ("cpu", "reference")
+    return next(b for b in order if _why_not(b, kernel, device, dtype) is None)
+
+
+def forget() -> None:
+    """Look again for what is installed: choices are kept, for a look costs more than a small kernel."""
+    _choice.cache_clear()
+    _fastest.cache_clear()
+
+
 def runs_on(backend: str, kernel: str, x: Tensor) -> bool:
     """Whether ``choose`` takes this backend, for callers with a path of their own where it does not."""
-    if forced := os.environ.get("SHARPKERN_BACKEND"):
-        return forced == backend
-    return next(b for b in _order(x.is_cuda) if why_not(b, kernel, x) is None) == backend
+    return (os.environ.get("SHARPKERN_BACKEND") or _fastest(kernel, x.device, x.dtype)) == backend
 
 
 def interpreted() -> bool:
     """Whether Triton kernels run in Triton's interpreter, on CPU tensors (``TRITON_INTERPRET=1``)."""
     return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def _order(on_cuda: bool) -> tuple[str, ...]:
-    return ("cuda", "triton", "cpu", "reference") if on_cuda else ("cpu", "reference")
 
 
 def _module(backend: str, kernel: str) -> ModuleType:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .cholesky_qr import cholesky_qr
 from .reference import Standardised
 
 try:
@@ -35,12 +37,18 @@ def recorded(calls: list[Any], kept: list[Any]) -> Iterator[None]:
 
 def _call(kernel: str, x: Tensor, *arguments: float | Tensor | None) -> None:
     """Call a compiled kernel of x's dtype; tensors become addresses, None becomes 0."""
-    function = getattr(_C, f"{kernel}_f64" if x.dtype == torch.float64 else f"{kernel}_f32")
-    addresses = tuple(a.data_ptr() if isinstance(a, Tensor) else a or 0 for a in arguments)
+    function = _function(kernel, x.dtype)
+    # the common type first: asking whether something is a tensor costs more than an address
+    addresses = tuple([a if type(a) is int else a.data_ptr() if isinstance(a, Tensor) else a or 0 for a in arguments])
     function(*addresses)
     for calls, kept in _recorders:
         calls.append((function, addresses, {}))
         kept.append(arguments)
+
+
+@functools.cache
+def _function(kernel: str, dtype: torch.dtype) -> Any:
+    return getattr(_C, f"{kernel}_f64" if dtype == torch.float64 else f"{kernel}_f32")
 
 
 def gram(V: Tensor, W: Tensor) -> Tensor:
@@ -66,6 +74,11 @@ def combine(C: Tensor, V: Tensor, out: Tensor | None = None) -> Tensor:
     out = V.new_empty(m, n) if out is None else out
     _call("combine", V, C, m, k, V, n, out, torch.get_num_threads())
     return out
+
+
+def orthonormalise(V: Tensor) -> Tensor:
+    """See ``kernels.orthonormalise``."""
+    return cholesky_qr(V, gram, combine)
 
 
 def scale(V: Tensor, d: Tensor, out: Tensor | None = None) -> Tensor:

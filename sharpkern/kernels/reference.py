@@ -44,6 +44,14 @@ class Heads(NamedTuple):
     scale: float
 
 
+class RankError(ValueError):
+    """Rows that should span k dimensions do not, to rounding. Attribute: ``rank``."""
+
+    def __init__(self, rank: int, k: int) -> None:
+        self.rank = rank
+        super().__init__(f"the {k} rows of V span {rank} dimensions to rounding: drop or replace {k - rank} of them.")
+
+
 def gram(V: Tensor, W: Tensor) -> Tensor:
     """``[k, n], [m, n] -> V W'``, float64 ``[k, m]``."""
     return V.double() @ W.double().t()
@@ -76,6 +84,23 @@ def inv_sqrt_adam(
     """Adam's second moment ``[n]`` to ``P^-1/2 = (factor (sqrt(v / bias_correction2) + eps))^-1/2``."""
     result = (factor * ((v.double() / bias_correction2).sqrt() + eps)).rsqrt().to(v.dtype)
     return result if out is None else out.copy_(result)
+
+
+def orthonormalise(V: Tensor) -> Tensor:
+    """The Gram-Schmidt basis of the rows of ``[k, n]``: Q with V = L Q, L lower triangular with a positive diagonal."""
+    v = V.double()
+    length = torch.linalg.vector_norm(v, dim=1, keepdim=True)
+    if not bool(length.isfinite().all()):
+        raise ValueError("V holds numbers that are NaN, infinite, or too large to be squared.")
+    Q, R = torch.linalg.qr(torch.where(length > 0, v / length, 0.0).t())
+    if (rank := rank_of(R, V.dtype)) < V.shape[0]:
+        raise RankError(rank, V.shape[0])
+    return (Q * R.diagonal().sign()).t().to(V.dtype).contiguous()
+
+
+def rank_of(factor: Tensor, dtype: torch.dtype) -> int:
+    """Count the singular values of unit rows' triangular factor that rounding in a dtype cannot explain."""
+    return int((torch.linalg.svdvals(factor) > 4 * factor.shape[-1] * torch.finfo(dtype).eps).sum())
 
 
 def norm_tangent(
