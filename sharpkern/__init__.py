@@ -26,8 +26,11 @@ if TYPE_CHECKING:
     from .dynamics import edge_of_stability as edge_of_stability
     from .dynamics import first_crossing as first_crossing
     from .dynamics import training_outcome as training_outcome
+    from .eigen import Certificate as Certificate
     from .eigen import EigenResult as EigenResult
+    from .eigen import certify as certify
     from .eigen import lanczos as lanczos
+    from .eigen import lobpcg as lobpcg
     from .eigen import power_iteration as power_iteration
     from .flat import flatten as flatten
     from .flat import unflatten as unflatten
@@ -69,7 +72,7 @@ _HOME = {
         "first_crossing",
         "training_outcome",
     ),
-    "eigen": ("EigenResult", "lanczos", "power_iteration"),
+    "eigen": ("Certificate", "EigenResult", "certify", "lanczos", "lobpcg", "power_iteration"),
     "flat": ("flatten", "unflatten"),
     "measure": ("Sharpness", "preconditioned_sharpness", "sharpness"),
     "operators": ("GGNOperator", "HessianOperator", "NonFiniteLossError", "PreconditionedOperator"),

@@ -20,7 +20,7 @@ LAYERS = [
     {"cli", "doctor"},
 ]
 LAYER_OF = {name: level for level, names in enumerate(LAYERS) for name in names}
-EIGEN_MAY_IMPORT = {"kernels"}  # a solver sees an operator's n, dtype, device, matmat; not the operators
+EIGEN_MAY_IMPORT = {"eigen", "kernels"}  # a solver sees an operator's n, dtype, device, matmat; not the operators
 FILES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")
 
 

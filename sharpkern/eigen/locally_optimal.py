@@ -1,0 +1,65 @@
+"""LOBPCG without a preconditioner."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .basis import Basis
+from .common import EigenResult, SymmetricOperator, check_arguments, reason_of, rounding_level, start_rows
+
+
+def lobpcg(
+    op: SymmetricOperator,
+    k: int = 1,
+    tol: float = 1e-3,
+    v0: Tensor | None = None,
+    max_matvecs: int = 200,
+    generator: torch.Generator | None = None,
+) -> EigenResult:
+    """Find the k largest algebraic eigenvalues by LOBPCG without a preconditioner: little memory, more products.
+
+    Rayleigh-Ritz over the block X, its residuals, and the part of X that the last step added. Products are
+    kept with their vectors, so an iteration costs k products.
+
+    Args:
+        op: symmetric operator.
+        k: how many eigenvalues, and vectors in the block; 3k <= n.
+        tol: relative residual norm at which to stop.
+        v0: ``[n]`` or ``[m, n]``, m <= k, of any length, filled up to k with random vectors.
+        max_matvecs: the most products to spend; at least k.
+        generator: of random vectors, on the CPU; None for seed 0.
+
+    Returns:
+        An ``EigenResult``; ``converged`` is False when ``max_matvecs`` ran out.
+
+    Raises:
+        ValueError: k, tol, max_matvecs or v0 do not fit the operator.
+        RuntimeError: a product is not finite.
+
+    Cost: ``matvecs`` products. Memory: 6k vectors, and 5k while the basis turns.
+    Source: Knyazev, Toward the optimal preconditioned eigensolver (2001).
+    """
+    check_arguments(op, k, tol, max_matvecs)
+    if 3 * k > op.n:
+        raise ValueError(f"lobpcg needs 3k <= n = {op.n}, got k = {k}: use lanczos.")
+    generator = generator or torch.Generator().manual_seed(0)
+    start = start_rows(op, k, v0, generator)
+    if len(start) > k:
+        raise ValueError(f"v0 must have at most k = {k} rows, got {len(start)}: lanczos takes any number.")
+    basis = Basis(op, 3 * k, generator)
+    basis.extend(basis.orthonormal(start))
+    while True:
+        theta, Y = basis.ritz()
+        residuals, norms = basis.residuals(theta[:k], Y[:, :k])
+        rounding = rounding_level(op, theta)
+        done = bool((norms <= (tol * theta[:k].abs()).clamp(min=rounding)).all())
+        if done or basis.matvecs + k > max_matvecs:
+            break
+        added = Y[:, :k].clone()
+        added[:k] = 0  # rows of the old X
+        kept = torch.linalg.qr(torch.cat([Y[:, :k], added], 1))[0] if basis.size > k else Y[:, :k]
+        basis.restart(kept)
+        basis.extend(basis.orthonormal(residuals))
+    reason = reason_of(done, norms, theta[:k], tol, max_matvecs)
+    return basis.result(theta, Y, list(range(k)), done=done, reason=reason)

@@ -1,0 +1,110 @@
+"""The warm solver on slowly turning matrices: accuracy, products, crossings, several eigenvalues, resuming."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+from test_eigen import F64, Dense, prescribed, with_top
+
+from sharpkern.eigen import WarmLanczos, lanczos
+
+
+def turning(steps: int, angle: float = 0.02, n: int = 90, *top: float) -> Iterator[torch.Tensor]:
+    """Matrices of one spectrum whose eigenvectors turn by a fixed rotation each step."""
+    values = with_top(*(top or (3.0, 2.7, 2.0)), n=n)
+    skew = torch.randn(n, n, dtype=F64)
+    step = torch.matrix_exp(angle * (skew - skew.T) / math.sqrt(n))
+    A = prescribed(values)
+    for _ in range(steps):
+        yield A
+        A = step @ A @ step.T
+        A = (A + A.T) / 2
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_follows_a_turning_matrix_for_few_products(k: int) -> None:
+    solver, spent = WarmLanczos(k, tol=0.01), []
+    for A in turning(60):
+        op = Dense(A)
+        result = solver.step(op)
+        truth = torch.linalg.eigvalsh(A).flip(0)[:k]
+        assert result.converged
+        assert bool(((result.eigenvalues - truth).abs() <= 0.01 * truth).all())
+        V, theta = result.eigenvectors, result.eigenvalues
+        actual = torch.linalg.vector_norm(V @ A - theta[:, None] * V, dim=1)
+        assert bool(((actual - result.residual_norms).abs() <= 1e-10).all())
+        assert result.matvecs == op.products
+        spent.append(result.matvecs)
+    cold = lanczos(Dense(A), k, tol=0.01).matvecs
+    assert sum(spent[1:]) / 59 <= 0.5 * cold
+
+
+def test_a_period_of_two_costs_little_more_than_standing_still() -> None:
+    a, b = turning(2, 0.3)
+
+    def products(*cycle: torch.Tensor) -> int:
+        solver = WarmLanczos(tol=0.01)
+        return sum([solver.step(Dense(cycle[t % len(cycle)])).matvecs for t in range(60)][30:])
+
+    assert products(a, b) <= products(a) + 15
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_crossing_eigenvalues_are_noticed(k: int) -> None:
+    Q = torch.linalg.qr(torch.randn(80, 80, dtype=F64))[0]
+    solver, late = WarmLanczos(k, tol=0.01), 0
+    for t in range(80):
+        values = torch.cat([torch.tensor([2.0, 1.2 + 0.03 * t], dtype=F64), 0.5 * torch.linspace(-1, 1, 78, dtype=F64)])
+        theta = solver.step(Dense(Q * values @ Q.T)).eigenvalues
+        late += bool((theta < 0.98 * values[:2].sort(descending=True).values[:k]).any())
+    assert late <= 10  # the sentinel comes every 8 steps
+
+
+def test_a_catapult_is_seen_in_its_own_step() -> None:
+    solver = WarmLanczos(tol=0.01)
+    for t, A in enumerate(turning(40)):
+        B = A if t < 25 else 0.3 * A
+        theta = float(solver.step(Dense(B)).eigenvalues[0])
+        assert theta == pytest.approx(3.0 if t < 25 else 0.9, rel=0.01)
+
+
+def test_an_extra_vector_leads_out_of_the_wrong_eigenvector() -> None:
+    values = with_top(2.0, 1.5, 1.0, n=80)
+    Q = torch.linalg.qr(torch.randn(80, 80, dtype=F64))[0]
+    solver = WarmLanczos(tol=0.01)
+    solver.step(Dense(Q * values @ Q.T))
+    values[40] = 2.2  # a new top, orthogonal to all the solver knows, too small a change to look like a jump
+    A = Q * values @ Q.T
+    assert float(solver.step(Dense(A)).eigenvalues[0]) == pytest.approx(2.0, rel=0.01)
+    assert float(solver.step(Dense(A), Q[:, 40][None]).eigenvalues[0]) == pytest.approx(2.2, rel=0.01)
+
+
+def test_state_continues_identically() -> None:
+    matrices = list(turning(50))
+    whole = WarmLanczos(2, tol=0.01)
+    results = [whole.step(Dense(A)) for A in matrices]
+    first = WarmLanczos(2, tol=0.01)
+    for A in matrices[:37]:
+        first.step(Dense(A))
+    second = WarmLanczos(2, tol=0.01)
+    second.load_state_dict(first.state_dict())
+    second.generator.set_state(first.generator.get_state())
+    for A, want in zip(matrices[37:], results[37:], strict=True):
+        got = second.step(Dense(A))
+        assert torch.equal(got.eigenvalues, want.eigenvalues)
+        assert torch.equal(got.eigenvectors, want.eigenvectors)
+
+
+def test_budget_and_wrong_arguments() -> None:
+    A = prescribed(torch.linspace(0.9, 1, 60, dtype=F64))
+    result = WarmLanczos(tol=1e-8, max_matvecs=5).step(Dense(A))
+    assert not result.converged
+    assert result.matvecs == 5
+    assert "max_matvecs=5" in result.reason
+    with pytest.raises(ValueError, match="got 0, 0.01 and 80"):
+        WarmLanczos(0)
+    with pytest.raises(ValueError, match="at most n = 3, got 4"):
+        WarmLanczos(4).step(Dense(A[:3, :3]))
