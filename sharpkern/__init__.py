@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .auditing import audit as audit
     from .critical import CriticalLR as CriticalLR
     from .critical import critical_learning_rate as critical_learning_rate
+    from .dataset import DatasetHessian as DatasetHessian
     from .dynamics import Catapult as Catapult
     from .dynamics import EdgeOfStability as EdgeOfStability
     from .dynamics import Outcome as Outcome
@@ -60,6 +61,7 @@ if TYPE_CHECKING:
 _HOME = {
     "auditing": ("AuditReport", "audit"),
     "critical": ("CriticalLR", "critical_learning_rate"),
+    "dataset": ("DatasetHessian",),
     "dynamics": (
         "Catapult",
         "EdgeOfStability",

@@ -147,7 +147,13 @@ class _Operator:
         return LinearOperator(self.shape, matvec=product, matmat=product, rmatvec=product, dtype=dtype)
 
 
-class _Curvature(_Operator):
+class _Parametrised(_Operator):
+    """An operator on the space of named parameters."""
+
+    params: dict[str, Tensor]
+
+
+class _Curvature(_Parametrised):
     """A loss at the model's present parameters, exported once; products by its tangent sweeps."""
 
     _needs_outputs = False
@@ -316,7 +322,7 @@ class PreconditionedOperator(_Operator):
     """``P^-1/2 A P^-1/2``: symmetric, with the eigenvalues of ``P^-1 A``.
 
     Args:
-        operator: A, an operator with ``params`` (``HessianOperator`` or ``GGNOperator``).
+        operator: A, an operator with ``params`` (``HessianOperator``, ``GGNOperator``, ``DatasetHessian``).
         preconditioner: P, from ``sharpkern.preconditioner``; taken as it is now.
 
     Raises:
@@ -326,7 +332,7 @@ class PreconditionedOperator(_Operator):
     Source: Cohen et al., Adaptive gradient methods at the edge of stability (2022).
     """
 
-    def __init__(self, operator: _Curvature, preconditioner: Preconditioner) -> None:
+    def __init__(self, operator: _Parametrised, preconditioner: Preconditioner) -> None:
         self.operator = operator
         self.preconditioner = preconditioner
         self.n, self.dtype, self.device = operator.n, operator.dtype, operator.device

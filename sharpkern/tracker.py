@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import time
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .eigen import EigenResult, lanczos
+from . import kernels
+from .budget import Budget, Status
+from .dataset import DatasetHessian
+from .eigen import EigenResult, WarmLanczos
+from .eigen import certify as certificate_of
 from .measure import gradients_of
-from .operators import HessianOperator, NonFiniteLossError, Operator, PreconditionedOperator
+from .operators import HessianOperator, NonFiniteLossError, PreconditionedOperator
 from .preconditioning import is_adaptive, preconditioner
 from .warmup import stability_threshold
 
-# The first solve starts from a random vector, where a loose tolerance can stop on the second eigenvector and the warm
-# start then keep it there: ask for ten times the accuracy once.
-_FIRST_TOL = 0.1
+_CERTIFY_FAILURE = 0.01
+_FIRST_SPEED = 0.05  # relative change of the sharpness per step, until it has been seen to change
+_FORGET = 0.7
 
 
 @dataclass(frozen=True)
@@ -30,16 +35,22 @@ class Record:
         loss: at the parameters before the update, on the step's batch.
         lr: learning rate of the optimizer's first group, as it was when the step was tracked.
         grad_norm: Euclidean norm of the gradient.
-        sharpness: largest algebraic eigenvalue of the Hessian on the same batch.
-        sharpness_error: residual norm: an eigenvalue lies this close to ``sharpness``.
+        sharpness: largest algebraic eigenvalue of the Hessian.
+        sharpness_error: at a measured step the residual norm: an eigenvalue lies this close to ``sharpness``. Else an
+            estimate: that of the last measured step, and by how much the sharpness has probably moved since.
         preconditioned_sharpness: largest eigenvalue of P^-1 H for an adaptive optimizer, else None.
         preconditioned_sharpness_error: likewise.
         threshold: kappa / lr: training is stable on a quadratic while the (preconditioned) sharpness is below it.
             Infinite when lr is 0; None for an optimizer without a known threshold.
         ratio: (preconditioned) sharpness / threshold; above 1 is beyond the edge of stability.
         matvecs: Hessian-vector products spent at this step.
-        measured: False on steps that ``every`` skips; the values are then those of the last measured step.
+        status: "measured": solved to ``tol``, or ``converged`` is False. "bounded": the Rayleigh quotient of the last
+            measured vector, a lower bound. "carried": the last value.
         converged: every solve of this step reached ``tol``.
+        eigenvalues: the k largest of the Hessian, or of P^-1 H for an adaptive optimizer; of the last measured step.
+        overlaps: for each of their vectors, the length of its projection onto the span of those of the measured step
+            before; None at the first. Small ones mark a crossing, or a cluster, whose single vectors mean nothing.
+        upper: with ``certify``: the (preconditioned) sharpness is below this, but with probability 0.01; else None.
     """
 
     step: int
@@ -53,27 +64,43 @@ class Record:
     threshold: float | None
     ratio: float | None
     matvecs: int
-    measured: bool
+    status: Status
     converged: bool
+    eigenvalues: tuple[float, ...]
+    overlaps: tuple[float, ...] | None
+    upper: float | None
+
+    @property
+    def measured(self) -> bool:
+        """Whether the sharpness was solved for at this step."""
+        return self.status == "measured"
 
 
 class SharpnessTracker:
     """Computes a training step's loss and gradients, and tracks the sharpness on the way.
 
     ``step(batch)`` replaces the forward and backward pass: it sets ``p.grad`` for every trainable parameter (nothing
-    is accumulated), lets batch-norm statistics change as a training forward does, and finds the sharpness on the same
-    batch by Lanczos, warm-started from the last step's Ritz vector. The caller then calls ``optimizer.step()``.
+    is accumulated), lets batch-norm statistics change as a training forward does, and finds the sharpness by
+    ``WarmLanczos`` (docs/tracking.md). The caller then calls ``optimizer.step()``.
 
     Args:
         model: a module.
         loss_fn: ``(output, targets) -> scalar``.
         optimizer: read for learning rate, threshold and, if adaptive, the diagonal preconditioner.
         tol: relative residual at which a solve stops. The eigenvalue's error is of second order in it.
-        every: measure at steps 1, 1 + every, ...; the steps between carry the last value.
+        every: measure at steps 1, 1 + every, ... only; the steps between carry the last value.
         max_matvecs: the most Hessian-vector products per solve.
+        k: how many eigenvalues to track.
+        budget: spend at most this fraction of the steps' own time on tracking, choosing when to measure from how fast
+            the sharpness moves and how near the threshold is. The steps between carry the last value or its Rayleigh
+            quotient. Which steps are measured then depends on the clock; training does not. None: every step allowed
+            by ``every``.
+        probe: a fixed batch whose Hessian is tracked instead of that of the step's own batch, for one more gradient
+            per measured step. The sharpness of a part of the data is not that of the whole: it reads higher.
+        loader: batches whose mean Hessian is tracked, exactly: see ``DatasetHessian`` for the cost.
 
     Raises:
-        ValueError: tol, every or max_matvecs out of range; the optimizer lacks a trainable parameter.
+        ValueError: an argument out of range, probe and loader together; the optimizer lacks a trainable parameter.
 
     Cost per measured step: a gradient and 2 to 10 Hessian-vector products; twice that for adaptive optimizers, whose
     preconditioned sharpness is tracked besides.
@@ -87,18 +114,30 @@ class SharpnessTracker:
         tol: float = 0.01,
         every: int = 1,
         max_matvecs: int = 80,
+        *,
+        k: int = 1,
+        budget: float | None = None,
+        probe: Any = None,
+        loader: Iterable[Any] | None = None,
     ) -> None:
         if not 0 < tol < 1:
             raise ValueError(f"tol must lie between 0 and 1, got {tol}.")
-        if every < 1 or max_matvecs < 1:
-            raise ValueError(f"every and max_matvecs must be at least 1, got {every} and {max_matvecs}.")
+        if every < 1 or k < 1 or max_matvecs < k:
+            raise ValueError(f"need every >= 1, k >= 1 and max_matvecs >= k, got {every}, {k} and {max_matvecs}.")
+        if budget is not None and not budget > 0:
+            raise ValueError(f"budget must be a positive fraction of a step's time, got {budget}.")
+        if probe is not None and loader is not None:
+            raise ValueError("give probe or loader, not both.")
         self.model, self.loss_fn, self.optimizer = model, loss_fn, optimizer
-        self.tol, self.every, self.max_matvecs = tol, every, max_matvecs
+        self.tol, self.every, self.max_matvecs, self.k = tol, every, max_matvecs, k
+        self.probe, self.loader = probe, loader
         self.hessian: HessianOperator | None = None
+        self._tracked: HessianOperator | DatasetHessian | None = None
         self._generator = torch.Generator().manual_seed(0)
-        self._vectors: dict[str, Tensor] = {}
         self._steps = 0
-        self._last: dict[str, float] = {}
+        self._budget = None if budget is None else Budget(budget, tol)
+        self._left_at: float | None = None  # clock at the end of the last step
+        self._curvatures: dict[str, _Curvature] = {}
         try:
             stability_threshold(optimizer)
             self._adaptive, self._has_threshold = is_adaptive(optimizer), True
@@ -106,17 +145,48 @@ class SharpnessTracker:
             warnings.warn(f"SharpnessTracker reports no threshold: {error}", stacklevel=2)
             self._adaptive = self._has_threshold = False
 
-    def step(self, batch: Any) -> Record:
+    def step(self, batch: Any, *, certify: bool = False) -> Record:
         """Compute loss and gradients on a batch, set ``p.grad``, and measure.
 
         Args:
             batch: ``(inputs, targets)``; see ``HessianOperator``.
+            certify: measure at this step, and run an independent solve from a random start too (40 products): see
+                ``sharpkern.certify``. A larger eigenvalue that it finds is tracked from then on.
 
         Raises:
             NonFiniteLossError: the loss is NaN or infinite; parameters and ``p.grad`` are as before the call.
             ValueError: bad batch.
         """
-        step = self._steps + 1
+        step, start = self._steps + 1, time.perf_counter()
+        gradients = self._primal(batch, step)
+        self._steps = step
+        for p, g in gradients.items():
+            p.grad = g
+        own = time.perf_counter() - (start if self._left_at is None else self._left_at)
+        status = self._choose(step, own, certify=certify)
+        matvecs, converged, upper = 0, True, None
+        if status != "carried":
+            start = time.perf_counter()
+            for name, operator in self._operators(gradients).items():
+                curvature = self._curvatures.setdefault(name, _Curvature(self._solver()))
+                if status == "bounded":
+                    curvature.bound(operator, step)
+                    continue
+                extra = None
+                if certify:
+                    certificate = certificate_of(operator, failure=_CERTIFY_FAILURE)
+                    matvecs += certificate.matvecs
+                    upper, extra = certificate.upper, certificate.vector[None]
+                result = curvature.solve(operator, step, extra)
+                matvecs += result.matvecs
+                converged = converged and result.converged
+            if self._budget is not None:
+                self._budget.spent(status, time.perf_counter() - start)
+        record = self._record(step, matvecs, status, converged=converged, upper=upper)
+        self._left_at = time.perf_counter()
+        return record
+
+    def _primal(self, batch: Any, step: int) -> dict[Tensor, Tensor]:
         try:
             if self.hessian is None:
                 self.hessian = HessianOperator(self.model, self.loss_fn, batch, update_buffers=True)
@@ -124,70 +194,140 @@ class SharpnessTracker:
                 self.hessian.refresh(batch, update_buffers=True)
         except NonFiniteLossError as error:
             raise NonFiniteLossError(error.loss, step) from None
-        self._steps = step
-        gradients = gradients_of(self.hessian)
-        for p, g in gradients.items():
-            p.grad = g
-        matvecs, converged = 0, True
-        measured = (step - 1) % self.every == 0
-        if measured:
-            operators: dict[str, Operator] = {"sharpness": self.hessian}
-            if self._adaptive:
-                P = preconditioner(self.optimizer, gradients=gradients)
-                operators["preconditioned_sharpness"] = PreconditionedOperator(self.hessian, P)
-            for name, operator in operators.items():
-                result = self._solve(name, operator)
-                matvecs += result.matvecs
-                converged = converged and result.converged
-        return self._record(step, matvecs, measured, converged)
+        return gradients_of(self.hessian)
 
-    def _solve(self, name: str, operator: Operator) -> EigenResult:
-        start = self._vectors.get(name)
-        tol = self.tol if start is not None else self.tol * _FIRST_TOL
-        result = lanczos(operator, tol=tol, v0=start, max_matvecs=self.max_matvecs, generator=self._generator)
-        self._vectors[name] = result.eigenvectors
-        self._last[name] = float(result.eigenvalues[0])
-        self._last[f"{name}_error"] = float(result.residual_norms[0])
-        return result
+    def _solver(self) -> WarmLanczos:
+        return WarmLanczos(self.k, self.tol, self.max_matvecs, self._generator)
 
-    def _record(self, step: int, matvecs: int, measured: bool, converged: bool) -> Record:
+    def _choose(self, step: int, own_seconds: float, *, certify: bool) -> Status:
+        if certify or not self._curvatures:
+            return "measured"
+        if (step - 1) % self.every:
+            return "carried"
+        if self._budget is None:
+            return "measured"
+        ratio = self._threshold_and_ratio()[1]
+        return self._budget.choose(own_seconds * self.every, self._deciding().drift(step), ratio)
+
+    def _operators(
+        self, gradients: dict[Tensor, Tensor]
+    ) -> dict[str, HessianOperator | DatasetHessian | PreconditionedOperator]:
+        """Return what to solve, at the present parameters."""
         assert self.hessian is not None
-        lr = float(self.optimizer.param_groups[0]["lr"])
-        preconditioned = self._last.get("preconditioned_sharpness")
-        threshold = ratio = None
-        if self._has_threshold:
-            kappa = stability_threshold(self.optimizer)
-            curvature = self._last["sharpness"] if preconditioned is None else preconditioned
-            threshold = kappa / lr if lr > 0 else float("inf")
-            ratio = lr * curvature / kappa
+        if self.probe is None and self.loader is None:
+            self._tracked = self.hessian
+        elif self.loader is not None:
+            self._tracked = self._tracked or DatasetHessian(self.model, self.loss_fn, self.loader)
+        elif isinstance(self._tracked, HessianOperator):
+            self._tracked.refresh()
+        else:
+            self._tracked = HessianOperator(self.model, self.loss_fn, self.probe)
+        operators: dict[str, HessianOperator | DatasetHessian | PreconditionedOperator] = {"sharpness": self._tracked}
+        if self._adaptive:
+            P = preconditioner(self.optimizer, gradients=gradients)
+            operators["preconditioned_sharpness"] = PreconditionedOperator(self._tracked, P)
+        return operators
+
+    def _deciding(self) -> _Curvature:
+        """Return the curvature that the threshold is about."""
+        return self._curvatures["preconditioned_sharpness" if self._adaptive else "sharpness"]
+
+    def _threshold_and_ratio(self) -> tuple[float | None, float | None]:
+        if not self._has_threshold:
+            return None, None
+        lr, kappa = float(self.optimizer.param_groups[0]["lr"]), stability_threshold(self.optimizer)
+        return kappa / lr if lr > 0 else float("inf"), lr * self._deciding().value / kappa
+
+    def _record(self, step: int, matvecs: int, status: Status, *, converged: bool, upper: float | None) -> Record:
+        assert self.hessian is not None
+        threshold, ratio = self._threshold_and_ratio()
+        sharpness, preconditioned = (self._curvatures.get(n) for n in ("sharpness", "preconditioned_sharpness"))
+        assert sharpness is not None
         return Record(
             step=step,
             loss=float(self.hessian.loss),
-            lr=lr,
+            lr=float(self.optimizer.param_groups[0]["lr"]),
             grad_norm=float(torch.linalg.vector_norm(self.hessian.gradient)),
-            sharpness=self._last["sharpness"],
-            sharpness_error=self._last["sharpness_error"],
-            preconditioned_sharpness=preconditioned,
-            preconditioned_sharpness_error=self._last.get("preconditioned_sharpness_error"),
+            sharpness=sharpness.value,
+            sharpness_error=sharpness.doubt(step),
+            preconditioned_sharpness=None if preconditioned is None else preconditioned.value,
+            preconditioned_sharpness_error=None if preconditioned is None else preconditioned.doubt(step),
             threshold=threshold,
             ratio=ratio,
             matvecs=matvecs,
-            measured=measured,
+            status=status,
             converged=converged,
+            eigenvalues=self._deciding().eigenvalues,
+            overlaps=self._deciding().overlaps,
+            upper=upper,
         )
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs to continue identically: tensors and plain Python only."""
         return {
             "steps": self._steps,
-            "last": dict(self._last),
-            "vectors": {name: v.clone() for name, v in self._vectors.items()},
+            "curvatures": {name: c.state_dict() for name, c in self._curvatures.items()},
+            "budget": None if self._budget is None else self._budget.state_dict(),
             "generator": self._generator.get_state(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore ``state_dict()``'s result."""
         self._steps = state["steps"]
-        self._last = dict(state["last"])
-        self._vectors = dict(state["vectors"])
         self._generator.set_state(state["generator"])
+        self._curvatures = {name: _Curvature(self._solver()) for name in state["curvatures"]}
+        for name, curvature in self._curvatures.items():
+            curvature.load_state_dict(state["curvatures"][name])
+        if self._budget is not None and state["budget"] is not None:
+            self._budget.load_state_dict(state["budget"])
+
+
+@dataclass
+class _Curvature:
+    """One tracked operator: its solver, and what was last seen."""
+
+    solver: WarmLanczos
+    value: float = 0.0
+    seen: int = 0  # step of the value
+    speed: float = _FIRST_SPEED
+    residual: float = 0.0
+    eigenvalues: tuple[float, ...] = ()
+    overlaps: tuple[float, ...] | None = None
+    vectors: Tensor | None = field(default=None, repr=False)  # [k, n]
+
+    def solve(self, operator: Any, step: int, extra: Tensor | None) -> EigenResult:
+        result = self.solver.step(operator, extra)
+        if self.vectors is not None:
+            cosines = kernels.gram(result.eigenvectors, self.vectors)
+            self.overlaps = tuple(torch.linalg.vector_norm(cosines, dim=1).clamp(max=1.0).tolist())
+        self.eigenvalues = tuple(result.eigenvalues.tolist())
+        self.vectors, self.residual = result.eigenvectors, float(result.residual_norms[0])
+        self._see(self.eigenvalues[0], step)
+        return result
+
+    def bound(self, operator: Any, step: int) -> None:
+        """Take the Rayleigh quotient of the last vector; it misses what the vector has turned since."""
+        assert self.vectors is not None
+        self._see(float(operator.quadratic_form(self.vectors[0])), step)
+
+    def _see(self, value: float, step: int) -> None:
+        if self.value:
+            speed = abs(value / self.value - 1) / max(1, step - self.seen)
+            self.speed = _FORGET * self.speed + (1 - _FORGET) * speed
+        self.value, self.seen = value, step
+
+    def drift(self, step: int) -> float:
+        """Estimate the relative change since the value was seen."""
+        return self.speed * (step - self.seen)
+
+    def doubt(self, step: int) -> float:
+        """Return the residual norm, and what may have changed since the solve."""
+        return self.residual + abs(self.value - self.eigenvalues[0]) + self.drift(step) * abs(self.value)
+
+    def state_dict(self) -> dict[str, Any]:
+        state = {name: value for name, value in vars(self).items() if name != "solver"}
+        return state | {"solver": self.solver.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.solver.load_state_dict(state["solver"])
+        vars(self).update({name: value for name, value in state.items() if name != "solver"})

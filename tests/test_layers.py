@@ -12,9 +12,9 @@ PACKAGE = Path(__file__).parent.parent / "sharpkern"
 LAYERS = [
     {"flat", "kernels"},
     {"rop", "preconditioning"},
-    {"autograd", "operators"},
+    {"autograd", "operators", "dataset"},
     {"eigen"},
-    {"measure", "optim", "critical", "warmup", "persistent", "suggest", "dynamics", "tracker", "auditing"},
+    {"measure", "optim", "critical", "warmup", "persistent", "suggest", "dynamics", "budget", "tracker", "auditing"},
     {"train"},
     {"sweep"},
     {"cli", "doctor"},

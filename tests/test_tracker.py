@@ -92,6 +92,154 @@ def test_every_skips_steps_and_carries_the_value() -> None:
     assert records[1].loss != records[0].loss
 
 
+@pytest.mark.parametrize("name", ["sgd", "adam"])
+def test_several_eigenvalues_and_the_overlaps_of_their_vectors(name: str) -> None:
+    problem = double(mlp())
+    optimizer = optimizer_of(name, problem.model)
+    tracker = sk.SharpnessTracker(problem.model, problem.loss_fn, optimizer, tol=1e-5, k=4)
+    before = None
+    for _ in range(5):
+        dense = dense_hessian(problem)
+        rec = tracker.step(problem.batch)
+        optimizer.step()
+        if name == "adam":
+            s = sk.preconditioner(optimizer).inv_sqrt(list(problem.model.parameters()))
+            dense = s[:, None] * dense * s
+        values, vectors = (t.flip(-1) for t in torch.linalg.eigh(dense))
+        assert error(torch.tensor(rec.eigenvalues, dtype=torch.float64), values[:4]) <= 1e-5
+        assert rec.eigenvalues[0] == (rec.sharpness if name == "sgd" else rec.preconditioned_sharpness)
+        if before is None:
+            assert rec.overlaps is None
+        elif float((values[:4] / values[1:5]).min()) > 1.05:  # the vectors are well defined
+            want = torch.linalg.vector_norm(vectors[:, :4].T @ before, dim=1)
+            assert torch.tensor(rec.overlaps, dtype=torch.float64).sub(want).abs().max() <= 0.02
+        before = vectors[:, :4]
+
+
+def test_probe_and_loader_are_measured_instead_of_the_steps_batch() -> None:
+    problem = double(mlp())
+    x, y = problem.batch
+    parts = [(x[:5], y[:5]), (x[5:], y[5:])]
+    probe = (x[:7], y[:7])
+    optimizer = torch.optim.Adam(problem.model.parameters(), lr=0.01)
+    on_probe = sk.SharpnessTracker(problem.model, problem.loss_fn, optimizer, tol=1e-5, probe=probe)
+    on_all = sk.SharpnessTracker(problem.model, problem.loss_fn, optimizer, tol=1e-5, loader=parts)
+    for part in parts * 2:
+        dense = [dense_hessian(Problem(problem.model, problem.loss_fn, b)) for b in (probe, problem.batch)]
+        loss, gradient = loss_and_gradient(Problem(problem.model, problem.loss_fn, part))
+        records = [tracker.step(part) for tracker in (on_probe, on_all)]
+        optimizer.step()
+        s = sk.preconditioner(optimizer).inv_sqrt(list(problem.model.parameters()))
+        for rec, H in zip(records, dense, strict=True):
+            assert rec.loss == pytest.approx(float(loss), rel=1e-10)
+            assert rec.grad_norm == pytest.approx(float(gradient.detach().norm()), rel=1e-10)
+            assert rec.sharpness == pytest.approx(float(torch.linalg.eigvalsh(H)[-1]), rel=1e-5)
+            top = float(torch.linalg.eigvalsh(s[:, None] * H * s)[-1])
+            assert rec.preconditioned_sharpness == pytest.approx(top, rel=1e-5)
+
+
+def test_certified_step_bounds_the_sharpness_and_spends_forty_products_more() -> None:
+    problem = double(mlp())
+    optimizer = torch.optim.SGD(problem.model.parameters(), lr=0.05)
+    tracker = sk.SharpnessTracker(problem.model, problem.loss_fn, optimizer, every=4)
+    for step in range(1, 7):
+        top = float(torch.linalg.eigvalsh(dense_hessian(problem))[-1])
+        rec = tracker.step(problem.batch, certify=step == 3)
+        optimizer.step()
+        assert (rec.upper is not None) == (step == 3)
+        if step == 3:
+            assert rec.measured and rec.matvecs > 40
+            assert rec.sharpness <= top * (1 + 1e-9) and top <= rec.upper
+
+
+def test_certifying_leads_out_of_a_wrong_eigenvector() -> None:
+    x = torch.diag(torch.tensor([3.0, 2.8, 1.0, 0.5, 0.1])).double()
+    model = nn.Linear(5, 1, bias=False).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    tracker = sk.SharpnessTracker(model, nn.MSELoss(), optimizer, tol=0.1)
+    y = torch.randn(5, 1).double()
+    tracker.step((x, y))
+    curvature = tracker._curvatures["sharpness"]
+    state = curvature.solver.state_dict()
+    second = torch.eye(5, dtype=torch.float64)[1:2]
+    curvature.solver.load_state_dict(state | {"_block": second, "_next": second[0], "_theta": 2 / 5 * 2.8**2})
+    assert tracker.step((x, y)).sharpness == pytest.approx(2 / 5 * 2.8**2)  # locked, with a residual of zero
+    assert tracker.step((x, y), certify=True).sharpness == pytest.approx(2 / 5 * 9)
+    assert tracker.step((x, y)).sharpness == pytest.approx(2 / 5 * 9)
+
+
+def test_skipped_steps_doubt_the_carried_value() -> None:
+    problem = double(mlp())
+    optimizer = torch.optim.SGD(problem.model.parameters(), lr=0.3)
+    tracker = sk.SharpnessTracker(problem.model, problem.loss_fn, optimizer, every=5)
+    records = []
+    for _ in range(20):
+        records.append(tracker.step(problem.batch))
+        optimizer.step()
+    for before, after in zip(records[5:], records[6:], strict=False):
+        if after.status == "carried":
+            assert after.sharpness == before.sharpness and after.sharpness_error > before.sharpness_error
+
+
+class Clock:
+    """Time that passes only where the test says so."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        monkeypatch.setattr("sharpkern.tracker.time.perf_counter", lambda: self.now)
+        for owner, name, seconds in (
+            (sk.HessianOperator, "refresh", 1.0),
+            (sk.HessianOperator, "_product", 1.7),
+            (sk.HessianOperator, "_form", 0.8),
+        ):
+            monkeypatch.setattr(owner, name, self._slow(getattr(owner, name), seconds))
+
+    def _slow(self, method, seconds):
+        def run(*args, **kwargs):
+            self.now += seconds
+            return method(*args, **kwargs)
+
+        return run
+
+
+@pytest.mark.parametrize("fraction", [0.25, 1.0])
+def test_budget_is_kept_and_spent_where_the_sharpness_moves(fraction: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    problem = double(mlp())
+    optimizer = torch.optim.SGD(problem.model.parameters(), lr=0.02)
+    tracker = sk.SharpnessTracker(problem.model, problem.loss_fn, optimizer, budget=fraction)
+    tracker.step(problem.batch)
+    start, records = clock.now, []
+    for _ in range(240):
+        records.append(tracker.step(problem.batch))
+        optimizer.step()
+        clock.now += 0.2
+    own = 240 * 1.2
+    assert clock.now - start <= own * (1 + 1.15 * fraction)
+    seen = [r.status for r in records]
+    assert {"measured", "bounded", "carried"} <= set(seen)
+    assert all((r.matvecs > 0) == r.measured for r in records)
+    assert clock.now - start >= own * (1 + 0.7 * fraction)  # nor is it left lying
+
+
+def test_bounded_steps_report_the_rayleigh_quotient_of_the_last_vector(monkeypatch: pytest.MonkeyPatch) -> None:
+    Clock(monkeypatch)
+    problem = double(mlp())
+    optimizer = torch.optim.SGD(problem.model.parameters(), lr=0.1)
+    tracker = sk.SharpnessTracker(problem.model, problem.loss_fn, optimizer, budget=0.6)
+    vector, bounded = None, 0
+    for _ in range(60):
+        dense = dense_hessian(problem)
+        rec = tracker.step(problem.batch)
+        optimizer.step()
+        if rec.status == "bounded":
+            bounded += 1
+            assert rec.sharpness == pytest.approx(float(vector @ dense @ vector), rel=1e-9)
+            assert rec.sharpness <= float(torch.linalg.eigvalsh(dense)[-1]) * (1 + 1e-9)
+        vector = tracker._curvatures["sharpness"].vectors[0]
+    assert bounded >= 5
+
+
 def test_resumed_tracker_continues_identically(tmp_path) -> None:
     problem = mlp()
     optimizer = torch.optim.Adam(problem.model.parameters(), lr=0.01)
@@ -159,8 +307,10 @@ def test_optimizer_without_a_known_threshold_is_tracked_without_one() -> None:
     ("options", "message"),
     [
         ({"tol": 0.0}, "tol must lie between 0 and 1, got 0.0"),
-        ({"every": 0}, "got 0 and 80"),
-        ({"max_matvecs": 0}, "got 1 and 0"),
+        ({"every": 0}, "got 0, 1 and 80"),
+        ({"k": 3, "max_matvecs": 2}, "got 1, 3 and 2"),
+        ({"budget": 0.0}, "positive fraction of a step's time, got 0.0"),
+        ({"probe": (torch.ones(1),), "loader": []}, "not both"),
     ],
 )
 def test_bad_options_are_refused(options: dict, message: str) -> None:

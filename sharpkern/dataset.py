@@ -1,0 +1,76 @@
+"""The Hessian of a whole data set's loss, accumulated over batches that fit into memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from .operators import HessianOperator, _Parametrised
+
+
+class DatasetHessian(_Parametrised):
+    """The exact Hessian over all batches of a loader: each product runs through them, primal sweeps included.
+
+    Args:
+        model: a module; in training mode, batch norm and dropout make the Hessian one of these batches.
+        loss_fn: ``(output, targets) -> scalar``, averaged or summed over the examples of a batch.
+        batches: can be iterated again and again and gives the same examples (a list, a ``DataLoader``); a batch as for
+            ``HessianOperator``, its first tensor one row per example.
+        reduction: "mean" if the loss is the examples' mean (batches are then weighted by their length), or "sum".
+
+    Raises:
+        ValueError: no batch, an empty one, or an unknown reduction.
+        NonFiniteLossError: the loss of a batch is NaN or infinite.
+
+    Cost: for a block of k vectors, as many gradients and k-vector products as there are batches. Memory: one batch.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: Callable[..., Tensor],
+        batches: Iterable[Any],
+        *,
+        reduction: Literal["mean", "sum"] = "mean",
+    ) -> None:
+        if reduction not in ("mean", "sum"):
+            raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}.")
+        self.batches, self.reduction = batches, reduction
+        first = next(iter(batches), None)
+        if first is None:
+            raise ValueError("the loader gives no batch.")
+        self._hessian = HessianOperator(model, loss_fn, first)
+        self.params = self._hessian.params
+        self.n, self.dtype, self.device = self._hessian.n, self._hessian.dtype, self._hessian.device
+
+    def _weighted(self) -> Iterator[float]:
+        """Bring the operator to one batch after the other, and yield its weight in the sum."""
+        for batch in self.batches:
+            self._hessian.refresh(batch)
+            yield float(_examples(batch)) if self.reduction == "mean" else 1.0
+
+    def _apply(self, block: Tensor) -> Tensor:
+        return self._total(lambda: self._hessian._apply(block))
+
+    def _form(self, block: Tensor) -> Tensor:
+        return self._total(lambda: self._hessian._form(block))
+
+    def _total(self, term: Callable[[], Tensor]) -> Tensor:
+        total, weights = None, 0.0
+        for weight in self._weighted():
+            part = term() * weight
+            total = part if total is None else total.add_(part)
+            weights += weight
+        if total is None:
+            raise ValueError(
+                "the loader gives no batch any more: pass one that can be iterated again, not a generator."
+            )
+        return total.div_(weights) if self.reduction == "mean" else total
+
+
+def _examples(batch: Any) -> int:
+    return next(len(leaf) for leaf in pytree.tree_leaves(batch) if isinstance(leaf, torch.Tensor))
