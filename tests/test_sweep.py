@@ -259,9 +259,9 @@ def free(cells: Path) -> bool:
 
 
 def test_interrupted_and_killed_sweep_ends_with_the_same_table(tmp_path: Path) -> None:
-    text = BASE.format(steps=25) + (
+    text = BASE.format(steps=10) + (
         "[sweep]\nlr_unit = '1/sharpness'\n"
-        "[sweep.grid]\noptimizer.lr = [1, 1e9]\noptimizer.warmup_steps = [1, 8]\nseed = [0, 1]\n"
+        f"[sweep.grid]\noptimizer.lr = [1, 40, 1e9]\noptimizer.warmup_steps = [1, 8]\nseed = {list(range(10))}\n"
     )
     path, whole, killed = write(tmp_path, text), tmp_path / "whole", tmp_path / "killed"
     run(path, whole)
@@ -271,7 +271,7 @@ def test_interrupted_and_killed_sweep_ends_with_the_same_table(tmp_path: Path) -
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         while process.poll() is None and sum(p.stat().st_size for p in killed.glob("cells/*/metrics.jsonl")) == seen:
             time.sleep(0.01)
-        time.sleep(random.uniform(0.0, 0.5))
+        time.sleep(random.uniform(0.0, 1.5))
         assert process.poll() is None, "the sweep ended before it could be stopped: make it longer"
         process.send_signal(number)
         err = process.communicate(timeout=60)[1]
@@ -283,12 +283,12 @@ def test_interrupted_and_killed_sweep_ends_with_the_same_table(tmp_path: Path) -
         while not free(killed / "cells"):  # the processes of a killed sweep end, too
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        assert len(list(killed.glob("cells/*/result.json"))) < 8
+        assert len(list(killed.glob("cells/*/result.json"))) < 60
         assert not (killed / "table.csv").exists()
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert table_without_time(killed) == table_without_time(whole)
-    assert len(table_without_time(whole)) == 8
+    assert len(table_without_time(whole)) == 60
 
 
 def die(cell: Cell) -> Outcome:
