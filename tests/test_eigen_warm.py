@@ -43,7 +43,7 @@ def test_follows_a_turning_matrix_for_few_products(k: int) -> None:
 
 
 def test_a_period_of_two_costs_little_more_than_standing_still() -> None:
-    a, b = turning(2, 0.3)
+    a, b = turning(2, 0.3, 90, 3.0, 2.0, 1.5)
 
     def products(*cycle: torch.Tensor) -> int:
         solver = WarmLanczos(tol=0.01)

@@ -11,6 +11,8 @@ from torch import Tensor
 from .. import kernels
 from .common import EigenResult, SymmetricOperator, check_finite, multiply, random_rows, rounding_level
 
+_COLUMNS = 1 << 22  # turned at a time in a restart
+
 
 class Basis:
     """Orthonormal rows Q, their products W = A Q, and T = Q W'; grown a few rows at a time."""
@@ -24,7 +26,8 @@ class Basis:
     def _reserve(self, rows: int) -> None:
         if rows <= len(self.Q):
             return
-        capacity = min(self.limit, max(4, 2 * rows))
+        # Untouched memory costs nothing on the CPU; on a GPU it does.
+        capacity = self.limit if self.op.device.type == "cpu" else min(self.limit, max(4, 2 * rows))
         for name in ("Q", "W"):
             old = getattr(self, name)
             new = old.new_empty(capacity, self.op.n)
@@ -51,7 +54,8 @@ class Basis:
 
     def residuals(self, theta: Tensor, Y: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``A v - theta v`` ``[k, n]`` of Ritz pairs, from the kept products, and their norms."""
-        R = self.combination(Y, self.W).sub_(self.combination(Y * theta, self.Q))
+        R = self.combination(Y, self.W)
+        R.sub_(self.combination(Y * theta, self.Q))
         return R, kernels.gram(R, R).diagonal().sqrt().cpu()
 
     def result(self, theta: Tensor, Y: Tensor, wanted: list[int], *, done: bool, reason: str) -> EigenResult:
@@ -77,10 +81,13 @@ class Basis:
 
     def restart(self, Y: Tensor) -> None:
         """Keep only the span of some Ritz vectors; their products are known."""
-        Q, W = self.combination(Y), self.combination(Y, self.W)
         kept = Y.t() @ self.T[: self.size, : self.size] @ Y
+        C = Y.t().contiguous().to(self.Q.device)
+        for block in (self.Q, self.W):  # in place, a range of columns at a time
+            for start in range(0, self.op.n, _COLUMNS):
+                columns = block[: self.size, start : start + _COLUMNS]
+                columns[: len(C)] = kernels.combine(C, columns.contiguous())
         self.size = Y.shape[1]
-        self.Q[: self.size], self.W[: self.size] = Q, W
         self.T[: self.size, : self.size] = kept
 
     def orthonormal(self, rows: Tensor) -> Tensor:
@@ -96,17 +103,17 @@ class Basis:
     def _unit(self, row: Tensor, others: list[Tensor]) -> Tensor | None:
         """Project out Q and others until little is left (twice is enough); None if nothing remains."""
         row = row / torch.linalg.vector_norm(row)
+        length = 1.0
         for _ in range(3):
             for block in [self.Q[: self.size], *others]:
                 if len(block):
-                    row = row - kernels.combine(kernels.gram(row, block), block)
-            length = float(torch.linalg.vector_norm(row))
+                    row.sub_(kernels.combine(kernels.gram(row, block), block))
+            before, length = length, float(torch.linalg.vector_norm(row))
             if not length > 100 * torch.finfo(row.dtype).eps:
                 return None
-            row /= length
-            if length > 0.7:
+            if length > 0.7 * before:
                 break
-        return row
+        return row.div_(length)
 
 
 def _holes(wanted: list[int]) -> set[int]:

@@ -20,6 +20,7 @@ from .common import EigenResult, SymmetricOperator, random_rows, reason_of, roun
 _FIRST_TOL = 0.1  # a random start stops more easily on a wrong eigenvector: ask for more, once
 _FIRST_AUDIT, _AUDIT_EVERY, _AUDIT_DEPTH = 16, 32, 8
 _SENTINEL_EVERY = 8
+_CLOSE, _CLOSE_EVERY = 0.1, 2  # relative gap below which a crossing is near, and the sentinel comes more often
 _JUMP = 0.1  # relative change of the Rayleigh quotient from one step to the next
 _FORGET, _RIDGE = 0.7, 0.01  # of the prediction's least squares
 _BASIS = 40
@@ -33,8 +34,9 @@ class WarmLanczos:
     multiple of its last change; the multiple would have been right, by least squares, at the steps before. Along
     a period of two, as at the edge of stability, it is close to -1.
 
-    Guards: the next Ritz vector is multiplied and improved once (2 products) every 8 steps, and after a jump of
-    the Rayleigh quotient unless the solve was long; a random vector, improved 8 times, every 32 steps.
+    Guards: the next Ritz vector is multiplied and improved once (2 products) every 8 steps, every 2 while its value is
+    within 10%, and after a jump of the Rayleigh quotient unless the solve was long; a random vector, improved 8 times,
+    every 32 steps.
 
     Args:
         k: how many eigenvalues.
@@ -64,6 +66,7 @@ class WarmLanczos:
         self._change: Tensor | None = None  # [k, n], the block less the one before, turned to fit it
         self._next: Tensor | None = None  # [n], Ritz vector k + 1
         self._theta = 0.0
+        self._gap = 1.0  # relative, from Ritz value k to k + 1
         self._normal = self._right = 0.0  # of the prediction's least squares
         self._since_sentinel = self._since_audit = 0
 
@@ -127,7 +130,7 @@ class WarmLanczos:
         if first or self._since_audit >= _AUDIT_EVERY:
             todo += ["improve"] * (_FIRST_AUDIT if first else _AUDIT_DEPTH) + ["random"]
             self._since_audit = 0
-        if not first and self._since_sentinel >= _SENTINEL_EVERY:
+        if not first and self._since_sentinel >= (_SENTINEL_EVERY if self._gap > _CLOSE else _CLOSE_EVERY):
             todo += ["improve", "next"]
             self._since_sentinel = 0
         return todo
@@ -171,6 +174,7 @@ class WarmLanczos:
         if basis.size > k and (sentinel or basis.size >= k + 3 or self._next is None):
             row = basis.combination(Y[:, k : k + 1], basis.W if float(theta[k]) > 0 else basis.Q)[0]
             self._next = row / torch.linalg.vector_norm(row)
+            self._gap = 1 - float(theta[k] / theta[k - 1]) if float(theta[k - 1]) > 0 else 0.0
 
     def state_dict(self) -> dict[str, Any]:
         """Return what continues identically, the generator apart: tensors and plain Python only."""
