@@ -89,9 +89,11 @@ def colours(count: int) -> list[Any]:
     return [colormaps["plasma"](0.85 * i / max(1, count - 1)) for i in range(count)]
 
 
-def figure(rows: int, columns: int, title: str, *, height: float = 2.6) -> tuple[Figure, np.ndarray[Any, Any]]:
+def figure(
+    rows: int, columns: int, title: str, *, width: float = 5.2, height: float = 2.6
+) -> tuple[Figure, np.ndarray[Any, Any]]:
     """Return a figure, and its axes as ``[rows, columns]``."""
-    made = Figure(figsize=(5.2 * columns, height * rows + 0.5), layout="constrained")
+    made = Figure(figsize=(width * columns, height * rows + 0.5), layout="constrained")
     made.suptitle(title, fontsize=12)
     return made, made.subplots(rows, columns, squeeze=False)
 

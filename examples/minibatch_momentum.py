@@ -29,7 +29,7 @@ def mean_of_neighbours(values: list[float]) -> np.ndarray:
 def main(seed: int) -> None:
     """Train with and without momentum, on the full batch and on minibatches."""
     batch = images(1000)
-    made, axes = figure(2, 4, f"Standard parameterisation, warmup of {WARMUP} steps, FCN-4-128, seed {seed}", height=3)
+    made, axes = figure(2, 4, f"SP, warmup of {WARMUP} steps, FCN-4-128, seed {seed}", width=3.4, height=3)
     settings = itertools.product((None, SIZE), (0.0, 0.9))
     for (size, momentum), (top, bottom) in zip(settings, axes.T, strict=True):
         model = network("sp", seed)

@@ -73,8 +73,8 @@ def critical_learning_rate(
 
     For gradient descent on a quadratic of largest curvature lambda, eta_c is at least 2 / lambda, the more so the more
     the gradient turns from the sharpest direction. At the start of a wide network with mean squares it is 1 to 3
-    times 2 / lambda; in narrow ones (width 64) the curvature falls within the step, and it can be 6 times that. With
-    cross-entropy it is often 5 times and more.
+    times 2 / lambda; in narrow ones (width 64) the curvature falls within the step, and it can be 4 to 12 times that.
+    With cross-entropy it is often 5 times and more.
 
     Nothing is left changed, also after an exception: parameters are never written (each loss is that of a copy),
     ``p.grad``, optimizer, buffers and random states stay as they are. Every pass sees the same random numbers
