@@ -54,7 +54,7 @@ def main(count: int) -> None:
         panel.set_xscale("log", base=2)
         panel.set_xticks(WIDTHS, [str(w) for w in WIDTHS])
         panel.set(title={"sp": "SP", "mup": "muP"}[parameterisation], xlabel="width", ylabel="critical lr × λ₀ / 2")
-        panel.set_ylim(0, 8)
+        panel.set_ylim(bottom=0)
         panel.legend(fontsize=9)
     save(made, "critical_rate")
 

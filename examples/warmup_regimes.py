@@ -17,17 +17,19 @@ from common import colours, figure, images, loss_fn, network, save, tracked
 
 import sharpkern as sk
 
-WARMUPS = (1, 16, 64, 256, 512)
-STEPS = 512
-SETTINGS = (("mup", 1.0, "muP, target 1/λ₀ (C1)"), ("sp", 32.0, "SP, target 32/λ₀ (C2)"))
+STEPS = 384
+SETTINGS = (
+    ("mup", 1.0, (1, 64, 256, 512), "muP, target 1/λ₀ (C1)"),
+    ("sp", 32.0, (1, 16, 64, 256), "SP, target 32/λ₀ (C2)"),
+)
 
 
 def main(seeds: list[int]) -> None:
     """Train both networks through all warmups, and draw loss and sharpness of the first seed."""
     batch = images()
     made, axes = figure(2, 2, f"Full-batch gradient descent, 500 Fashion-MNIST images, FCN-4-128, seed {seeds[0]}")
-    for (parameterisation, target, title), (top, bottom) in zip(SETTINGS, axes.T, strict=True):
-        for seed, (warmup, colour) in itertools.product(seeds, zip(WARMUPS, colours(len(WARMUPS)), strict=True)):
+    for (parameterisation, target, warmups, title), (top, bottom) in zip(SETTINGS, axes.T, strict=True):
+        for seed, (warmup, colour) in itertools.product(seeds, zip(warmups, colours(len(warmups)), strict=True)):
             model = network(parameterisation, seed)
             initial = sk.sharpness(model, loss_fn, batch).value
             optimizer = torch.optim.SGD(model.parameters(), lr=0.0)

@@ -70,6 +70,11 @@ def batch_at(step: int, config: TrainConfig, inputs: Tensor, targets: Tensor) ->
 class Run:
     """A run in its folder: config.toml, metrics.jsonl, checkpoint.pt.
 
+    A row of metrics.jsonl holds the fields of the step's ``Record``; what tells a failing Adam, ``m_norm``, ``v_norm``
+    and ``theta_norm`` after the update and the share of ``dead_units`` (see ``optimizer_norms``, ``dead_units``); at
+    step 1 of an adaptive optimizer ``initial_adam`` and ``initial_gi_adam`` (see ``initial_preconditioned_sharpness``);
+    where it was evaluated accuracies and test loss; and ``seconds``.
+
     Args:
         config: what to train.
         resume: continue from the folder's checkpoint.
