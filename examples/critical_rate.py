@@ -27,7 +27,7 @@ def main(count: int) -> None:
     made, axes = figure(1, 2, "Critical learning rate at initialisation, FCN-4, mean squares, 1,000 images", height=3.4)
     for panel, parameterisation in zip(axes[0], ("sp", "mup"), strict=True):
         for width in WIDTHS:
-            found, quadratic = [], []
+            found, quadratic, rises = [], [], []
             for seed in seeds:
                 model = network(parameterisation, seed, width)
                 sharpness = sk.sharpness(model, loss_fn, batch).value
@@ -35,6 +35,7 @@ def main(count: int) -> None:
                 critical = sk.critical_learning_rate(model, loss_fn, batch, optimizer)
                 hessian = sk.HessianOperator(model, loss_fn, batch)
                 g = hessian.gradient
+                rises.append(critical.rise)
                 found.append(critical.value * sharpness / 2)
                 quadratic.append(float(sharpness * (g @ g) / (g @ (hessian @ g))))
             panel.plot(
@@ -47,7 +48,8 @@ def main(count: int) -> None:
             inside = sum(1 <= x <= 3 for x in found)
             print(
                 f"{parameterisation}, width {width}: {min(found):.2f} to {max(found):.2f}, {inside} of {count} within "
-                f"[1, 3]; quadratic model {min(quadratic):.2f} to {max(quadratic):.2f}",
+                f"[1, 3]; quadratic model {min(quadratic):.2f} to {max(quadratic):.2f}; there the loss has risen by at "
+                f"most {max(rises):.1%}",
                 flush=True,
             )
         panel.axhspan(1, 3, color="#2e8b57", alpha=0.12)
