@@ -45,8 +45,8 @@ def main(seeds: list[int]) -> None:
             if len(records) < STEPS:
                 top.plot(step[-1], 5 * records[0].loss, "x", color=colour, markersize=9, markeredgewidth=2)
             start = records[0].loss
-            top.set(title=title, yscale="log", ylabel="loss (× diverges)", ylim=(start / 1000, 12 * start))
-        top.legend(fontsize=8, loc="lower left")
+            top.set(title=title, yscale="log", ylabel="loss (× diverges)", ylim=(start / 500, 15 * start))
+        top.legend(fontsize=8, loc="upper right", ncols=2)
         bottom.plot([], [], "--", color="black", linewidth=1, label="threshold 2/η")
         bottom.plot([], [], color="black", label="sharpness")
         bottom.set(xlabel="step", yscale="log", ylabel="in units of λ₀", ylim=(0.02, 30))
