@@ -9,25 +9,31 @@ from collections.abc import Callable, Mapping
 import torch
 
 
-def interleave(contenders: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+def interleave(
+    contenders: Mapping[str, Callable[[], object]], rounds: int, seconds_at_most: float = float("inf")
+) -> dict[str, list[float]]:
     """Run each contender once per round.
 
     Args:
-        contenders: name -> call.
+        contenders: name -> call. A call that returns a float reports the seconds of a process of its own.
         rounds: how many; two more run first, untimed.
+        seconds_at_most: begin no further round after so long, but finish at least three.
 
     Returns:
         name -> seconds, one entry a round.
     """
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    begun = time.perf_counter()
     for index in range(rounds + 2):
         for name, call in contenders.items():
             start = time.perf_counter()
-            call()
+            own = call()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             if index >= 2:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(own if isinstance(own, float) else time.perf_counter() - start)
+        if index >= 4 and time.perf_counter() - begun > seconds_at_most:
+            break
     return seconds
 
 

@@ -1,4 +1,4 @@
-"""The models that benchmarks run: an MLP, a CNN with layer norm, a small GPT, and one bound by call overhead."""
+"""The models that benchmarks run, on real data: an MLP, a CNN with layer norm, a small GPT, and one bound by call overhead."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sharpkern.train.data import load
+
 
 class Workload(NamedTuple):
     """Model, loss and batch, as ``HessianOperator`` takes them."""
@@ -18,18 +20,26 @@ class Workload(NamedTuple):
     batch: Any
 
 
-def mlp() -> Workload:
+def images(count: int) -> tuple[Tensor, Tensor]:
+    """``[count, 1, 28, 28]`` standardised photographs of clothes, and their classes."""
+    data = load("fashion-mnist-5k", limit=count)
+    return data.train_inputs, data.train_targets
+
+
+def mlp(width: int = 512, hidden: int = 4, batch: int = 256) -> Workload:
     """784-512x4-10 ReLU network, batch 256, cross-entropy."""
-    widths = [784, 512, 512, 512, 512]
+    widths = [784] + [width] * hidden
     layers = [m for a, b in zip(widths, widths[1:], strict=False) for m in (nn.Linear(a, b), nn.ReLU())]
-    model = nn.Sequential(*layers, nn.Linear(512, 10))
-    return Workload(model, F.cross_entropy, (torch.randn(256, 784), torch.randint(0, 10, (256,))))
+    model = nn.Sequential(*layers, nn.Linear(width, 10))
+    x, y = images(batch)
+    return Workload(model, F.cross_entropy, (x.flatten(1), y))
 
 
 def overhead() -> Workload:
     """64-128-128-10 GELU network, batch 64: bound by call overhead, not by arithmetic."""
     model = nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 128), nn.GELU(), nn.Linear(128, 10))
-    return Workload(model, F.cross_entropy, (torch.randn(64, 64), torch.randint(0, 10, (64,))))
+    x, y = images(64)
+    return Workload(model, F.cross_entropy, (F.adaptive_avg_pool2d(x, 8).flatten(1), y))
 
 
 def cnn() -> Workload:
@@ -38,7 +48,8 @@ def cnn() -> Workload:
     for a, b, stride in [(3, 32, 1), (32, 32, 2), (32, 64, 1), (64, 64, 2)]:
         layers += [nn.Conv2d(a, b, 3, stride=stride, padding=1), nn.GroupNorm(1, b), nn.ReLU()]
     model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
-    return Workload(model, F.cross_entropy, (torch.randn(64, 3, 32, 32), torch.randint(0, 10, (64,))))
+    x, y = images(64)
+    return Workload(model, F.cross_entropy, (F.pad(x, (2, 2, 2, 2)).repeat(1, 3, 1, 1), y))
 
 
 class _Block(nn.Module):
@@ -69,14 +80,14 @@ class _GPT(nn.Module):
         return self.head(self.norm(self.blocks(x)))
 
 
-def gpt() -> Workload:
-    """Four pre-norm blocks, d = 192, 6 heads, vocabulary 256, batch 8 of 128 tokens."""
+def gpt(context: int = 128) -> Workload:
+    """Four pre-norm blocks, d = 192, 6 heads, vocabulary 256, batch 8 of 128 characters of text."""
 
     def loss(logits: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
-    tokens = torch.randint(0, 256, (8, 129))
-    return Workload(_GPT(256, 192, 6, 4, 128), loss, (tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()))
+    data = load("text", context=context, limit=8)
+    return Workload(_GPT(256, 192, 6, 4, context), loss, (data.train_inputs, data.train_targets))
 
 
 WORKLOADS = {"mlp": mlp, "cnn": cnn, "gpt": gpt, "overhead": overhead}

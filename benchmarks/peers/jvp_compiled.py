@@ -1,0 +1,15 @@
+"""``jvp(jacrev(loss))`` under ``torch.compile``: what the unreleased version of curvlinops does. Compiles on first use."""
+
+from __future__ import annotations
+
+import torch
+
+from . import jvp_jacrev
+from .common import Workload
+
+
+class PEER(jvp_jacrev.PEER):
+    def __init__(self, work: Workload) -> None:
+        super().__init__(work)
+        self.one = torch.compile(self.one, fullgraph=True, dynamic=False)
+        self.many = torch.compile(self.many, fullgraph=True, dynamic=False)
