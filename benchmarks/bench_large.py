@@ -19,7 +19,7 @@ from sharpkern.eigen import lanczos
 
 
 class DiagonalPlusLowRank:
-    """``diag(d) + sum_i s_i u_i u_i'`` with disjoint unit u_i, whose top eigenvalue is known to be near s_0 + mean d."""
+    """``diag(d) + sum_i s_i u_i u_i'``, d within [0, 1], u_i unit vectors constant on a part of the space each."""
 
     dtype, device = torch.float32, torch.device("cpu")
 
@@ -73,7 +73,6 @@ def main() -> None:
     options = parser.parse_args()
     bandwidth = copy_bandwidth(10_000_000)
     op = DiagonalPlusLowRank(options.n, (4.0, 3.0))
-    op.d.mul_(1.0)
     base = resident()
     start = time.perf_counter()
     v0 = torch.randn(options.n, generator=torch.Generator().manual_seed(0))
