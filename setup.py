@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parent
 CPU_SOURCES = sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))
 CUDA_SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 FLAGS = ["-std=c++17", "-O3", "-g0", "-Wall", "-fvisibility=hidden", "-fopenmp"]
+FLAGS += ["-fno-math-errno", "-fno-trapping-math"]  # without them roots and comparisons are not vectorised
 # The same source for each level; bindings.cpp picks the best one that the machine has when it is imported.
 LEVELS = ["v2", "v3", "v4"] if platform.machine() in ("x86_64", "AMD64") else ["any"]
 ARCHITECTURES = ["80", "90", "100"]  # Ampere, Hopper, Blackwell; newer chips compile the PTX of the last

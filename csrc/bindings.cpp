@@ -104,6 +104,8 @@ static void bind_rows(py::module_& m, const std::string& suffix, const RowKernel
 PYBIND11_MODULE(_C, m) {
   m.doc() = "CPU kernels on raw addresses, see the headers in csrc; CUDA kernels, if built, are in .cuda";
   m.def("level", [] { return TABLE.level; });
+  // os.environ.get takes longer than a small kernel; os.environ writes through to here
+  m.def("forced_backend", []() -> const char* { return std::getenv("SHARPKERN_BACKEND"); });
   bind<float>(m, "f32", TABLE.f32);
   bind<double>(m, "f64", TABLE.f64);
   bind_norm<float>(m, "f32", NORM.f32);

@@ -4,16 +4,52 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <vector>
+#ifdef __SSE2__
+#include <immintrin.h>
+#endif
 
 #include "level.h"
 
 namespace {
 
 constexpr int64_t CHUNK = 8192;  // numbers whose products are summed before the sum joins the others
+constexpr int64_t STRETCH = 1024;  // numbers of each row that stay in L1 while all rows of a result are formed
 constexpr int LANES = 16;        // independent accumulators: wide enough for two AVX-512 registers of doubles
 
 int64_t chunks_of(int64_t n) { return (n + CHUNK - 1) / CHUNK; }
+
+constexpr int64_t LINE = 64;          // bytes that a core moves at a time
+constexpr int64_t STREAMED = 16 << 20;  // bytes of a result that no cache keeps until it is read
+
+// Whether a result should go past the caches: reading its lines before they are overwritten costs a third of a copy.
+template <class T>
+bool streamed(const T* out, int64_t rows, int64_t n) {
+  return rows * n * int64_t(sizeof(T)) >= STREAMED && reinterpret_cast<std::uintptr_t>(out) % LINE == 0 &&
+         (rows == 1 || n * int64_t(sizeof(T)) % LINE == 0);
+}
+
+// Writes whole lines; past the caches if `past`, which needs a target that starts on a line.
+template <class T, int COUNT>
+void put(T* to, const T (&from)[COUNT], bool past) {
+  static_assert(COUNT * sizeof(T) % LINE == 0, "whole lines");
+  // in the pieces that they were computed in, or the loads would wait for the stores
+#if defined(__AVX512F__)
+  if (past) {
+    for (unsigned i = 0; i < sizeof from / 32; ++i)
+      _mm256_stream_si256(reinterpret_cast<__m256i*>(to) + i, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from) + i));
+    return;
+  }
+#elif defined(__SSE2__)
+  if (past) {
+    for (unsigned i = 0; i < sizeof from / 16; ++i)
+      _mm_stream_si128(reinterpret_cast<__m128i*>(to) + i, _mm_loadu_si128(reinterpret_cast<const __m128i*>(from) + i));
+    return;
+  }
+#endif
+  std::memcpy(to, from, sizeof from);
+}
 
 // A float product is exact in double, so only the additions round.
 template <class T>
@@ -28,7 +64,60 @@ double dot(const T* __restrict__ a, const T* __restrict__ b, int64_t n) {
   return sum;
 }
 
-// Pairs a row chunk of V with all rows of W while the chunk is in cache: V is read once, W's chunk stays in L2.
+// A register of doubles. TILE x TILE sums and the rows that feed them fit into the level's registers.
+#if defined(__AVX512F__)
+constexpr int WIDTH = 8, TILE = 4;
+#elif defined(__AVX__)
+constexpr int WIDTH = 4, TILE = 3;
+#else
+constexpr int WIDTH = 2, TILE = 3;
+#endif
+typedef double Doubles __attribute__((vector_size(WIDTH * sizeof(double))));
+
+template <class T>
+Doubles load(const T* x) {
+  typedef T Narrow __attribute__((vector_size(WIDTH * sizeof(T))));
+  Narrow narrow;
+  std::memcpy(&narrow, x, sizeof narrow);
+  return __builtin_convertvector(narrow, Doubles);
+}
+
+double total(Doubles x) {
+  double sum = 0;
+  for (int l = 0; l < WIDTH; ++l) sum += x[l];
+  return sum;
+}
+
+// All products of K rows with M others: each number is converted once for K or M products, which stay in registers.
+template <int K, int M, class T>
+void products(const T* v, const T* w, int64_t n, int64_t size, double* out, int64_t m) {
+  Doubles sum[K][M] = {};
+  int64_t x = 0;
+  for (; x + WIDTH <= size; x += WIDTH) {
+    Doubles b[M];
+    for (int j = 0; j < M; ++j) b[j] = load(w + j * n + x);
+    for (int i = 0; i < K; ++i) {
+      const Doubles a = load(v + i * n + x);
+      for (int j = 0; j < M; ++j) sum[i][j] += a * b[j];
+    }
+  }
+  for (int i = 0; i < K; ++i)
+    for (int j = 0; j < M; ++j) {
+      double rest = 0;
+      for (int64_t y = x; y < size; ++y) rest += double(v[i * n + y]) * double(w[j * n + y]);
+      out[i * m + j] = total(sum[i][j]) + rest;
+    }
+}
+
+template <int K, class T>
+void products_of_rows(const T* v, const T* w, int64_t n, int64_t size, double* out, int64_t m, int64_t columns) {
+  if (columns == 1) return products<K, 1>(v, w, n, size, out, m);
+  if (columns == 2) return products<K, 2>(v, w, n, size, out, m);
+  if (columns == 3) return products<K, 3>(v, w, n, size, out, m);
+  if constexpr (TILE > 3) products<K, TILE>(v, w, n, size, out, m);
+}
+
+// A chunk of all rows stays in L2 while its tiles are formed, so that memory is read once.
 template <class T>
 void gram(const T* V, int64_t k, const T* W, int64_t m, int64_t n, double* out, int threads) {
   const int64_t chunks = chunks_of(n);
@@ -37,9 +126,21 @@ void gram(const T* V, int64_t k, const T* W, int64_t m, int64_t n, double* out, 
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && n * (k + m) > CHUNK)
   for (int64_t c = 0; c < chunks; ++c) {
     const int64_t at = c * CHUNK, size = std::min(CHUNK, n - at);
-    for (int64_t i = 0; i < k; ++i)
-      for (int64_t j = symmetric ? i : 0; j < m; ++j)
-        partial[(c * k + i) * m + j] = dot(V + i * n + at, W + j * n + at, size);
+    if (k == 1 && m == 1) {
+      partial[c] = dot(V + at, W + at, size);  // more sums under way than one tile has
+      continue;
+    }
+    for (int64_t i = 0; i < k; i += TILE)
+      for (int64_t j = symmetric ? i : 0; j < m; j += TILE) {
+        const int64_t rows = std::min<int64_t>(TILE, k - i), columns = std::min<int64_t>(TILE, m - j);
+        const T *v = V + i * n + at, *w = W + j * n + at;
+        double* to = &partial[(c * k + i) * m + j];
+        if (rows == 1) products_of_rows<1>(v, w, n, size, to, m, columns);
+        if (rows == 2) products_of_rows<2>(v, w, n, size, to, m, columns);
+        if (rows == 3) products_of_rows<3>(v, w, n, size, to, m, columns);
+        if constexpr (TILE > 3)
+          if (rows == TILE) products_of_rows<TILE>(v, w, n, size, to, m, columns);
+      }
   }
   for (int64_t i = 0; i < k; ++i)
     for (int64_t j = symmetric ? i : 0; j < m; ++j) {
@@ -99,47 +200,86 @@ void power_step(const T* V, const T* H, int64_t k, int64_t n, double* theta, dou
   }
 }
 
-// A stretch of columns at a time, short enough that its rows of V stay in L1 while all rows of the result are formed.
+// ROWS rows of the result at a time, in registers: a row of V is converted once for all of them.
+template <int ROWS, class T>
+void combined(const double* C, int64_t k, const T* V, int64_t n, int64_t size, T* out, bool past) {
+  constexpr int COUNT = LINE / sizeof(T), PARTS = COUNT / WIDTH;
+  typedef T Narrow __attribute__((vector_size(WIDTH * sizeof(T))));
+  int64_t x = 0;
+  for (; x + COUNT <= size; x += COUNT) {
+    Doubles sum[ROWS][PARTS] = {};
+    for (int64_t j = 0; j < k; ++j)
+      for (int p = 0; p < PARTS; ++p) {
+        const Doubles v = load(V + j * n + x + p * WIDTH);
+        for (int i = 0; i < ROWS; ++i) sum[i][p] += C[i * k + j] * v;
+      }
+    for (int i = 0; i < ROWS; ++i) {
+      T line[COUNT];
+      for (int p = 0; p < PARTS; ++p) {
+        const Narrow narrow = __builtin_convertvector(sum[i][p], Narrow);
+        std::memcpy(line + p * WIDTH, &narrow, sizeof narrow);
+      }
+      put(out + i * n + x, line, past);
+    }
+  }
+  for (; x < size; ++x)
+    for (int i = 0; i < ROWS; ++i) {
+      double sum = 0;
+      for (int64_t j = 0; j < k; ++j) sum += C[i * k + j] * double(V[j * n + x]);
+      out[i * n + x] = T(sum);
+    }
+}
+
 template <class T>
 void combine(const double* C, int64_t m, int64_t k, const T* V, int64_t n, T* out, int threads) {
-  constexpr int64_t STRETCH = 512;
+  constexpr int MOST = WIDTH == 8 ? 8 : WIDTH == 4 ? 2 : 1;
   const int64_t stretches = (n + STRETCH - 1) / STRETCH;
+  const bool past = streamed(out, m, n);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && n * (k + m) > CHUNK)
   for (int64_t c = 0; c < stretches; ++c) {
     const int64_t at = c * STRETCH, size = std::min(STRETCH, n - at);
-    double sum[STRETCH];
-    for (int64_t i = 0; i < m; ++i) {
-      for (int64_t x = 0; x < size; ++x) sum[x] = C[i * k] * double(V[at + x]);
-      for (int64_t j = 1; j < k; ++j) {
-        const T* __restrict__ v = V + j * n + at;
-        const double w = C[i * k + j];
-        for (int64_t x = 0; x < size; ++x) sum[x] += w * double(v[x]);
-      }
-      T* __restrict__ o = out + i * n + at;
-      for (int64_t x = 0; x < size; ++x) o[x] = T(sum[x]);
-    }
+    int64_t i = 0;
+    for (; i + MOST <= m; i += MOST) combined<MOST>(C + i * k, k, V + at, n, size, out + i * n + at, past);
+    for (; i < m; ++i) combined<1>(C + i * k, k, V + at, n, size, out + i * n + at, past);
   }
 }
 
+// The diagonal's piece stays in L1 for all rows; longer ones cost a quarter of the speed at eight rows.
 template <class T>
 void scale(const T* V, int64_t k, int64_t n, const T* d, T* out, int threads) {
-  const int64_t chunks = chunks_of(n);
+  constexpr int COUNT = LINE / sizeof(T);
+  const int64_t stretches = (n + STRETCH - 1) / STRETCH;
+  const bool past = streamed(out, k, n);
 #pragma omp parallel for collapse(2) schedule(static) num_threads(threads) if (threads > 1 && n * k > CHUNK)
-  for (int64_t c = 0; c < chunks; ++c)
+  for (int64_t c = 0; c < stretches; ++c)
     for (int64_t i = 0; i < k; ++i) {
-      const int64_t at = c * CHUNK, size = std::min(CHUNK, n - at);
-      const T* v = V + i * n + at;
+      const int64_t at = c * STRETCH, size = std::min(STRETCH, n - at);
+      const T *v = V + i * n + at, *diagonal = d + at;
       T* o = out + i * n + at;
-#pragma omp simd
-      for (int64_t x = 0; x < size; ++x) o[x] = v[x] * d[at + x];
+      int64_t x = 0;
+      for (; x + COUNT <= size; x += COUNT) {
+        T line[COUNT];
+        for (int j = 0; j < COUNT; ++j) line[j] = v[x + j] * diagonal[x + j];
+        put(o + x, line, past);
+      }
+      for (; x < size; ++x) o[x] = v[x] * diagonal[x];
     }
 }
 
+// In T itself: two roots and a division of doubles take longer than the memory. Rounds five times, to below 3 ulp.
 template <class T>
 void inv_sqrt_adam(const T* v, int64_t n, double correction, double eps, double factor, T* out, int threads) {
-#pragma omp parallel for simd schedule(static) num_threads(threads) if (threads > 1 && n > CHUNK)
-  for (int64_t i = 0; i < n; ++i)
-    out[i] = T(1 / std::sqrt(factor * (std::sqrt(double(v[i]) / correction) + eps)));
+  constexpr int COUNT = LINE / sizeof(T);
+  const T c = T(1 / correction), e = T(eps), f = T(factor);
+  const bool past = streamed(out, 1, n);
+  const int64_t lines = n / COUNT;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && n > CHUNK)
+  for (int64_t i = 0; i < lines; ++i) {
+    T line[COUNT];
+    for (int j = 0; j < COUNT; ++j) line[j] = 1 / std::sqrt(f * (std::sqrt(v[i * COUNT + j] * c) + e));
+    put(out + i * COUNT, line, past);
+  }
+  for (int64_t i = lines * COUNT; i < n; ++i) out[i] = 1 / std::sqrt(f * (std::sqrt(v[i] * c) + e));
 }
 
 template <class T>

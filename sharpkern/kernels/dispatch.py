@@ -77,7 +77,7 @@ def choose(kernel: str, x: Tensor) -> ModuleType:
         ValueError: SHARPKERN_BACKEND names no backend.
         RuntimeError: the forced backend cannot run here, and why.
     """
-    return _choice(kernel, os.environ.get("SHARPKERN_BACKEND"), x.device, x.dtype)
+    return _choice(kernel, native.forced_backend(), x.device, x.dtype)
 
 
 @functools.cache
@@ -105,7 +105,7 @@ def forget() -> None:
 
 def runs_on(backend: str, kernel: str, x: Tensor) -> bool:
     """Whether ``choose`` takes this backend, for callers with a path of their own where it does not."""
-    return (os.environ.get("SHARPKERN_BACKEND") or _fastest(kernel, x.device, x.dtype)) == backend
+    return (native.forced_backend() or _fastest(kernel, x.device, x.dtype)) == backend
 
 
 def interpreted() -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -21,6 +22,14 @@ except ImportError as error:
 else:
     REASON = None
 
+
+def forced_backend() -> str | None:
+    """Return the value of ``SHARPKERN_BACKEND``."""
+    return os.environ.get("SHARPKERN_BACKEND")
+
+
+if _C is not None:
+    forced_backend = _C.forced_backend
 
 _recorders: list[tuple[list[Any], list[Any]]] = []
 
