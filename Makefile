@@ -22,7 +22,7 @@ lint: .venv/installed
 	$(BIN)/mypy
 
 bench: .venv/installed
-	$(BIN)/python benchmarks/bench_hvp.py
+	$(BIN)/python benchmarks/run.py $(BENCH)
 	$(BIN)/python -m pytest -q benchmarks/bench_kernels.py
 
 .venv/torch:

@@ -1,11 +1,10 @@
-"""The models that benchmarks run, on real data: an MLP, a CNN with layer norm, a small GPT, and one bound by call overhead."""
+"""The models that benchmarks run, on real data: an MLP, a CNN with norms, a small GPT, and one bound by call overhead."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 

@@ -1,4 +1,4 @@
-"""The command line: ``sharpkern train | suggest | sweep | report | audit | doctor``; torch is imported late."""
+"""The command line: ``sharpkern train | suggest | sweep | report | audit | bench | doctor``; torch is imported late."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ USAGE = """usage: sharpkern COMMAND [OPTIONS]
   sweep    train a grid of runs from one TOML file: a phase diagram
   report   draw a sweep's phase diagrams: one HTML page, and PNGs
   audit    check the Hessian-vector products of a reference model against independent truths
+  bench    compare with every peer that is installed (needs a source checkout; --quick for a first look)
   doctor   show versions, kernel backends, and why one is missing
 
 sharpkern COMMAND --help explains the options of a command."""
@@ -53,6 +54,7 @@ def main(argv: list[str] | None = None) -> int:
         "sweep": _sweep,
         "report": _report_sweep,
         "audit": _audit,
+        "bench": _bench,
         "doctor": _doctor,
     }
     command = commands.get(arguments[0])
@@ -84,6 +86,12 @@ def _doctor(arguments: list[str]) -> int:
 
     print("\n".join(report()))
     return OK
+
+
+def _bench(arguments: list[str]) -> int:
+    from .bench import run
+
+    return run(arguments)
 
 
 def _parse(command: str, description: str, arguments: list[str]) -> tuple[TrainConfig, Path | None]:

@@ -31,9 +31,7 @@ class PEER(Peer):
         self._folder = tempfile.TemporaryDirectory()
         self.folder = Path(self._folder.name)
         self.names = [key for key, _ in work.model.named_parameters()]
-        np.savez(
-            self.folder / "weights.npz", **{key: p.detach().numpy() for key, p in work.model.named_parameters()}
-        )
+        np.savez(self.folder / "weights.npz", **{key: p.detach().numpy() for key, p in work.model.named_parameters()})
         np.savez(self.folder / "batch.npz", *(t.numpy() for t in work.batch))
         script = Path(__file__).with_name("jax_worker.py")
         self.process = subprocess.Popen(
