@@ -1,4 +1,4 @@
-"""The models that benchmarks run, on real data: an MLP, a CNN with norms, a small GPT, and one bound by call overhead."""
+"""The models that benchmarks run, on real data: MLP, CNN with norms, small GPT, and one bound by call overhead."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ def find(start: Path | None = None) -> Path:
         if (root / SCRIPT).is_file() and (root / "sharpkern").is_dir():
             return root / SCRIPT
     raise FileNotFoundError(
-        "the benchmark suite is not installed with the package: run this command inside a source checkout of sharpkern, "
+        "the benchmark suite is not installed with the package: run this inside a source checkout of sharpkern, "
         f"which has {SCRIPT}"
     )
 

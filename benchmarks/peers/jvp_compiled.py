@@ -1,4 +1,4 @@
-"""``jvp(jacrev(loss))`` under ``torch.compile``: what the unreleased version of curvlinops does. Compiles on first use."""
+"""``jvp(jacrev(loss))`` under ``torch.compile``, as curvlinops' unreleased version does. Compiles on first use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How long from a fresh Python to the first product? ``python -m questions.first WORKLOAD PEER THREADS`` is one answer."""
+"""How long from a fresh Python to the first product? ``python -m questions.first WORKLOAD PEER THREADS`` answers."""
 
 from __future__ import annotations
 
