@@ -14,37 +14,78 @@ from .common import EigenResult, SymmetricOperator, check_finite, multiply, rand
 _COLUMNS = 1 << 22  # turned at a time in a restart
 
 
+class Workspace:
+    """Named blocks of vectors that a solver asks for again and again: fresh memory costs a page fault per 4 KiB."""
+
+    def __init__(self, op: SymmetricOperator) -> None:
+        self._empty = torch.empty(0, op.n, dtype=op.dtype, device=op.device)
+        self._blocks: dict[str, Tensor] = {}
+
+    def rows(self, name: str, count: int, *, keep: int = 0) -> Tensor:
+        """Return ``[at least count, n]``, whose first ``keep`` rows hold what they held."""
+        block = self._blocks.get(name, self._empty)
+        if len(block) < count:
+            new = self._empty.new_empty(count, self._empty.shape[1])
+            new[:keep] = block[:keep]
+            self._blocks[name] = block = new
+        return block
+
+
 class Basis:
     """Orthonormal rows Q, their products W = A Q, and T = Q W'; grown a few rows at a time."""
 
-    def __init__(self, op: SymmetricOperator, limit: int, generator: torch.Generator) -> None:
+    def __init__(
+        self, op: SymmetricOperator, limit: int, generator: torch.Generator, workspace: Workspace | None = None
+    ) -> None:
         self.op, self.limit, self.generator = op, limit, generator
+        self.workspace = workspace or Workspace(op)
         self.size = self.matvecs = 0
-        self.Q = self.W = torch.empty(0, op.n, dtype=op.dtype, device=op.device)
+        self.Q, self.W = self.workspace.rows("Q", 0), self.workspace.rows("W", 0)
         self.T = torch.zeros(limit, limit, dtype=torch.float64)
 
     def _reserve(self, rows: int) -> None:
-        if rows <= len(self.Q):
+        if rows <= min(len(self.Q), len(self.W)):
             return
         # Untouched memory costs nothing on the CPU; on a GPU it does.
         capacity = self.limit if self.op.device.type == "cpu" else min(self.limit, max(4, 2 * rows))
-        for name in ("Q", "W"):
-            old = getattr(self, name)
-            new = old.new_empty(capacity, self.op.n)
-            new[: self.size] = old[: self.size]
-            setattr(self, name, new)
+        self.Q = self.workspace.rows("Q", capacity, keep=self.size)
+        self.W = self.workspace.rows("W", capacity, keep=self.size)
 
     def extend(self, rows: Tensor) -> None:
-        """Add orthonormal rows: multiply them and complete T."""
+        """Add vectors, orthonormalised: multiply them and complete T."""
         m, j = self.size, len(rows)
         self._reserve(m + j)
-        self.Q[m : m + j], self.W[m : m + j] = rows, multiply(self.op, rows)
+        for i, row in enumerate(rows):
+            self.Q[m + i] = row
+            while not self._orthonormalise(m + i):
+                self.Q[m + i] = random_rows(1, self.op, self.generator)[0]
+        self.W[m : m + j] = multiply(self.op, self.Q[m : m + j])
         self.size = m + j
         block = kernels.gram(self.Q[: self.size], self.W[m : self.size]).cpu()
         check_finite(block, self.matvecs)
         self.matvecs += j
         self.T[: self.size, m : self.size] = block
         self.T[m : self.size, : self.size] = block.t()
+
+    def _orthonormalise(self, at: int) -> bool:
+        """Project the rows before out of row ``at`` until little is left to project; False if nothing remains."""
+        rows, eps = self.Q[: at + 1], torch.finfo(self.Q.dtype).eps
+        scratch = self.workspace.rows("scratch", 1)[:1]
+        remains = factor = None
+        for _ in range(4):
+            products = kernels.gram(rows[at:], rows)[0].cpu()
+            length = float(products[at].sqrt())
+            remains = 1.0 if remains is None or factor is None else remains * length / factor
+            if not length > 0 or not remains > 100 * eps:
+                return False
+            cosines = products[:at] / length
+            rest = max(1 - float(cosines.square().sum()), 1e-6)  # of the squared length; rounding hides less
+            factor = rest**-0.5
+            C = factor * torch.cat([-cosines, cosines.new_ones(1) / length])
+            self.Q[at] = kernels.combine(C[None].to(rows.device), rows, scratch)[0]
+            if rest > 0.49:
+                return True
+        return True
 
     def ritz(self) -> tuple[Tensor, Tensor]:
         """Return Ritz values, descending, and their coordinates as columns."""
@@ -53,31 +94,38 @@ class Basis:
         return theta.flip(0), Y.flip(1)
 
     def residuals(self, theta: Tensor, Y: Tensor) -> tuple[Tensor, Tensor]:
-        """Return ``A v - theta v`` ``[k, n]`` of Ritz pairs, from the kept products, and their norms."""
-        R = self.combination(Y, self.W)
-        R.sub_(self.combination(Y * theta, self.Q))
+        """Return ``A v - theta v`` ``[k, n]`` of Ritz pairs, from the kept products, and their norms.
+
+        The vectors stand until the next call.
+        """
+        k = Y.shape[1]
+        R = self.combination(Y, self.W, self.workspace.rows("residuals", k)[:k])
+        R.sub_(self.combination(Y * theta, self.Q, self.workspace.rows("other", k)[:k]))
         return R, kernels.gram(R, R).diagonal().sqrt().cpu()
 
-    def result(self, theta: Tensor, Y: Tensor, wanted: list[int], *, done: bool, reason: str) -> EigenResult:
-        """Collect Ritz pairs, some of ``ritz()``'s, with their residual norms and errors."""
-        others = [i for i in {wanted[0] - 1, wanted[-1] + 1} | _holes(wanted) if 0 <= i < self.size]
-        chosen = [*wanted, *others]
-        norms = self.residuals(theta[chosen], Y[:, chosen])[1]
+    def result(
+        self, theta: Tensor, Y: Tensor, wanted: list[int], norms: Tensor, *, done: bool, reason: str, gaps: bool = True
+    ) -> EigenResult:
+        """Collect some of ``ritz()``'s pairs, with their residual norms; gaps cost a residual of each neighbour."""
         rounding = rounding_level(self.op, theta)
-        r, rest = norms[: len(wanted)], norms[len(wanted) :]
-        gap = torch.full_like(r, math.inf if self.size == self.op.n else 0.0)
-        if others:
-            gap = ((theta[wanted][:, None] - theta[others]).abs() - rest).min(1).values
-        estimates = torch.where(gap > r, r * r / gap, r)
+        estimates = self._gap_estimates(theta, Y, wanted, norms) if gaps else norms
         return EigenResult(
-            theta[wanted], self.combination(Y[:, wanted]), r, r + rounding, estimates + rounding, self.matvecs, done,
-            reason,
+            theta[wanted], self.combination(Y[:, wanted]), norms, norms + rounding, estimates + rounding, self.matvecs,
+            done, reason,
         )  # fmt: skip
 
-    def combination(self, Y: Tensor, rows: Tensor | None = None) -> Tensor:
+    def _gap_estimates(self, theta: Tensor, Y: Tensor, wanted: list[int], norms: Tensor) -> Tensor:
+        others = [i for i in {wanted[0] - 1, wanted[-1] + 1} | _holes(wanted) if 0 <= i < self.size]
+        if not others:
+            return norms * norms / math.inf if self.size == self.op.n else norms
+        rest = self.residuals(theta[others], Y[:, others])[1]
+        gap = ((theta[wanted][:, None] - theta[others]).abs() - rest).min(1).values
+        return torch.where(gap > norms, norms * norms / gap, norms)
+
+    def combination(self, Y: Tensor, rows: Tensor | None = None, out: Tensor | None = None) -> Tensor:
         """Return ``Y' Q`` (or of other rows)."""
         rows = self.Q if rows is None else rows
-        return kernels.combine(Y.t().contiguous().to(rows.device), rows[: self.size])
+        return kernels.combine(Y.t().contiguous().to(rows.device), rows[: self.size], out)
 
     def restart(self, Y: Tensor) -> None:
         """Keep only the span of some Ritz vectors; their products are known."""
@@ -89,31 +137,6 @@ class Basis:
                 columns[: len(C)] = kernels.combine(C, columns.contiguous())
         self.size = Y.shape[1]
         self.T[: self.size, : self.size] = kept
-
-    def orthonormal(self, rows: Tensor) -> Tensor:
-        """Orthonormalise rows against Q and each other; a row without a new direction becomes random."""
-        result: list[Tensor] = []
-        for i in range(len(rows)):
-            unit = self._unit(rows[i : i + 1], result)
-            while unit is None:
-                unit = self._unit(random_rows(1, self.op, self.generator), result)
-            result.append(unit)
-        return torch.cat(result)
-
-    def _unit(self, row: Tensor, others: list[Tensor]) -> Tensor | None:
-        """Project out Q and others until little is left (twice is enough); None if nothing remains."""
-        row = row / torch.linalg.vector_norm(row)
-        length = 1.0
-        for _ in range(3):
-            for block in [self.Q[: self.size], *others]:
-                if len(block):
-                    row.sub_(kernels.combine(kernels.gram(row, block), block))
-            before, length = length, float(torch.linalg.vector_norm(row))
-            if not length > 100 * torch.finfo(row.dtype).eps:
-                return None
-            if length > 0.7 * before:
-                break
-        return row.div_(length)
 
 
 def _holes(wanted: list[int]) -> set[int]:

@@ -65,12 +65,12 @@ def certify(
         generator.seed()
     steps = min(matvecs, op.n)
     basis = Basis(op, steps, generator)
-    basis.extend(basis.orthonormal(random_rows(1, op, generator)))
+    basis.extend(random_rows(1, op, generator))
     while True:
         theta, Y = basis.ritz()
         if basis.size == steps:
             break
-        basis.extend(basis.orthonormal(basis.residuals(theta[:1], Y[:, :1])[0]))
+        basis.extend(basis.residuals(theta[:1], Y[:, :1])[0])
     eps = 0.0 if steps == op.n else (math.log(1.648 * math.sqrt(op.n) / (failure / 2)) / (2 * steps - 1)) ** 2
     width = float(theta[0] - theta[-1])
     upper = float(theta[0]) + eps * width / (1 - 2 * eps) if eps < 0.5 else math.inf

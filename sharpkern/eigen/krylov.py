@@ -79,7 +79,7 @@ def lanczos(
     if len(start) > min(max_matvecs, op.n):
         raise ValueError(f"v0 must have at most max_matvecs = {max_matvecs} and n = {op.n} rows, got {len(start)}.")
     basis = Basis(op, min(max(limit, len(start) + 1), op.n), generator)
-    basis.extend(basis.orthonormal(start))
+    basis.extend(start)
     goal = tol if v0 is not None else _COLD * tol
     while True:
         theta, Y = basis.ritz()
@@ -93,7 +93,7 @@ def lanczos(
         if basis.size == basis.limit:
             basis.restart(Y[:, _wanted(which, max(k + 1, basis.limit // (2 * ends)), basis.size)])
         worst = int((norms / allowed).argmax())
-        basis.extend(basis.orthonormal(residuals[worst : worst + 1]))
+        basis.extend(residuals[worst : worst + 1])
     done = bool((norms <= (tol * theta[wanted].abs()).clamp(min=10 * rounding if complete else rounding)).all())
     if complete and not done:
         reason = (
@@ -102,7 +102,7 @@ def lanczos(
         )
     else:
         reason = reason_of(done, norms, theta[wanted], tol, max_matvecs)
-    return basis.result(theta, Y, wanted, done=done, reason=reason)
+    return basis.result(theta, Y, wanted, norms, done=done, reason=reason)
 
 
 def _wanted(which: Which, k: int, size: int) -> list[int]:

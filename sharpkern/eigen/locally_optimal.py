@@ -48,7 +48,7 @@ def lobpcg(
     if len(start) > k:
         raise ValueError(f"v0 must have at most k = {k} rows, got {len(start)}: lanczos takes any number.")
     basis = Basis(op, 3 * k, generator)
-    basis.extend(basis.orthonormal(start))
+    basis.extend(start)
     while True:
         theta, Y = basis.ritz()
         residuals, norms = basis.residuals(theta[:k], Y[:, :k])
@@ -60,6 +60,6 @@ def lobpcg(
         added[:k] = 0  # rows of the old X
         kept = torch.linalg.qr(torch.cat([Y[:, :k], added], 1))[0] if basis.size > k else Y[:, :k]
         basis.restart(kept)
-        basis.extend(basis.orthonormal(residuals))
+        basis.extend(residuals)
     reason = reason_of(done, norms, theta[:k], tol, max_matvecs)
-    return basis.result(theta, Y, list(range(k)), done=done, reason=reason)
+    return basis.result(theta, Y, list(range(k)), norms, done=done, reason=reason)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import kernels
-from .basis import Basis
+from .basis import Basis, Workspace
 from .common import EigenResult, SymmetricOperator, random_rows, reason_of, rounding_level
 
 _FIRST_TOL = 0.1  # a random start stops more easily on a wrong eigenvector: ask for more, once
@@ -24,6 +24,7 @@ _CLOSE, _CLOSE_EVERY = 0.1, 2  # relative gap below which a crossing is near, an
 _JUMP = 0.1  # relative change of the Rayleigh quotient from one step to the next
 _FORGET, _RIDGE = 0.7, 0.01  # of the prediction's least squares
 _BASIS = 40
+_KEPT_BYTES = 16 << 20  # of a vector, up to which the memory of a basis is kept between steps
 
 
 class WarmLanczos:
@@ -47,7 +48,8 @@ class WarmLanczos:
     Raises:
         ValueError: k, tol or max_matvecs out of range.
 
-    Memory: 2k + 1 vectors between steps, and the basis of a solve, two vectors per product.
+    Memory: 2k + 1 vectors between steps, and the basis of a solve, two vectors per product; below 4 million float32
+    parameters the basis is kept too.
     Source: docs/tracking.md. The start is a linear prediction as in Kolafa, Time-reversible always stable
     predictor-corrector method (2004).
     """
@@ -65,6 +67,7 @@ class WarmLanczos:
         self._block: Tensor | None = None  # [k, n], where the next step starts but for the prediction
         self._change: Tensor | None = None  # [k, n], the block less the one before, turned to fit it
         self._next: Tensor | None = None  # [n], Ritz vector k + 1
+        self.workspace: Workspace | None = None
         self._theta = 0.0
         self._gap = 1.0  # relative, from Ritz value k to k + 1
         self._normal = self._right = 0.0  # of the prediction's least squares
@@ -90,18 +93,17 @@ class WarmLanczos:
             raise ValueError(f"k must be at most n = {op.n}, got {self.k}.")
         k, first = self.k, self._block is None
         tol = self.tol * (_FIRST_TOL if first else 1.0)
-        basis = Basis(op, min(max(_BASIS, 2 * k + 20), op.n), self.generator)
+        basis = Basis(op, min(max(_BASIS, 2 * k + 20), op.n), self.generator, self._memory(op, first))
         start = random_rows(k, op, self.generator) if first else self._start()
-        basis.extend(basis.orthonormal(start if extra is None else torch.cat([start, extra])))
+        basis.extend(start if extra is None else torch.cat([start, extra]))
         todo = self._guards(first)
         sentinel = "next" in todo
         jumped = not first and abs(float(basis.T[0, 0]) - self._theta) > _JUMP * abs(self._theta)
         while True:
             theta, Y = basis.ritz()
-            m = min(k + 1, basis.size)
-            residuals, norms = basis.residuals(theta[:m], Y[:, :m])
+            residuals, norms = basis.residuals(theta[:k], Y[:, :k])
             rounding = rounding_level(op, theta)
-            converged = bool((norms[:k] <= (tol * theta[:k].abs()).clamp(min=rounding)).all())
+            converged = bool((norms <= (tol * theta[:k].abs()).clamp(min=rounding)).all())
             if basis.size == op.n or basis.matvecs >= self.max_matvecs:
                 break
             if converged and not todo:
@@ -112,14 +114,14 @@ class WarmLanczos:
             if basis.size == basis.limit:
                 basis.restart(Y[:, : max(k + 1, basis.limit // 2)])
             if converged:
-                direction = self._look(todo.pop(), residuals, op)
+                direction = self._look(todo.pop(), basis, theta, Y)
             else:
-                worst = int((norms[:k] / theta[:k].abs()).argmax())
+                worst = int((norms / theta[:k].abs()).argmax())
                 direction = residuals[worst : worst + 1]
-            basis.extend(basis.orthonormal(direction))
-        within = bool((norms[:k] <= (self.tol * theta[:k].abs()).clamp(min=rounding)).all())
-        reason = reason_of(within, norms[:k], theta[:k], self.tol, self.max_matvecs)
-        result = basis.result(theta, Y, list(range(k)), done=within, reason=reason)
+            basis.extend(direction)
+        within = bool((norms <= (self.tol * theta[:k].abs()).clamp(min=rounding)).all())
+        reason = reason_of(within, norms, theta[:k], self.tol, self.max_matvecs)
+        result = basis.result(theta, Y, list(range(k)), norms, done=within, reason=reason, gaps=False)
         self._remember(basis, theta, Y, result.eigenvectors, sentinel=sentinel)
         return result
 
@@ -135,13 +137,21 @@ class WarmLanczos:
             self._since_sentinel = 0
         return todo
 
-    def _look(self, what: str, residuals: Tensor, op: SymmetricOperator) -> Tensor:
+    def _memory(self, op: SymmetricOperator, first: bool) -> Workspace:
+        """Return the memory of the last solve, unless it would bind much: the first solve's basis is the longest."""
+        if first or op.n * op.dtype.itemsize > _KEPT_BYTES:
+            return Workspace(op)
+        self.workspace = self.workspace or Workspace(op)
+        return self.workspace
+
+    def _look(self, what: str, basis: Basis, theta: Tensor, Y: Tensor) -> Tensor:
         """Return a guard's vector, ``[1, n]``."""
+        k = self.k
         if what == "next" and self._next is not None:
             return self._next[None]
-        if what == "improve" and len(residuals) > self.k:
-            return residuals[self.k :]
-        return random_rows(1, op, self.generator)
+        if what == "improve" and basis.size > k:
+            return basis.residuals(theta[k : k + 1], Y[:, k : k + 1])[0]
+        return random_rows(1, basis.op, self.generator)
 
     def _start(self) -> Tensor:
         """Return the block plus the fitted multiple of its last change."""
@@ -165,10 +175,10 @@ class WarmLanczos:
             U, cosines, V = torch.linalg.svd(kernels.gram(block, self._block).cpu())
             turn = (U @ V).to(block.device)
             if float(cosines.min()) > 0.2:
-                target = kernels.combine(turn.t().contiguous(), vectors) - self._block
-                size, along = (float(torch.linalg.vecdot(self._change, t).sum()) for t in (self._change, target))
-                self._normal = _FORGET * self._normal + size
-                self._right = _FORGET * self._right + along
+                now, before, size = (kernels.gram(t, self._change) for t in (vectors, self._block, self._change))
+                along = (turn * now).sum() - before.diagonal().sum()  # of the vectors turned back, less the block
+                self._normal = _FORGET * self._normal + float(size.diagonal().sum())
+                self._right = _FORGET * self._right + float(along)
             self._change = block - kernels.combine(turn, self._block)
         self._block, self._theta = block, float(theta[0])
         if basis.size > k and (sentinel or basis.size >= k + 3 or self._next is None):
