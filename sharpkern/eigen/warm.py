@@ -111,13 +111,13 @@ class WarmLanczos:
                     break
                 todo, sentinel, jumped = ["improve", "next"], True, False
                 self._since_sentinel = 0
-            if basis.size == basis.limit:
-                basis.restart(Y[:, : max(k + 1, basis.limit // 2)])
             if converged:
                 direction = self._look(todo.pop(), basis, theta, Y)
             else:
                 worst = int((norms / theta[:k].abs()).argmax())
                 direction = residuals[worst : worst + 1]
+            if basis.size == basis.limit:
+                basis.restart(Y[:, : max(k + 1, basis.limit // 2)])
             basis.extend(direction)
         within = bool((norms <= (self.tol * theta[:k].abs()).clamp(min=rounding)).all())
         reason = reason_of(within, norms, theta[:k], self.tol, self.max_matvecs)
