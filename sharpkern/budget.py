@@ -8,15 +8,17 @@ from typing import Any, Literal
 Status = Literal["measured", "bounded", "carried"]
 _FORGET = 0.7
 _NEAR = 0.1  # of the threshold: every step matters there
+_TURNED = 0.3
 
 
 @dataclass
 class Budget:
-    """Saves a fraction of the steps' own time, half for solves and half for quadratic forms, and spends it on need.
+    """Saves a fraction of the steps' own time, and spends it on solves and quadratic forms, about half on each.
 
     Need: the sharpness has probably moved by half of ``tol`` since it was last seen, or it is within 10% of the
-    threshold. Without need a purse fills up to the cost of two looks, so that the first steps of a catapult after
-    a quiet time are measured; a full purse is spent on a look in any case.
+    threshold. Then a form is taken as soon as it can be paid; once the forms since the last solve have cost as much
+    as a solve, or have moved by 30%, so that the vector is out of date, all goes to the next solve. Without need the
+    purse fills up to the cost of two solves, and is spent on one in any case.
 
     Args:
         fraction: of a step's own time, on average, not counting the first step's solve.
@@ -25,40 +27,45 @@ class Budget:
 
     fraction: float
     tol: float
-    solve_purse: float = 0.0  # seconds
-    form_purse: float = 0.0
+    purse: float = 0.0  # seconds
     solve_cost: float = 0.0
     form_cost: float = 0.0
+    forms: float = 0.0  # seconds since the last solve
     started: bool = False
 
-    def choose(self, own_seconds: float, moved: float, ratio: float | None) -> Status:
+    def choose(self, own_seconds: float, moved: float, turned: float, ratio: float | None) -> Status:
         """Say what to do at a step.
 
         Args:
             own_seconds: what the step takes without tracking.
             moved: by how much the sharpness has probably changed since it was last seen, relative.
+            turned: by how much it had changed then since the last solve, relative.
             ratio: last (preconditioned) sharpness over the present threshold, if there is one.
         """
         if not self.started:
             return "measured"
-        saved = self.fraction * own_seconds / 2
-        self.solve_purse = min(self.solve_purse + saved, 2 * self.solve_cost)
-        self.form_purse = min(self.form_purse + saved, 2 * self.form_cost)
+        self.purse = min(self.purse + self.fraction * own_seconds, 2 * self.solve_cost)
         need = moved >= self.tol / 2 or (ratio is not None and abs(ratio - 1) < _NEAR)
-        if self.solve_purse >= self.solve_cost * (1 if need else 2):
+        if self.purse >= 2 * self.solve_cost:
             return "measured"
-        return "bounded" if self.form_purse >= self.form_cost * (1 if need else 2) else "carried"
+        if not need:
+            return "carried"
+        if self.forms >= self.solve_cost or turned > _TURNED:
+            return "measured" if self.purse >= self.solve_cost else "carried"
+        return "bounded" if self.purse >= self.form_cost else "carried"
 
     def spent(self, status: Status, seconds: float) -> None:
         """Pay for a look, and learn what one costs."""
         if not self.started:
             self.started = True
             self.solve_cost, self.form_cost = seconds / 8, seconds / 50  # the first solve is some 30 products
-        elif status == "measured":
-            self.solve_purse -= seconds
+            return
+        self.purse -= seconds
+        if status == "measured":
+            self.forms = 0.0
             self.solve_cost += (1 - _FORGET) * (seconds - self.solve_cost)
         else:
-            self.form_purse -= seconds
+            self.forms += seconds
             self.form_cost += (1 - _FORGET) * (seconds - self.form_cost)
 
     def state_dict(self) -> dict[str, Any]:

@@ -207,7 +207,8 @@ class SharpnessTracker:
         if self._budget is None:
             return "measured"
         ratio = self._threshold_and_ratio()[1]
-        return self._budget.choose(own_seconds * self.every, self._deciding().drift(step), ratio)
+        deciding = self._deciding()
+        return self._budget.choose(own_seconds * self.every, deciding.drift(step), deciding.turned, ratio)
 
     def _operators(
         self, gradients: dict[Tensor, Tensor]
@@ -319,6 +320,11 @@ class _Curvature:
     def drift(self, step: int) -> float:
         """Estimate the relative change since the value was seen."""
         return self.speed * (step - self.seen)
+
+    @property
+    def turned(self) -> float:
+        """The relative change of the Rayleigh quotient since the solve."""
+        return abs(self.value / self.eigenvalues[0] - 1) if self.eigenvalues[0] else 0.0
 
     def doubt(self, step: int) -> float:
         """Return the residual norm, and what may have changed since the solve."""
