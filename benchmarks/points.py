@@ -13,16 +13,16 @@ POINTS = ("init", "trained", "edge")
 def at(name: str, point: str, steps: int = 50) -> Workload:
     """Build a workload and bring it there by full-batch gradient descent.
 
-    "trained": ``steps`` steps at half the largest stable learning rate of the start. "edge": that, then twice as many
-    steps at a learning rate for which the sharpness reached is the threshold, where it stays while the eigenvalues
+    "trained": ``steps`` steps at a quarter of the largest stable learning rate of the start. "edge": that, then twice as many
+    steps at a learning rate whose threshold is 4/3 of the sharpness reached, which rises to it while the eigenvalues
     below catch up.
     """
     torch.manual_seed(0)
     work = WORKLOADS[name]()
     if point != "init":
-        _descend(work, 1 / _sharpness(work), steps)
+        _descend(work, 0.5 / _sharpness(work), steps)
     if point == "edge":
-        _descend(work, 2 / _sharpness(work), 2 * steps)
+        _descend(work, 1.5 / _sharpness(work), 2 * steps)
     return work
 
 

@@ -37,7 +37,7 @@ def ask(workload: str, optimizer: str, steps: int, effort: Effort) -> dict[str, 
     if adam:
         rule: torch.optim.Optimizer = torch.optim.Adam(params, lr=1e-3)
     else:
-        rule = torch.optim.SGD(params, lr=1 / sk.sharpness(*work, tol=0.03).value)
+        rule = torch.optim.SGD(params, lr=0.5 / sk.sharpness(*work, tol=0.03).value)
     contenders = _contenders(work, rule, adam=adam)
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     found: dict[str, list[tuple[float, int]]] = {name: [] for name in contenders if name != PLAIN}
