@@ -13,9 +13,8 @@ POINTS = ("init", "trained", "edge")
 def at(name: str, point: str, steps: int = 50) -> Workload:
     """Build a workload and bring it there by full-batch gradient descent.
 
-    "trained": ``steps`` steps at a quarter of the largest stable learning rate of the start. "edge": that, then twice as many
-    steps at a learning rate whose threshold is 4/3 of the sharpness reached, which rises to it while the eigenvalues
-    below catch up.
+    "trained": ``steps`` steps at a quarter of the largest stable learning rate of the start. "edge": that, then twice
+    as many at a learning rate whose threshold is 4/3 of the sharpness reached.
     """
     torch.manual_seed(0)
     work = WORKLOADS[name]()
