@@ -17,7 +17,7 @@ LAYERS = [
     {"measure", "optim", "critical", "warmup", "persistent", "suggest", "dynamics", "budget", "tracker", "auditing"},
     {"train"},
     {"sweep"},
-    {"cli", "doctor"},
+    {"bench", "cli", "doctor"},
 ]
 LAYER_OF = {name: level for level, names in enumerate(LAYERS) for name in names}
 EIGEN_MAY_IMPORT = {"eigen", "kernels"}  # a solver sees an operator's n, dtype, device, matmat; not the operators
