@@ -85,7 +85,8 @@ class PersistentCatapultLR:
 
     def get_last_lr(self) -> list[float]:
         """Return the learning rate of each group."""
-        return [self.lr * target / self.lr_target[0] for target in self.lr_target]
+        share = self.lr / self.lr_target[0]  # at most 1, so no rate is a rounding above its target
+        return [share * target for target in self.lr_target]
 
     def _search(self, start: float) -> None:
         set_rates(self.optimizer, self.lr_target)

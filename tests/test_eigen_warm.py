@@ -65,7 +65,7 @@ def test_crossing_eigenvalues_are_noticed(k: int) -> None:
 
 def test_catapults_are_seen_in_their_own_step() -> None:
     """The top falls by 50 to 90% in one step, below the next ones or among them, while all vectors turn by some 30
-    degrees: 90% of the drop is in that step's value.
+    degrees: 95% of the drop is in that step's value.
     """
     seen = 0
     for _ in range(40):
@@ -82,7 +82,7 @@ def test_catapults_are_seen_in_their_own_step() -> None:
         top = float(theta.max())
         after = float(solver.step(Dense(A)).eigenvalues[0])
         assert before == pytest.approx(3.0, rel=0.01)
-        seen += abs(after - top) <= 0.1 * (before - top)
+        seen += abs(after - top) <= 0.05 * (before - top)
     assert seen >= 38
 
 

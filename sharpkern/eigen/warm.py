@@ -22,6 +22,7 @@ _FIRST_AUDIT, _AUDIT_EVERY, _AUDIT_DEPTH = 16, 32, 8
 _SENTINEL_EVERY = 8
 _CLOSE, _CLOSE_EVERY = 0.1, 2  # relative gap below which a crossing is near, and the sentinel comes more often
 _JUMP = 0.1  # relative change of the Rayleigh quotient from one step to the next
+_THROW = 0.3  # likewise: a catapult, after which the order of the eigenvalues is open
 _FORGET, _RIDGE = 0.7, 0.01  # of the prediction's least squares
 _BASIS = 40
 _KEPT_BYTES = 16 << 20  # of a vector, up to which the memory of a basis is kept between steps
@@ -36,8 +37,8 @@ class WarmLanczos:
     a period of two, as at the edge of stability, it is close to -1.
 
     Guards: the next Ritz vector is multiplied and improved once (2 products) every 8 steps, every 2 while its value is
-    within 10%, and after a jump of the Rayleigh quotient unless the solve was long; a random vector, improved 8 times,
-    every 32 steps.
+    within 10%, and after a jump of the Rayleigh quotient, by more than 30% or in a short solve; a random vector,
+    improved 8 times, every 32 steps.
 
     Args:
         k: how many eigenvalues.
@@ -98,7 +99,8 @@ class WarmLanczos:
         basis.extend(start if extra is None else torch.cat([start, extra]))
         todo = self._guards(first)
         sentinel = "next" in todo
-        jumped = not first and abs(float(basis.T[0, 0]) - self._theta) > _JUMP * abs(self._theta)
+        jump = 0.0 if first else abs(float(basis.T[0, 0]) - self._theta)
+        jumped, thrown = jump > _JUMP * abs(self._theta), jump > _THROW * abs(self._theta)
         while True:
             theta, Y = basis.ritz()
             residuals, norms = basis.residuals(theta[:k], Y[:, :k])
@@ -107,7 +109,7 @@ class WarmLanczos:
             if basis.size == op.n or basis.matvecs >= self.max_matvecs:
                 break
             if converged and not todo:
-                if not jumped or basis.size >= k - 1 + self._short:
+                if not jumped or (basis.size >= k - 1 + self._short and not thrown):
                     break
                 todo, sentinel, jumped = ["improve", "next"], True, False
                 self._since_sentinel = 0
