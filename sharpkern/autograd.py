@@ -74,16 +74,19 @@ class AutogradProgram:
                 p.requires_grad_(flag)
         # A part without a graph is constant in the parameters: its derivative is zero.
         self.parts = [None if g is None or not g.requires_grad else g for g in parts]
-        self.gradient = self._flat([None if g is None else g.detach() for g in parts])
+        self._gradient = self._flat([None if g is None else g.detach() for g in parts])
         return loss.detach()
 
     def _flat(self, parts: Sequence[Tensor | None]) -> Tensor:
         filled = [torch.zeros_like(p) if g is None else g for g, p in zip(parts, self.layout.tensors, strict=True)]
         return flatten(filled).to(self.layout.dtype)
 
-    def backward(self) -> Tensor:
+    def backward(self) -> None:
+        """Nothing: ``forward`` has done it."""
+
+    def gradient(self) -> Tensor:
         """Return the gradient ``[n]`` of the last ``forward``."""
-        return self.gradient
+        return self._gradient
 
     def hvp(self, block: Tensor) -> Tensor:
         """Multiply the Hessian with k vectors: ``[k, n] -> [k, n]``."""

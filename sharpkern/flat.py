@@ -33,6 +33,10 @@ class Layout:
         """Device of the parameters."""
         return self.tensors[0].device
 
+    def empty(self, k: int) -> Tensor:
+        """Return memory for k vectors, ``[k, n]``."""
+        return torch.empty(k, self.n, dtype=self.dtype, device=self.device)
+
     def views(self, block: Tensor) -> Iterator[Tensor]:
         """View each parameter's part of a ``[k, n]`` block as ``[k, *shape]``."""
         k = block.shape[0]

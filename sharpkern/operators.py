@@ -208,8 +208,21 @@ class _Curvature(_Parametrised):
         value = float(self.loss)
         if not math.isfinite(value):
             raise NonFiniteLossError(value)
-        self.gradient: Tensor = self._engine.backward()
+        self._engine.backward()
+        self._gradient: Tensor | None = None
         self._versions = self._present_versions()
+
+    @property
+    def gradient(self) -> Tensor:
+        """The loss's gradient ``[n]`` at the last ``refresh``, computed when it is first asked for.
+
+        Raises:
+            RuntimeError: it is asked for the first time after parameters or batch have changed in place.
+        """
+        if self._gradient is None:
+            self._check_fresh()
+            self._gradient = self._engine.gradient()
+        return self._gradient
 
     def _engine_for(self, batch: Any) -> ReplayedProgram | AutogradProgram:
         try:

@@ -42,8 +42,7 @@ def check(
     tied = dict(zip(params, module.values, strict=True))
     program = Program(export(module, (batch,) if batch is None else batch), tied)
     _assert_on_the_path(program, rule, op, fallback)
-    for step in program.live:
-        _watch(step.rule)
+    seen = [_watch(step.rule) for step in program.live]
     leaves = torch.utils._pytree.tree_leaves((batch,) if batch is None else batch)
     for _ in range(values):  # the second time at other parameters: nothing may be left from the first
         _compare(
@@ -56,6 +55,8 @@ def check(
             truth or forward_over_reverse,
             tolerance,
         )
+        for step, calls in zip(program.live, seen, strict=True):
+            _backward_is_linear_in_blocks(step, calls["g"])
         with torch.no_grad():
             for p in tied.values():
                 p.add_(0.1 * torch.randn_like(p))
@@ -122,6 +123,20 @@ def double_backward(loss_fn: Loss, primals: dict[str, Tensor], batch: Any, v: di
     return dict(zip(leaves, hv, strict=True))
 
 
+def product(program: Program, block: Tensor) -> Tensor:
+    """Multiply the Hessian with the rows of a block."""
+    result = torch.empty_like(block)
+    program.hvp(block, result)
+    return result
+
+
+def quadratic_form(program: Program, block: Tensor) -> Tensor:
+    """Return ``v'Hv`` for the rows of a block."""
+    result = block.new_empty(len(block), dtype=torch.float64)
+    program.quadratic_form(block, result)
+    return result
+
+
 def _compare(
     program: Program,
     module: Any,
@@ -134,30 +149,29 @@ def _compare(
 ) -> None:
     primals = {name: p.detach().clone() for name, p in params.items()}
     loss = program.forward(module, leaves)
-    gradient = program.backward()
+    program.backward()
+    program.gradient(gradient := program.layout.empty(1))
     _close(loss, loss_fn(primals, batch), tol, "loss")
     wanted = torch.autograd.grad(loss_fn(params, batch), list(params.values()), materialize_grads=True)
     _close(gradient, torch.cat([g.reshape(-1) for g in wanted]), tol, "gradient")
     block = torch.randn(3, program.layout.n, dtype=torch.float64)
     want = torch.stack([_flat(truth(loss_fn, primals, batch, _named(params, v))) for v in block])
-    three = program.hvp(block)
+    three = product(program, block)
     _close(three, want, tol, "Hv, k = 3")
-    _close(program.hvp(block[1:2]), want[1:2], tol, "Hv, k = 1")
-    _close(program.hvp(block), three, 0.0, "Hv again")
-    forms = program.quadratic_form(block)
+    _close(product(program, block[1:2]), want[1:2], tol, "Hv, k = 1")
+    _close(product(program, block), three, 0.0, "Hv again")
+    forms = quadratic_form(program, block)
     size = block.norm(dim=1) * want.norm(dim=1)
     assert bool(((forms - (block * want).sum(1)).abs() <= tol * size).all()), "v'Hv, k = 3"
-    assert bool(((program.quadratic_form(block[:1]) - forms[:1]).abs() <= tol * size[0]).all()), "v'Hv, k = 1"
+    assert bool(((quadratic_form(program, block[:1]) - forms[:1]).abs() <= tol * size[0]).all()), "v'Hv, k = 1"
     uhv, vhu = (block[0] * three[1]).sum(), (block[1] * three[0]).sum()
     size = block[0].norm() * three[1].norm()
     assert abs(uhv - vhu) <= tol * size, f"u'Hv - v'Hu = {uhv - vhu:.3g}, |u||Hv| = {size:.3g}"
-    for step in program.live:
-        _backward_is_linear_in_blocks(step)
 
 
-def _backward_is_linear_in_blocks(step: Any) -> None:
+def _backward_is_linear_in_blocks(step: Any, like: Any) -> None:
     """``backward`` of k cotangents is k times ``backward`` of one (the GGN's use of it)."""
-    gs = [_random_like(step.g) for _ in range(2)]
+    gs = [_random_like(like) for _ in range(2)]
     both = _results(step.rule.backward(_together(gs)))
     single = [_results(step.rule.backward(g)) for g in gs]
     for together, *apart in zip(both, *single, strict=True):
@@ -194,8 +208,11 @@ def _assert_on_the_path(program: Program, rule: Any, op: Any, fallback: tuple[st
         assert any(type(step.rule) is rule for step in steps), f"{rule.__name__} is not among {seen}"
 
 
-def _watch(rule: Any) -> None:
-    """Wrap a rule's methods: results have their arguments' shapes and dtypes, and inputs stay as they are."""
+def _watch(rule: Any) -> dict[str, Any]:
+    """Wrap a rule's methods: results have their arguments' shapes and dtypes, and inputs stay as they are.
+
+    Returns what the calls have seen last: the result of ``forward``, the cotangent ``g`` of ``backward``.
+    """
     forward, tangent, backward, second = rule.forward, rule.tangent, rule.backward, rule.backward_tangent
     seen: dict[str, Any] = {}
 
@@ -219,6 +236,8 @@ def _watch(rule: Any) -> None:
         def run(*gs: Any) -> Any:
             before = _copies(gs)
             k = next(t for t in _tensors(gs)).shape[0]
+            if name == "backward":
+                seen["g"] = gs[0]
             results = method(*gs)
             _same(before, gs, f"{rule.op}.{name} changed its argument")
             for need, result, arg in zip(rule.needs, results, seen["in"], strict=True):
@@ -232,6 +251,7 @@ def _watch(rule: Any) -> None:
 
     rule.forward, rule.tangent = watched_forward, watched_tangent
     rule.backward, rule.backward_tangent = watched(backward, "backward"), watched(second, "backward_tangent")
+    return seen
 
 
 def _fits(result: Any, primal: Any, k: int, what: str) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import sharpkern as sk
 from sharpkern.rop import tape
+from sharpkern.rop.memory import Pool
 
 
 def agree(H: sk.HessianOperator, problem: Problem, k: int = 1) -> None:
@@ -25,8 +26,10 @@ def recordings(H: sk.HessianOperator) -> dict:
     return H._engine._recordings
 
 
+@pytest.mark.parametrize("large", [0, 1 << 40], ids=["used in place", "copied"])
 @pytest.mark.parametrize("name", PROBLEMS)
-def test_replays_follow_parameters_and_batches(name: str) -> None:
+def test_replays_follow_parameters_and_batches(name: str, large: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tape, "_LARGE", large)
     problem = double(PROBLEMS[name]())
     H = operator(problem)
     for _ in range(3):
@@ -38,7 +41,7 @@ def test_replays_follow_parameters_and_batches(name: str) -> None:
         other = double(PROBLEMS[name]()).batch
         problem = Problem(problem.model, problem.loss_fn, other)
         H.refresh(other)
-    assert {"forward", "backward", "prepare", ("hvp", 1), ("hvp", 3)} <= recordings(H).keys()
+    assert {"forward", "backward", "gradient", ("hvp", 1), ("hvp", 3)} <= recordings(H).keys()
 
 
 def test_parameters_that_move_in_memory_are_noticed() -> None:
@@ -122,16 +125,18 @@ def test_what_cannot_be_replayed_runs_as_it_is(why: str, monkeypatch: pytest.Mon
     assert not recordings(H)
 
 
-def test_recording_covers_calls_with_and_without_an_out_variant() -> None:
-    x = torch.randn(4, 3)
-
-    def computation() -> Tensor:
+@pytest.mark.parametrize("large", [0, 1 << 20], ids=["used in place", "copied"])
+def test_recording_covers_calls_with_and_without_an_out_variant(large: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def computation(x: Tensor, out: Tensor) -> None:
         y = torch.zeros(4, 3).add_(x)  # memory that must be cleared each time
         values, order = torch.sort(y * 2, dim=0)
-        return torch.cat([values.t().reshape(-1), order.float().view(-1), torch.roll(y, 1).flatten()]).clone()
+        out.copy_(torch.cat([values.t().reshape(-1), order.float().view(-1), torch.roll(y, 1).flatten()]))
 
-    recording = tape.record(computation, torch.device("cpu"))
-    assert torch.equal(recording.result, computation())
-    x.copy_(torch.randn(4, 3))
-    recording.replay()
-    assert torch.equal(recording.result, computation())
+    monkeypatch.setattr(tape, "_LARGE", large)
+    x, out, want = torch.randn(4, 3), torch.empty(36), torch.empty(36)
+    recording = tape.record(computation, [x], [out], Pool(), torch.device("cpu"))
+    for _ in range(3):
+        computation(x, want)
+        assert torch.equal(out, want)
+        x, out = torch.randn(4, 3), torch.empty(36)
+        recording.replay([x], [out])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,13 +31,14 @@ def forced_backend() -> str | None:
 if _C is not None:
     forced_backend = _C.forced_backend
 
-_recorders: list[tuple[list[Any], list[Any]]] = []
+Recorder = Callable[[Any, tuple[Any, ...], tuple[Any, ...]], None]
+_recorders: list[Recorder] = []
 
 
 @contextmanager
-def recorded(calls: list[Any], kept: list[Any]) -> Iterator[None]:
-    """Within the block, append each call of a compiled kernel as ``(function, addresses, {})``, and whose they are."""
-    _recorders.append((calls, kept))
+def recorded(recorder: Recorder) -> Iterator[None]:
+    """Within the block, show each call of a compiled kernel: ``recorder(function, addresses, arguments)``."""
+    _recorders.append(recorder)
     try:
         yield
     finally:
@@ -50,9 +51,8 @@ def _call(kernel: str, x: Tensor, *arguments: float | Tensor | None) -> None:
     # the common type first: asking whether something is a tensor costs more than an address
     addresses = tuple([a if type(a) is int else a.data_ptr() if isinstance(a, Tensor) else a or 0 for a in arguments])
     function(*addresses)
-    for calls, kept in _recorders:
-        calls.append((function, addresses, {}))
-        kept.append(arguments)
+    for recorder in _recorders:
+        recorder(function, addresses, arguments)
 
 
 @functools.cache

@@ -40,6 +40,8 @@ class Kind(NamedTuple):
 class Add(LinearInArgs):
     """``y = a + alpha b`` and its kin: ``c0 a + c1 b``."""
 
+    separable = True
+
     def forward(self, a: Tensor, b: Any, alpha: Any = 1) -> Tensor:
         """Save kinds and coefficients."""
         by_name = {"aten::add": (1, alpha), "aten::sub": (1, -alpha), "aten::rsub": (-alpha, 1)}
@@ -86,6 +88,8 @@ class Binary(Rule):
 class Mul(Binary):
     """``y = a b``."""
 
+    tangents = ("da", "db")
+
     def forward(self, a: Tensor, b: Any) -> Tensor:
         """Save both factors."""
         self.a, self.b = a, b
@@ -125,6 +129,8 @@ class Mul(Binary):
 class Div(Binary):
     """``y = a / b``, with q = 1 / b: ``dy = (da - y db) q``, ``ga = g q``, ``gb = -g q y``, ``dq = -q q db``."""
 
+    tangents = ("dy", "db")
+
     def forward(self, a: Tensor, b: Any) -> Tensor:
         """Save the quotient and 1 / b."""
         self.y: Tensor = self.op(a, b)
@@ -160,6 +166,8 @@ class Div(Binary):
 @rule(aten.pow.Tensor_Tensor, aten.atan2.default)
 class Smooth(Binary):
     """``y = f(a, b)`` from its partial derivatives."""
+
+    tangents = ("dargs",)
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         """Save arguments and result."""

@@ -51,10 +51,12 @@ class Attention(Rule):
         k, v = self._repeat(k), self._repeat(v)
         self.way: Kept | Blocked
         if dropout > 0.0 or _small(q, k, causal):
-            self.way = Kept(q, k, v, mask, dropout, causal, scale, self.needs)
+            self.way = Kept(scale, self.needs)
+            o = self.way.forward(q, k, v, mask, dropout, causal)
         else:
-            self.way = Blocked(q, k, v, mask, causal, scale)
-        return self.way.o
+            self.way = Blocked(scale)
+            o = self.way.forward(q, k, v, mask, causal)
+        return o
 
     def _repeat(self, t: Tensor) -> Tensor:
         return t if self.groups == 1 else t.repeat_interleave(self.groups, -3)
@@ -84,6 +86,11 @@ class Attention(Rule):
         """Return the tangents of the cotangents."""
         return self._shrink(self.way.backward_tangent(dg, g))
 
+    def forget_tangents(self) -> None:
+        """Free them."""
+        for name in self.way.tangents:
+            setattr(self.way, name, None)
+
 
 def _small(q: Tensor, k: Tensor, causal: bool) -> bool:
     """Whether keeping the probabilities is faster; never on a GPU, where forming them costs no traffic."""
@@ -94,21 +101,16 @@ def _small(q: Tensor, k: Tensor, causal: bool) -> bool:
 
 
 class Kept:
-    """Keeps P, dP and gS, ``[..., T, S]``: the fewest operations, and most memory."""
+    """Keeps P, dP and ``gP - <P, gP>``, ``[..., T, S]``: the fewest operations, and most memory."""
 
-    def __init__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: Tensor | None,
-        dropout: float,
-        causal: bool,
-        scale: float,
-        needs: tuple[bool, ...],
-    ) -> None:
-        self.q, self.k, self.v, self.scale, self.needs = q, k, v, scale, needs
-        scores = torch.matmul(q * scale, k.mT)
+    tangents = ("dq", "dk", "dv", "dP")
+
+    def __init__(self, scale: float, needs: tuple[bool, ...]) -> None:
+        self.scale, self.needs = scale, needs
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, causal: bool) -> Tensor:
+        self.q, self.k, self.v = q, k, v
+        scores = torch.matmul(q * self.scale, k.mT)
         if causal:
             keep = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
             scores.masked_fill_(~keep, -math.inf)
@@ -121,7 +123,7 @@ class Kept:
         self.D = None
         if dropout > 0.0:
             self.D = (torch.rand_like(P) >= dropout).to(P.dtype) / (1 - dropout)
-        self.o = torch.matmul(self._drop(P), v)
+        return torch.matmul(self._drop(P), v)
 
     def _drop(self, P: Tensor) -> Tensor:
         return P if self.D is None else P * self.D
@@ -161,18 +163,18 @@ class Kept:
     def prepare(self, g: Tensor) -> None:
         if self.needs[0] or self.needs[1]:
             self.inner = self._inner(g)
-            self.gS = self.inner * self.P * self.scale
 
     def backward_tangent(self, dg: Tensor, g: Tensor) -> Cotangents:
         dgq = dgk = dgv = None
         if self.needs[0] or self.needs[1]:
             dgS = self._score_cotangent_tangent(dg, g)
+            gS = self.inner * self.P * self.scale  # one pass each time, to keep one tensor less
             if self.needs[0]:
                 dgq = torch.matmul(dgS, self.k)
-                dgq = dgq if self.dk is None else dgq.add_(torch.matmul(self.gS, self.dk))
+                dgq = dgq if self.dk is None else dgq.add_(torch.matmul(gS, self.dk))
             if self.needs[1]:
                 dgk = torch.matmul(dgS.mT, self.q)
-                dgk = dgk if self.dq is None else dgk.add_(torch.matmul(self.gS.mT, self.dq))
+                dgk = dgk if self.dq is None else dgk.add_(torch.matmul(gS.mT, self.dq))
         if self.needs[2]:
             dgv = torch.matmul(self._drop(self.P).mT, dg)
             dgv = dgv if self.dP is None else dgv.add_(torch.matmul(self._drop(self.dP).mT, g))
@@ -195,12 +197,17 @@ class Kept:
 class Blocked:
     """Keeps one number per query, and forms the probabilities again in each sweep: ``kernels.attention``."""
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> None:
+    tangents = ("dq", "dk", "dv", "do", "m")
+
+    def __init__(self, scale: float) -> None:
+        self.scale = scale
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
         shapes = [t.shape[:-2] for t in (q, k, v, mask) if t is not None]
         self.batch = torch.broadcast_shapes(*shapes)
         q, k, v = (self._fold(t[None])[0] for t in (q, k, v))
-        self.heads = attention(q, k, v, None if mask is None else self._mask(mask, q.dtype), causal, scale)
-        self.o = self._unfold(self.heads.o[None])[0]
+        self.heads = attention(q, k, v, None if mask is None else self._mask(mask, q.dtype), causal, self.scale)
+        return self._unfold(self.heads.o[None])[0]
 
     def _fold(self, t: Tensor) -> Tensor:
         """``[k, *broadcast, T, d]`` to ``[k, B, T, d]``."""

@@ -33,6 +33,9 @@ aten = torch.ops.aten
 class Convolution(Rule):
     """``y = conv(x, w) + b`` for x ``[N, C, *pixels]``."""
 
+    tangents = ("dx", "dw")
+    separable = True
+
     def forward(self, x: Tensor, w: Tensor, b: Tensor | None = None, *options: Any) -> Tensor:
         """Save x, w and the geometry."""
         named = dict(zip((a.name for a in self.op._schema.arguments[3:]), options, strict=True))
@@ -80,9 +83,10 @@ class Convolution(Rule):
         """Return ``conv(dx, w) + conv(x, dw) + db``."""
         if dx is not None and self.crop is not None:
             dx = aten.constant_pad_nd.default(dx, self.crop)
-        self.dx, self.dw = dx, dw
+        self.dx, self.dw, self.begun = dx, dw, False
         k = next(d for d in (dx, dw, db) if d is not None).shape[0]
         y = None if dx is None else self._conv(fold(dx), self.w).unflatten(0, (k, -1))
+        self._begin_weight(k)
         if dw is not None:
             others = (self._conv(self.x, dw[i], None if db is None else db[i]) for i in range(k))
             return _add_each(y, others, k)
@@ -91,6 +95,20 @@ class Convolution(Rule):
             return db.expand(k, *self.y_shape) if y is None else y.add_(db)
         assert y is not None
         return y
+
+    def _begin_weight(self, k: int) -> None:
+        """Write ``wgrad(dx, g)`` to where d(gw) will be, so that no sweep needs dx any more: it is not kept."""
+        if self.dx is None or not self.needs[1] or self.destination[1] is None:
+            return
+        out = self.out(1, (k, *self.w.shape), self.dx)
+        if out is self.destination[1]:
+            for i in range(k):
+                out[i] = self._to_w(self.g, self.dx[i])
+            self.dx, self.begun = None, True
+
+    def prepare(self, g: Tensor) -> None:
+        """Keep g at hand for the tangent sweep."""
+        self.g = g[0]
 
     def backward(self, g: Tensor) -> tuple[Tensor | None, ...]:
         """Return ``convT(g, w), wgrad(x, g), sum g``."""
@@ -127,7 +145,9 @@ class Convolution(Rule):
             dgw = self.out(1, (k, *self.w.shape), dg)
             for i in range(k):
                 part = self._to_w(dg[i], self.x)
-                if g is None or self.dx is None:
+                if g is not None and self.begun:
+                    dgw[i] += part
+                elif g is None or self.dx is None:
                     dgw[i] = part
                 else:
                     torch.add(part, self._to_w(g, self.dx[i]), out=dgw[i])

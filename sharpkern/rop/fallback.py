@@ -18,6 +18,8 @@ class UnsupportedOpError(RuntimeError):
 class Fallback(Rule):
     """vjp, jvp, and the jvp of the vjp, of one op; one vector of the block after the other."""
 
+    tangents = ("dprimals",)
+
     def __init__(self, op: Op, needs: tuple[Any, ...], kwarg_names: list[str]) -> None:
         super().__init__(op, needs)
         self.kwarg_names = kwarg_names

@@ -39,6 +39,8 @@ class LinearCrossEntropy(Rule):
     """``cross_entropy(x W' + b, target)`` at the end of a loss."""
 
     may_be_final = True
+    tangents = ("dx", "dw", "db")
+    separable = True
 
     def __init__(self, op: Any, needs: tuple[Any, ...]) -> None:
         super().__init__(op, needs)
@@ -62,6 +64,7 @@ class LinearCrossEntropy(Rule):
         """Return the cotangents of x, W and b."""
         gz = self.loss.backward(g)[0]
         assert gz is not None
+        self.linear.needs = self.needs[:3]
         return *self.linear.backward(gz.view(g.shape[0], *self.logits_shape)), None, None
 
     def prepare(self, g: Tensor) -> None:

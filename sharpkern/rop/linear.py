@@ -22,6 +22,10 @@ aten = torch.ops.aten
 class Linear(Rule):
     """``y = x W' + b`` with x ``[..., in]``, W ``[out, in]``."""
 
+    tangents = ("dx", "dw")
+    separable = True
+    begun = False  # whether d(gW) holds its part that the tangent sweep knows
+
     def forward(self, x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
         """Save x as rows and W."""
         self.x = x.reshape(-1, x.shape[-1])
@@ -31,13 +35,19 @@ class Linear(Rule):
         return y
 
     def tangent(self, dx: Tensor | None, dw: Tensor | None, db: Tensor | None) -> Tensor:
-        """Return ``dx W' + x dW' + db``."""
+        """Return ``dx W' + x dW' + db``, and begin ``d(gW)``."""
         self.dw = dw
         self.dx = None if dx is None else dx.reshape(dx.shape[0], *self.x.shape)
+        self.begun = False
         k = _first(dx, dw, db).shape[0]
-        rows, width = self.x.shape[0], self.w.shape[0]
         if fused(self.x) and (self.dx is not None or dw is not None):
-            return self._fused_tangent(db).view(k, *self.lead, width)
+            return self._fused_tangent(db).view(k, *self.lead, self.w.shape[0])
+        y = self._sum(dw, db, k)
+        self._begin_weight(k)
+        return y.reshape(k, *self.lead, self.w.shape[0])
+
+    def _sum(self, dw: Tensor | None, db: Tensor | None, k: int) -> Tensor:
+        rows, width = self.x.shape[0], self.w.shape[0]
         if k == 1:
             bias = None if db is None else db[0]
             y = _sum_of_products([(self._dx0(), self.w.t()), (self.x, None if dw is None else dw[0].t())], bias)
@@ -50,7 +60,16 @@ class Linear(Rule):
             y = torch.bmm(x, dw.mT) if db is None else torch.baddbmm(db[:, None], x, dw.mT)
             if self.dx is not None:
                 y.view(k * rows, width).addmm_(self.dx.reshape(k * rows, self.w.shape[1]), self.w.t())
-        return y.reshape(k, *self.lead, width)
+        return y
+
+    def _begin_weight(self, k: int) -> None:
+        """Write ``g' dx`` to where d(gW) will be, so that no sweep needs dx any more: it is not kept."""
+        if self.dx is None or not self.needs[1] or self.destination[1] is None:
+            return
+        out = self.out(1, (k, *self.w.shape), self.dx)
+        if out is self.destination[1]:
+            self._weight([(self.g.expand(k, *self.g.shape[1:]), self.dx)], out)
+            self.dx, self.begun = None, True
 
     def _dx0(self) -> Tensor | None:
         return None if self.dx is None else self.dx[0]
@@ -70,10 +89,14 @@ class Linear(Rule):
         if self.needs[0]:
             gx = (g @ self.w).view(k, *self.lead, -1)
         if self.needs[1]:
-            gw = self._weight([(g, self.x.expand(k, *self.x.shape))])
+            gw = self._weight([(g, self.x.expand(k, *self.x.shape))], self.out(1, (k, *self.w.shape), g))
         if self.needs[2]:
             gb = torch.sum(g, 1, out=self.out(2, (k, g.shape[-1]), g))
         return gx, gw, gb
+
+    def prepare(self, g: Tensor) -> None:
+        """Keep g at hand for the tangent sweep."""
+        self.g = g.reshape(1, self.x.shape[0], self.w.shape[0])
 
     def backward_tangent(self, dg: Tensor, g: Tensor) -> tuple[Tensor | None, ...]:
         """Return ``dg W + g dW, dg' x + g' dx, sum dg``."""
@@ -99,7 +122,7 @@ class Linear(Rule):
             pairs = [(dg, self.x.expand(k, *self.x.shape))]
             if self.dx is not None:
                 pairs.append((g.expand(k, *g.shape[1:]), self.dx))
-            dgw = self._weight(pairs)
+            dgw = self._weight(pairs, self.out(1, (k, *self.w.shape), dg), onto=self.begun)
         if self.needs[2]:
             dgb = torch.sum(dg, 1, out=self.out(2, (k, dg.shape[-1]), dg))
         return dgx, dgw, dgb
@@ -110,21 +133,18 @@ class Linear(Rule):
             return None
         return 2 * inner(g.reshape(1, *self.dx.shape[1:-1], self.w.shape[0]), self.dx @ self.dw.mT)
 
-    def _weight(self, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
-        """Sum ``a' b`` over the pairs ``[k, rows, out], [k, rows, in]``, into the flat result where possible."""
-        k = pairs[0][0].shape[0]
-        out = self.out(1, (k, *self.w.shape), pairs[0][0])
-        for index, (a, b) in enumerate(pairs):
-            if k == 1:
-                target = out[0]
-                if index == 0:
-                    torch.mm(a[0].t(), b[0], out=target)
-                else:
-                    target.addmm_(a[0].t(), b[0])
-            elif index == 0:
-                torch.bmm(a.mT, b, out=out)
-            else:
+    def _weight(self, pairs: list[tuple[Tensor, Tensor]], out: Tensor, *, onto: bool = False) -> Tensor:
+        """Sum ``a' b`` over the pairs ``[k, rows, out], [k, rows, in]`` into out, or onto what is there."""
+        for a, b in pairs:
+            if len(a) == 1 and onto:
+                out[0].addmm_(a[0].t(), b[0])
+            elif len(a) == 1:
+                torch.mm(a[0].t(), b[0], out=out[0])
+            elif onto:
                 out.baddbmm_(a.mT, b)
+            else:
+                torch.bmm(a.mT, b, out=out)
+            onto = True
         return out
 
 
@@ -157,6 +177,9 @@ def _sum_of_products(pairs: list[tuple[Tensor | None, Tensor | None]], bias: Ten
 @rule(aten.mm.default, aten.bmm.default, aten.matmul.default)
 class MatMul(Rule):
     """``y = a b`` with any of matmul's broadcasting: the product rule, batched over k."""
+
+    tangents = ("da", "db")
+    separable = True
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         """Save both factors, as matrices."""
@@ -231,6 +254,10 @@ class AddMM(Rule):
     def __init__(self, op: Any, needs: tuple[Any, ...]) -> None:
         super().__init__(op, needs)
         self.product = MatMul(aten.matmul.default, needs[1:])
+
+    def forget_tangents(self) -> None:
+        """Free those of the product."""
+        self.product.forget_tangents()
 
     def forward(self, c: Tensor, a: Tensor, b: Tensor, beta: float = 1, alpha: float = 1) -> Tensor:
         """Save the factors and the scalars."""

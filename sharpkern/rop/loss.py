@@ -51,6 +51,7 @@ class CrossEntropy(_Reduced):
     """Cross-entropy of logits with class indices or class probabilities."""
 
     may_be_final = True
+    tangents = ("dz",)
 
     def forward(
         self,
@@ -154,6 +155,7 @@ class MSE(_Reduced):
     """``(x - y)^2``; both may depend on the parameters."""
 
     may_be_final = True
+    tangents = ("de",)
 
     def forward(self, x: Tensor, y: Tensor, reduction: int = MEAN) -> Tensor:
         """Save the difference."""
@@ -192,6 +194,8 @@ class BinaryCrossEntropy(_Reduced):
 
     With s = sigmoid(z): slope ``w [(1 - t) s - q t (1 - s)]``, second derivative ``w (1 + (q - 1) t) s (1 - s)``.
     """
+
+    tangents = ("dz",)
 
     def forward(
         self,

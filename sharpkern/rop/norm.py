@@ -30,6 +30,8 @@ class _Norm(Rule):
 
     s: Standardised
     channels_first = False
+    tangents = ("dw", "dxhat", "along")
+    separable = True
 
     def _save(self, x: Tensor, w: Tensor | None, s: Standardised) -> None:
         self.shape, self.dtype, self.s = x.shape, x.dtype, s
@@ -100,17 +102,8 @@ class LayerNorm(_Norm):
         rows = _wide(x).reshape(-1, math.prod(normalized))
         self._save(x, b if w is None else w, _standardised(rows, mean, r, 1, 1, CENTRED))
         self.w = None if w is None else self.w
-        self.primal = (x, normalized, mean, r, w, b)
         result: Tensor = y
         return result
-
-    def backward(self, g: Tensor) -> tuple[Tensor | None, ...]:
-        """Torch's own kernel for one cotangent; the kernel for more."""
-        if g.shape[0] != 1 or not all(self.needs):
-            return super().backward(g)
-        x, normalized, mean, r, w, b = self.primal
-        parts = aten.native_layer_norm_backward.default(g[0], x, normalized, mean, r, w, b, list(self.needs))
-        return tuple(part[None] for part in parts)
 
 
 @rule(aten.rms_norm.default)
@@ -141,16 +134,8 @@ class GroupNorm(_Norm):
         y, mean, r = aten.native_group_norm.default(x, w, b, n, c, pixels, groups, eps)
         rows = _wide(x).reshape(n * groups, -1)
         self._save(x, w, _standardised(rows, mean, r, groups, pixels, CENTRED))
-        self.primal = (x, mean, r, w, n, c, pixels, groups)
         result: Tensor = y
         return result
-
-    def backward(self, g: Tensor) -> tuple[Tensor | None, ...]:
-        """Torch's own kernel for one cotangent; the kernel for more."""
-        if g.shape[0] != 1 or not all(self.needs):
-            return super().backward(g)
-        parts = aten.native_group_norm_backward.default(g[0].contiguous(), *self.primal, [True, True, True])
-        return tuple(part[None] for part in parts)
 
 
 @rule(

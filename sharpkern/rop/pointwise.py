@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..kernels.pointwise import slope_product
 from .fallback import UnsupportedOpError
-from .rule import RULES, Rule, inner, rule
+from .rule import RULES, LinearInArgs, Rule, inner, rule
 
 aten = torch.ops.aten
 Derivative = Callable[..., Tensor]
@@ -32,6 +32,9 @@ class Function(NamedTuple):
 
 class Unary(Rule):
     """``y = f(x, *constants)``, with the derivatives from the table below."""
+
+    keeps_cotangent = False  # it is part of the curvature
+    tangents = ("dx",)
 
     def forward(self, x: Tensor, *constants: Any) -> Tensor:
         """Save what the derivatives are computed from."""
@@ -60,8 +63,6 @@ class Unary(Rule):
     def _slope(self) -> Tensor:
         if self.slope is None:
             self.slope = self._at_point(self.function.first).contiguous()
-            if self.function.second is None:
-                self.point = ()  # nothing will ask for it again
         return self.slope
 
     def tangent(self, dx: Tensor) -> Tensor:
@@ -75,8 +76,10 @@ class Unary(Rule):
 
     def prepare(self, g: Tensor) -> None:
         """Multiply the second derivative with the cotangent."""
+        self._slope()
         second = self.function.second
         self.curvature = None if second is None else (self._at_point(second) * g[0]).contiguous()
+        self.point = ()  # nothing will ask for it again
 
     def backward_tangent(self, dg: Tensor, g: Tensor) -> tuple[Tensor]:
         """Return ``f'(x) dg + g f''(x) dx``."""
@@ -85,6 +88,25 @@ class Unary(Rule):
     def second_order(self, dargs: tuple[Any, ...], g: Tensor) -> Tensor | None:
         """Return ``<g f''(x), dx^2>``."""
         return None if self.curvature is None else inner(self.curvature * self.dx, self.dx)
+
+
+@rule(aten.relu.default)
+class ReLU(LinearInArgs):
+    """``y = max(x, 0)``, whose slope is read off y: a layer behind it keeps y anyway, a slope would be kept besides."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Save y."""
+        self.y = torch.relu(x)
+        return self.y
+
+    def tangent(self, dx: Tensor) -> Tensor:
+        """Return dx where y is positive, else zero."""
+        dy: Tensor = aten.threshold_backward.default(dx, self.y, 0)
+        return dy
+
+    def backward(self, g: Tensor) -> tuple[Tensor]:
+        """Return g where y is positive, else zero."""
+        return (self.tangent(g),)
 
 
 @rule(aten.pow.Scalar)
@@ -172,7 +194,6 @@ def _strictly_within(x: Tensor, low: float, high: float, value: float = 1) -> Te
 
 
 FUNCTIONS: dict[Any, Function] = {
-    aten.relu.default: Function(lambda x, y: (y > 0).to(x.dtype), None),
     aten.leaky_relu.default: Function(lambda x, y, slope=0.01: torch.full_like(x, slope).masked_fill_(x > 0, 1), None),
     aten.hardtanh.default: Function(lambda x, y, low=-1, high=1: _strictly_within(x, low, high), None),
     aten.hardsigmoid.default: Function(lambda x, y: _strictly_within(x, -3, 3, 1 / 6), None),

@@ -17,7 +17,7 @@ from ..flat import Layout
 from .export import Graph
 from .fallback import Fallback
 from .head import fuse_head
-from .rule import RULES, Rule
+from .rule import RULES
 from .step import NOTHING, Step, call, flat_slots, is_slot, step_of
 
 aten = torch.ops.aten
@@ -119,6 +119,9 @@ class Program:
             needs = tuple(_needs(entry) for entry in step.inputs)
             cls = RULES.get(step.op)
             step.rule = cls(step.op, needs) if cls else Fallback(step.op, needs, step.kwarg_names)
+            own = {slot for slot in self.param_slots if slot != NOTHING}
+            step.to_parameters = tuple(_needs(_keep(entry, own)) for entry in step.inputs)
+            step.through = tuple(_needs(_keep(entry, active - own)) for entry in step.inputs)
         self.fallback_ops = sorted({str(step.op) for step in self.live if isinstance(step.rule, Fallback)})
         last = self.live[-1].rule if self.live and self.live[-1].outputs == [self.loss_slot] else None
         self._ends_in_final = last is not None and last.may_be_final
@@ -145,18 +148,25 @@ class Program:
 
     def _find_direct_results(self) -> None:
         """Find parameters used once: their rule may write its result into the flat vector itself."""
-        uses: dict[int, list[tuple[Rule, int]]] = {}
+        uses: dict[int, list[tuple[Step, int]]] = {}
         for step in self.live:
-            assert step.rule is not None
             for position, entry in enumerate(step.inputs):
                 for slot in entry if isinstance(entry, list) else [entry]:
-                    place = (step.rule, -1 if isinstance(entry, list) else position)
+                    place = (step, -1 if isinstance(entry, list) else position)
                     uses.setdefault(slot, []).append(place)
-        self._direct: list[tuple[int, Rule, int]] = []
+        self._direct: list[tuple[int, Step, int]] = []
         for index, slot in enumerate(self.param_slots):
             places = uses.get(slot, [])
             if slot != NOTHING and len(places) == 1 and places[0][1] >= 0:
                 self._direct.append((index, *places[0]))
+
+    def _direct_to(self, out: Tensor | None, linear_steps: frozenset[str] = frozenset()) -> list[Tensor]:
+        """Let rules write to out, ``[k, n]``, but not those of the steps given; return its parts by parameter."""
+        parts = [] if out is None else list(self.layout.views(out))
+        for index, step, position in self._direct:
+            assert step.rule is not None
+            step.rule.destination[position] = parts[index] if parts and step.name not in linear_steps else None
+        return parts
 
     # -- primal sweeps ------------------------------------------------------------------------------------------
 
@@ -208,66 +218,80 @@ class Program:
             for target, value in self._new_buffers:
                 module.get_buffer(target).copy_(value)
 
-    def backward(self) -> Tensor:
-        """Run the backward sweep of the last ``forward``.
-
-        Returns:
-            The gradient ``[n]``.
-        """
+    def backward(self) -> None:
+        """Sweep from the loss to where the parameters enter; save what products and ``gradient`` need."""
+        cotangents: list[Any] = [None] * (self.size + 1)
+        owned: set[int] = set()
         with torch.no_grad():
-            seed = torch.ones(1, dtype=self._loss_dtype(), device=self.layout.device)
-            result = self._reverse(seed, None, 1)
-        self.prepared = False
-        return result[0]
+            cotangents[self.loss_slot] = self.empty_loss()[None].fill_(1)
+            for step in reversed(self.live):
+                assert step.rule is not None
+                g = _take(cotangents, step.outputs)
+                results = step.rule.pull_back(g, step.through)
+                step.rule.prepare(g)
+                step.g = g if step.rule.keeps_cotangent or _any(step.to_parameters) else None
+                _distribute(cotangents, owned, step.inputs, results)
 
-    def prepare(self) -> None:
-        """Let each rule compute what all products at these parameters share; the first product does it by itself."""
+    def gradient(self, out: Tensor) -> None:
+        """Write the gradient ``[1, n]``, after ``backward``."""
+        cotangents: list[Any] = [None] * (self.size + 1)
+        owned: set[int] = set()
         with torch.no_grad():
+            parts = self._direct_to(out)
             for step in self.live:
                 assert step.rule is not None
-                step.rule.prepare(step.g)
-        self.prepared = True
+                if _any(step.to_parameters):
+                    results = step.rule.pull_back(step.g, step.to_parameters)
+                    _distribute(cotangents, owned, step.inputs, results)
+            self._collect(cotangents, parts)
 
-    def _loss_dtype(self) -> torch.dtype:
-        dtype: torch.dtype = self.graph.loss.meta["val"].dtype
-        return dtype
+    def empty_loss(self) -> Tensor:
+        """Return memory for the loss, 0-d."""
+        return torch.empty((), dtype=self.graph.loss.meta["val"].dtype, device=self.layout.device)
 
     # -- tangent sweeps -----------------------------------------------------------------------------------------
 
-    def hvp(self, block: Tensor) -> Tensor:
-        """Multiply the Hessian with k vectors: ``[k, n] -> [k, n]``, after ``forward`` and ``backward``."""
-        if not self.prepared:
-            self.prepare()
+    def hvp(self, block: Tensor, out: Tensor) -> None:
+        """Multiply the Hessian with k vectors: ``[k, n]`` to out ``[k, n]``, after ``prepare``."""
         with torch.no_grad():
-            self._tangent(block)
-            return self._reverse(None, frozenset(), block.shape[0])
+            self._tangent(block, out)
+            self._reverse(frozenset(), out)
 
-    def ggn(self, block: Tensor) -> Tensor:
-        """Multiply the generalised Gauss-Newton matrix J' (d2 loss / d output2) J with k vectors ``[k, n]``.
+    def ggn(self, block: Tensor, out: Tensor) -> None:
+        """Multiply the generalised Gauss-Newton matrix J' (d2 loss / d output2) J with k vectors ``[k, n]``, into out.
 
         The tangent sweep, then the loss's own second derivative, then the linear part of the model's backward sweep
         (Schraudolph 2002).
         """
-        if not self.prepared:
-            self.prepare()
         with torch.no_grad():
-            self._tangent(block)
-            return self._reverse(None, frozenset(self.model_steps), block.shape[0])
+            linear_steps = frozenset(self.model_steps)
+            self._tangent(block, out, linear_steps)
+            self._reverse(linear_steps, out)
 
-    def quadratic_form(self, block: Tensor, *, gauss_newton: bool = False) -> Tensor:
-        """Return ``v'Hv`` for k vectors ``[k, n]``: the tangent sweep and one contraction per op; ``[k]`` float64.
+    def quadratic_form(self, block: Tensor, out: Tensor, *, gauss_newton: bool = False) -> None:
+        """Write ``v'Hv`` of k vectors ``[k, n]`` to out ``[k]``, float64: the tangent sweep, one contraction per op.
 
         The generalised Gauss-Newton matrix leaves out the second order of the model's own ops.
         """
-        if not self.prepared:
-            self.prepare()
-        total = torch.zeros(block.shape[0], dtype=torch.float64, device=self.layout.device)
         with torch.no_grad():
-            self._tangent(block, total, frozenset(self.model_steps if gauss_newton else ()))
-        return total
+            self._tangent(block, None, frozenset(self.model_steps if gauss_newton else ()), out.zero_())
 
-    def _tangent(self, block: Tensor, second: Tensor | None = None, linear_steps: frozenset[str] = frozenset()) -> None:
-        """Sweep from the parameters to the loss; add the second order of all but ``linear_steps`` to ``second``."""
+    def _tangent(
+        self,
+        block: Tensor,
+        out: Tensor | None,
+        linear_steps: frozenset[str] = frozenset(),
+        second: Tensor | None = None,
+    ) -> None:
+        """Sweep from the parameters to the loss.
+
+        Args:
+            block: the vectors.
+            out: of the product, whose parts the rules may begin.
+            linear_steps: those whose second order is left out.
+            second: where to add the second order of all others.
+        """
+        self._direct_to(out, linear_steps)
         tangents: list[Any] = [None] * (self.size + 1)
         for slot, view, tensor in zip(self.param_slots, self.layout.views(block), self.layout.tensors, strict=True):
             if slot != NOTHING:
@@ -280,6 +304,8 @@ class Program:
                 part = step.rule.second_order(dargs, step.g)
                 if part is not None:
                     second += part
+            if second is not None:
+                step.rule.forget_tangents()
             if isinstance(result, tuple | list):
                 for slot, value in zip(step.outputs, result, strict=True):
                     tangents[slot] = value
@@ -288,54 +314,34 @@ class Program:
             for slot in step.last_use:
                 tangents[slot] = None
 
-    def _reverse(self, seed: Tensor | None, linear_steps: frozenset[str] | None, k: int) -> Tensor:
-        """Sweep from the loss to the parameters: primal when ``linear_steps`` is None, else along tangents.
+    def _reverse(self, linear_steps: frozenset[str], out: Tensor) -> None:
+        """Sweep from the loss to the parameters along the last tangents, into out.
 
-        The steps named in ``linear_steps`` contribute only the part that is linear in the cotangent's tangent.
+        The steps named contribute only the part that is linear in the cotangent's tangent.
         """
-        primal = linear_steps is None
-        device = self.layout.device
         cotangents: list[Any] = [None] * (self.size + 1)
         owned: set[int] = set()
-        if primal:
-            cotangents[self.loss_slot] = seed
-        elif not self._ends_in_final:
-            cotangents[self.loss_slot] = torch.zeros(k, dtype=self._loss_dtype(), device=device)
-        flat = torch.empty(k, self.layout.n, dtype=self.layout.dtype, device=device)
-        parts = list(self.layout.views(flat))
-        for index, rule, position in self._direct:
-            rule.destination[position] = parts[index]
+        if not self._ends_in_final:
+            cotangents[self.loss_slot] = self.empty_loss().new_zeros(out.shape[0])
+        parts = self._direct_to(out)
         for step in reversed(self.live):
             assert step.rule is not None
-            rule = step.rule
-            outs = step.outputs
-            g = cotangents[outs[0]] if len(outs) == 1 else tuple(cotangents[s] for s in outs)
-            for slot in outs:
-                cotangents[slot] = None
-            if linear_steps is None:
-                step.g = g
-                results = rule.backward(g)
-            elif step.name in linear_steps:
-                results = rule.backward(g)
-            else:
-                results = rule.backward_tangent(g, step.g)
-            for entry, result in zip(step.inputs, results, strict=True):
-                if entry == NOTHING:
-                    continue
-                if isinstance(entry, list):
-                    for slot, part in zip(entry, result, strict=True):
-                        _accumulate(cotangents, owned, slot, part)
-                else:
-                    _accumulate(cotangents, owned, entry, result)
-        for _, rule, position in self._direct:
-            rule.destination[position] = None
+            dg = _take(cotangents, step.outputs)
+            linear = step.name in linear_steps
+            results = step.rule.backward(dg) if linear else step.rule.backward_tangent(dg, step.g)
+            step.rule.forget_tangents()
+            _distribute(cotangents, owned, step.inputs, results)
+        self._collect(cotangents, parts)
+
+    def _collect(self, cotangents: list[Any], parts: list[Tensor]) -> None:
+        """Copy what rules have not written to its place."""
+        self._direct_to(None)
         for slot, part in zip(self.param_slots, parts, strict=True):
             value = cotangents[slot]
             if value is None:
                 part.zero_()
             elif value is not part:
                 part.copy_(value)
-        return flat
 
 
 def _keep(entry: Any, active: set[int]) -> Any:
@@ -352,6 +358,30 @@ def _needs(entry: Any) -> Any:
 
 def _pick(values: list[Any], entry: Any) -> Any:
     return [values[s] for s in entry] if isinstance(entry, list) else values[entry]
+
+
+def _any(needs: tuple[Any, ...]) -> bool:
+    return any(any(need) if isinstance(need, list) else need for need in needs)
+
+
+def _take(cotangents: list[Any], outputs: list[int]) -> Any:
+    """Take a step's cotangents out of their slots."""
+    taken = tuple(cotangents[slot] for slot in outputs)
+    for slot in outputs:
+        cotangents[slot] = None
+    return taken[0] if len(taken) == 1 else taken
+
+
+def _distribute(cotangents: list[Any], owned: set[int], inputs: list[Any], results: tuple[Any, ...]) -> None:
+    """Add a step's results to the slots of its arguments."""
+    for entry, result in zip(inputs, results, strict=True):
+        if entry == NOTHING:
+            continue
+        if isinstance(entry, list):
+            for slot, part in zip(entry, result or [None] * len(entry), strict=True):
+                _accumulate(cotangents, owned, slot, part)
+        else:
+            _accumulate(cotangents, owned, entry, result)
 
 
 def _accumulate(values: list[Any], owned: set[int], slot: int, value: Tensor | None) -> None:

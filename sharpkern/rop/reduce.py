@@ -85,6 +85,8 @@ class Sum(Reduction, LinearInArgs):
 class Variance(Reduction):
     """``y = sum (x - m)^2 / d``: with c = 2 (x - m) / d, ``dy = <c, dx>``, ``d(gx) = c dg + g 2 (dx - dm) / d``."""
 
+    tangents = ("dcentred",)
+
     def forward(self, x: Tensor, dim: Any = None, correction: Any = None, keepdim: bool = False) -> Any:
         """Save the centred x."""
         x = self._start(x, dim, keepdim)
@@ -136,6 +138,8 @@ class Norm(Reduction):
     Other orders go to the fallback.
     """
 
+    tangents = ("dunit",)
+
     def forward(self, x: Tensor, order: float = 2, dim: Any = None, keepdim: bool = False, dtype: Any = None) -> Tensor:
         """Save the unit vector."""
         self.other: Fallback | None = None
@@ -178,6 +182,8 @@ class Norm(Reduction):
 class LogSumExp(Reduction):
     """``y = log sum exp(x)``: with p = softmax(x), ``dy = <p, dx>``, ``d(gx) = p (dg + g (dx - dy))``."""
 
+    tangents = ("dcentred",)
+
     def forward(self, x: Tensor, dim: Any, keepdim: bool = False) -> Tensor:
         """Save the softmax."""
         x = self._start(x, dim, keepdim)
@@ -189,7 +195,7 @@ class LogSumExp(Reduction):
         """Return ``<p, dx>``."""
         dx = self._enter(dx)
         dy = (self.p * dx).sum(self.dims_after_k, keepdim=True)
-        self.centred = dx - dy
+        self.dcentred = dx - dy
         return self._tangent(dy)
 
     def backward(self, g: Tensor) -> tuple[Tensor]:
@@ -198,7 +204,7 @@ class LogSumExp(Reduction):
 
     def backward_tangent(self, dg: Tensor, g: Tensor) -> tuple[Tensor]:
         """Return ``p (dg + g (dx - dy))``."""
-        return (self._leave(self.p * torch.addcmul(self._restore(dg), self._restore(g), self.centred)),)
+        return (self._leave(self.p * torch.addcmul(self._restore(dg), self._restore(g), self.dcentred)),)
 
 
 @rule(aten.amax.default, aten.amin.default, aten.max.default, aten.min.default)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .memory import Pool
 from .program import Program
 from .tape import NotReplayableError, Recording, record
 
@@ -32,7 +33,7 @@ class ReplayedProgram:
 
     def _forget(self) -> None:
         self._recordings: dict[Any, Recording] = {}
-        self._blocks: dict[int, Tensor] = {}
+        self._memory = Pool()
         self._leaves: list[Any] | None = None
         self._addresses: Any = None
 
@@ -54,64 +55,61 @@ class ReplayedProgram:
                 if isinstance(mine, Tensor):
                     mine.copy_(leaf.detach())
         static = self._leaves
-        loss = self._run("forward", lambda: self.program.forward(module, static))
+        loss = self.program.empty_loss()
+        self._run("forward", lambda out: out.copy_(self.program.forward(module, static)), results=[loss])
         if update_buffers:
             self.program.update_buffers(module)
-        self._prepared = False
         return loss
 
-    def backward(self) -> Tensor:
+    def backward(self) -> None:
         """See ``Program.backward``."""
-        return self._run("backward", self.program.backward)
+        self._run("backward", self.program.backward)
+
+    def gradient(self) -> Tensor:
+        """Return the gradient ``[n]`` at the last ``backward``."""
+        result = self.program.layout.empty(1)
+        self._run("gradient", self.program.gradient, results=[result])
+        return result[0]
 
     def hvp(self, block: Tensor) -> Tensor:
         """See ``Program.hvp``."""
-        return self._product("hvp", self.program.hvp, block)
+        return self._product("hvp", self.program.hvp, block, torch.empty_like(block))
 
     def ggn(self, block: Tensor) -> Tensor:
         """See ``Program.ggn``."""
-        return self._product("ggn", self.program.ggn, block)
+        return self._product("ggn", self.program.ggn, block, torch.empty_like(block))
 
     def quadratic_form(self, block: Tensor, *, gauss_newton: bool = False) -> Tensor:
         """See ``Program.quadratic_form``."""
         form = partial(self.program.quadratic_form, gauss_newton=gauss_newton)
-        return self._product(f"quadratic_form {gauss_newton}", form, block)
+        total = block.new_empty(block.shape[0], dtype=torch.float64)
+        return self._product(f"quadratic_form {gauss_newton}", form, block, total)
 
-    def _product(self, name: str, sweep: Callable[[Tensor], Tensor], block: Tensor) -> Tensor:
+    def _product(self, name: str, sweep: Callable[[Tensor, Tensor], None], block: Tensor, result: Tensor) -> Tensor:
+        self._run((name, block.shape[0]), sweep, [block], [result])
+        return result
+
+    def _run(
+        self, key: Any, sweep: Callable[..., None], inputs: Sequence[Tensor] = (), results: Sequence[Tensor] = ()
+    ) -> None:
         if not self._live:
-            return sweep(block)
-        if not self._prepared:
-            self._run("prepare", self._prepare)
-            self._prepared = True
-        k = block.shape[0]
-        mine = self._blocks.get(k)
-        if mine is None:
-            mine = self._blocks[k] = torch.empty_like(block)
-        mine.copy_(block)
-        return self._run((name, k), lambda: sweep(mine))
-
-    def _prepare(self) -> Tensor:
-        self.program.prepare()
-        return torch.empty(0, device=self.program.layout.device)
-
-    def _run(self, key: Any, sweep: Callable[[], Tensor]) -> Tensor:
-        if not self._live:
-            return sweep()
+            sweep(*inputs, *results)
+            return
         recording = self._recordings.get(key)
         if recording is not None:
-            recording.replay()
-            return recording.result.clone()
+            recording.replay(inputs, results)
+            return
         try:
-            recording = record(sweep, self.program.layout.device)
+            recording = record(sweep, inputs, results, self._memory, self.program.layout.device)
         except NotReplayableError:
             self._live = False
-            self._recordings.clear()
-            return sweep()
+            self._forget()
+            sweep(*inputs, *results)
+            return
         if len(self._recordings) >= _MAX_RECORDINGS:
             oldest = next(key for key in self._recordings if isinstance(key, tuple))
             del self._recordings[oldest]
         self._recordings[key] = recording
-        return recording.result.clone()
 
     def _where(self, module: torch.nn.Module) -> Any:
         tensors = [*self.program.layout.tensors, *module.parameters(), *module.buffers()]

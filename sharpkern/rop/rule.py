@@ -30,6 +30,9 @@ class Rule:
     differentiable: tuple[int, ...] | None = None  # indices of the differentiable outputs; None: every floating one
     may_be_final = False  # a loss: as the last op its tangent may be None, and its dg, which is zero, is None
     final = False
+    separable = False  # ``backward`` reads ``needs`` in each call, and omits the work for what is not needed
+    keeps_cotangent = True  # products need the primal's cotangent of the result, after ``prepare``
+    tangents: tuple[str, ...] = ()  # attributes that ``tangent`` sets for ``backward_tangent``
 
     def __init__(self, op: Op, needs: tuple[Any, ...]) -> None:
         self.op = op
@@ -47,6 +50,20 @@ class Rule:
     def backward(self, g: Any) -> tuple[Any, ...]:
         """Map a cotangent ``[k, *shape]`` of the result to those of the arguments: linear in g, saves nothing."""
         raise NotImplementedError
+
+    def pull_back(self, g: Any, wanted: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Return ``backward(g)`` for some arguments, given like ``needs``; None for the others."""
+        nothing: tuple[Any, ...] = (None,) * len(wanted)
+        if not any(any(want) if isinstance(want, list) else want for want in wanted):
+            return nothing
+        needs = self.needs
+        try:
+            if self.separable:
+                self.needs = wanted
+            results = self.backward(g)
+        finally:
+            self.needs = needs
+        return tuple(_only(result, want) for result, want in zip(results, wanted, strict=True))
 
     def prepare(self, g: Any) -> None:
         """Compute what all products at these parameters share, from the primal's cotangent g ``[1, *shape]``."""
@@ -70,6 +87,11 @@ class Rule:
                 total = inner(part, d) if total is None else total + inner(part, d)
         return total
 
+    def forget_tangents(self) -> None:
+        """Free what ``tangent`` saved: the sweep has passed."""
+        for name in self.tangents:
+            setattr(self, name, None)
+
     def out(self, position: int, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """Return memory for the result at a position: the parameter's part of the flat result, or a new tensor."""
         dest = self.destination[position]
@@ -80,6 +102,8 @@ class Rule:
 
 class LinearInArgs(Rule):
     """An op that is linear in all its differentiable arguments together: second derivatives vanish."""
+
+    keeps_cotangent = False
 
     def backward_tangent(self, dg: Any, g: Any) -> tuple[Any, ...]:  # noqa: ARG002
         """Return ``backward(dg)``."""
@@ -95,6 +119,12 @@ def inner(a: Tensor, b: Tensor) -> Tensor:
     if a.dtype.itemsize < 4:
         a, b = a.float(), b.float()
     return torch.linalg.vecdot(a, b).double()
+
+
+def _only(result: Any, want: Any) -> Any:
+    if isinstance(want, list):
+        return None if result is None else [part if flag else None for part, flag in zip(result, want, strict=True)]
+    return result if want else None
 
 
 def _flat(values: Any) -> list[Tensor | None]:

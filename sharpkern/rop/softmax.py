@@ -23,6 +23,8 @@ aten = torch.ops.aten
 class Softmax(Rule):
     """``y = softmax(x)``, as rows of probabilities."""
 
+    tangents = ("dp",)
+
     def forward(self, x: Tensor, dim: int, *rest: Any) -> Tensor:
         """Save the probabilities."""
         y: Tensor = self.op(x, dim, *rest)
@@ -62,6 +64,8 @@ class Softmax(Rule):
 @rule(aten.log_softmax.int, aten._log_softmax.default)
 class LogSoftmax(Rule):
     """``y = log softmax(x)``."""
+
+    tangents = ("dl",)
 
     def forward(self, x: Tensor, dim: int, *rest: Any) -> Tensor:
         """Save the probabilities; the dimension is counted from the end, so that a leading k does not matter."""

@@ -26,6 +26,8 @@ class Step:
     inputs: list[Any]  # per tensor argument of the schema: slot, NOTHING, or a list of those
     outputs: list[int]  # slots; more than one for a multi-output op
     rule: Rule | None = None
+    to_parameters: tuple[Any, ...] = ()  # per tensor argument like ``Rule.needs``: is it a parameter?
+    through: tuple[Any, ...] = ()  # does it depend on parameters without being one?
     g: Any = None  # the primal cotangent of the result, kept for backward_tangent
     last_use: list[int] = field(default_factory=list)
     kwarg_names: list[str] = field(default_factory=list)  # keyword-only schema arguments, the last of template

@@ -1,15 +1,15 @@
 """Record a computation once and replay it on the same memory: no Python between the calls, no allocation.
 
-A sweep is a fixed sequence of ATen and kernel calls. On the CPU a recording keeps that sequence, with every result's
-memory; a replay makes the same calls again, writing into it. On a GPU it is a CUDA graph. Either way the inputs must
-stay where they are: parameters, buffers, and copies of the batch and the vectors.
+A sweep is a fixed sequence of ATen and kernel calls. On the CPU a recording keeps that sequence, and a replay makes the
+same calls again, each writing where it wrote before; on a GPU it is a CUDA graph. Either way what it reads must stay
+where it is: parameters, buffers, a copy of the batch. Only the vectors and results of a replay may lie anywhere.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -18,9 +18,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..kernels import native
 from ..kernels.dispatch import interpreted
+from .memory import Pool
 
 aten = torch.ops.aten
-_MAX_BYTES = 32 << 20  # of results a recording keeps; above that, calls are long enough not to need it
+_MAX_BYTES = 1 << 30  # of a pool; above that, calls are long enough not to need it
+_LARGE = 1 << 20  # bytes of vectors and results from which pointing all calls at them costs less than copying them
 _UNSIZED = (torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output)
 
 
@@ -29,75 +31,149 @@ class NotReplayableError(Exception):
 
 
 class Recording(Protocol):
-    """A computation that can be run again; ``result`` is overwritten each time."""
+    """A computation that can be run again."""
 
-    result: Tensor
-
-    def replay(self) -> None:
-        """Run it on what its inputs hold now."""
+    def replay(self, inputs: Sequence[Tensor], results: Sequence[Tensor]) -> None:
+        """Run it on other inputs and into other results, of the same shapes and dtypes, contiguous."""
 
 
-def record(computation: Callable[[], Tensor], device: torch.device) -> Recording:
-    """Run a computation and return its recording, with the result of this run.
+def record(
+    computation: Callable[..., None],
+    inputs: Sequence[Tensor],
+    results: Sequence[Tensor],
+    pool: Pool,
+    device: torch.device,
+) -> Recording:
+    """Run a computation and return its recording.
 
     Args:
-        computation: makes the same calls each time, whatever its inputs hold; reads nothing that may move.
-        device: of its tensors.
+        computation: ``computation(*inputs, *results)`` reads the ones and writes the others. It makes the same calls
+            each time, whatever they hold; reads nothing else that may move.
+        inputs: contiguous.
+        results: contiguous.
+        pool: gives the memory of everything in between; what outlives the computation stays valid while it is held.
+        device: of all tensors.
 
     Raises:
         NotReplayableError: it cannot be replayed.
     """
     if device.type == "cpu" and interpreted():
         raise NotReplayableError("Triton's interpreter leaves no trace of its calls")
-    return CUDAGraph(computation) if device.type == "cuda" else Tape(computation)
+    if device.type == "cuda":
+        return CUDAGraph(computation, inputs, results)
+    return Tape(computation, inputs, results, pool)
 
 
 class Tape:
-    """A list of calls on fixed memory."""
+    """A list of calls on fixed memory, but for large inputs and results, which are used where they are."""
 
-    def __init__(self, computation: Callable[[], Tensor]) -> None:
-        recorder = _Recorder()
-        self._kept: list[Any] = []  # memory that compiled kernels know by address only
-        with torch.no_grad(), recorder, native.recorded(recorder.calls, self._kept):
-            self.result = computation()
-        self._calls = recorder.calls
+    def __init__(
+        self, computation: Callable[..., None], inputs: Sequence[Tensor], results: Sequence[Tensor], pool: Pool
+    ) -> None:
+        self._large = sum(t.nbytes for t in (*inputs, *results)) >= _LARGE
+        mine = [*inputs, *results]
+        if not self._large:
+            mine = [t.clone() for t in mine]
+        self._inputs, self._results = mine[: len(inputs)], mine[len(inputs) :]
+        self._recorder = _Recorder(mine if self._large else [], pool)
+        with torch.no_grad(), self._recorder, native.recorded(self._recorder.add_native):
+            computation(*mine)
+        self._calls = self._recorder.calls
+        if self._large:
+            self._release()
+        else:
+            _copy(self._results, results)
 
-    def replay(self) -> None:
+    def replay(self, inputs: Sequence[Tensor], results: Sequence[Tensor]) -> None:
         """Make the calls again."""
         with torch.no_grad():
+            if self._large:
+                self._point_at([*inputs, *results])
+            else:
+                _copy(inputs, self._inputs)
             for function, args, kwargs in self._calls:
                 function(*args, **kwargs)
+            if self._large:
+                self._release()
+            else:
+                _copy(self._results, results)
+
+    def _point_at(self, tensors: list[Tensor]) -> None:
+        storages = [t.untyped_storage() for t in tensors]
+        for place, t in self._recorder.places:
+            storage = storages[place.tensor]
+            offset = tensors[place.tensor].data_ptr() - storage.data_ptr() + place.offset
+            t.set_(storage, offset // t.dtype.itemsize, place.size, place.stride)
+        for call, position, tensor, offset in self._recorder.addresses:
+            function, args, kwargs = self._calls[call]
+            address = tensors[tensor].data_ptr() + offset
+            self._calls[call] = (function, (*args[:position], address, *args[position + 1 :]), kwargs)
+
+    def _release(self) -> None:
+        """Let go of the caller's tensors."""
+        self._inputs = self._results = []
+        for _, t in self._recorder.places:
+            t.data = t.new_empty(0)
 
 
 class CUDAGraph:
-    """A captured stream of kernels: one launch from the host."""
+    """A captured stream of kernels: one launch from the host, between copies of inputs and results."""
 
-    def __init__(self, computation: Callable[[], Tensor]) -> None:
+    def __init__(self, computation: Callable[..., None], inputs: Sequence[Tensor], results: Sequence[Tensor]) -> None:
+        self._inputs, self._results = [t.clone() for t in inputs], [t.clone() for t in results]
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side), torch.no_grad():  # libraries allocate their workspaces outside of the capture
-            computation()
+            computation(*self._inputs, *self._results)
         torch.cuda.current_stream().wait_stream(side)
         self._graph = torch.cuda.CUDAGraph()
         try:
             with torch.no_grad(), torch.cuda.graph(self._graph):
-                self.result = computation()
+                computation(*self._inputs, *self._results)
         except RuntimeError as error:
             raise NotReplayableError(f"CUDA cannot capture it: {error}") from error
-        self._graph.replay()
+        self.replay(inputs, results)
 
-    def replay(self) -> None:
+    def replay(self, inputs: Sequence[Tensor], results: Sequence[Tensor]) -> None:
         """Launch the graph."""
+        _copy(inputs, self._inputs)
         self._graph.replay()
+        _copy(self._results, results)
+
+
+def _copy(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
+    for source, target in zip(sources, targets, strict=True):
+        target.copy_(source)
+
+
+class _Place(NamedTuple):
+    """A view of one of the tensors that replays bring: which, from which byte on, and its geometry."""
+
+    tensor: int
+    offset: int
+    size: torch.Size
+    stride: tuple[int, ...]
 
 
 class _Recorder(TorchDispatchMode):
-    """Runs each call, and writes down one that puts the same result into the same memory."""
+    """Runs each call, moves its results into the pool, and writes down one that puts the same there.
 
-    def __init__(self) -> None:
+    The calls hold stand-ins, tensors on the same memory that do not keep its blocks, so that these are free once
+    the computation is done with them.
+
+    Args:
+        moving: tensors that lie elsewhere in each replay.
+    """
+
+    def __init__(self, moving: Sequence[Tensor], pool: Pool) -> None:
         super().__init__()
         self.calls: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]] = []
-        self._bytes = 0
+        self.places: list[tuple[_Place, Tensor]] = []  # the stand-ins for views of what moves
+        self.addresses: list[tuple[int, int, int, int]] = []  # call, argument, tensor that moves, offset in bytes
+        self._kept: list[Tensor] = []  # compiled kernels know it by address only
+        self._moving = [(t.data_ptr(), t.data_ptr() + t.nbytes) for t in moving]
+        self._pool = pool
+        self._stand_ins: dict[Any, Tensor] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ARG002
         kwargs = kwargs or {}
@@ -105,20 +181,28 @@ class _Recorder(TorchDispatchMode):
             raise NotReplayableError(f"{func} depends on values")
         result = func(*args, **kwargs)
         if func._schema.is_mutable:
-            self.calls.append((func, args, kwargs))
-        elif _is_view(func) or func._schema.name.startswith(("aten::empty", "aten::new_empty")):
-            return result  # stays valid: it is nothing but an address
-        else:
-            self._keep(func, args, kwargs, [t for t in pytree.tree_leaves(result) if isinstance(t, Tensor)])
+            self.calls.append((func, *self._held(args, kwargs)))
+            return result
+        owned = {t.untyped_storage().data_ptr() for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        if _is_view(func) or all(t.untyped_storage().data_ptr() in owned for t in _tensors(result)):
+            return result  # nothing but an address; some ops are views in all but name, such as _unsafe_view
+        result = pytree.tree_map_only(Tensor, self._moved_to_pool, result)
+        if not func._schema.name.startswith(("aten::empty", "aten::new_empty")):
+            args, kwargs = self._held(args, kwargs)
+            self._add(func, args, kwargs, [self._stand_in(t) for t in _tensors(result)])
         return result
 
-    def _keep(self, func: Any, args: Any, kwargs: Any, results: list[Tensor]) -> None:
-        owned = {t.untyped_storage().data_ptr() for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        if all(t.untyped_storage().data_ptr() in owned for t in results):
-            return  # a view in all but name, such as _unsafe_view
-        self._bytes += sum(t.untyped_storage().nbytes() for t in results)
-        if self._bytes > _MAX_BYTES:
-            raise NotReplayableError(f"its results need more than {_MAX_BYTES >> 20} MiB")
+    def add_native(self, function: Any, addresses: tuple[Any, ...], arguments: tuple[Any, ...]) -> None:
+        """Write down a call of a compiled kernel."""
+        for position, t in enumerate(arguments):
+            if isinstance(t, Tensor) and (tensor := self._which(t)) is not None:
+                offset = t.data_ptr() - self._moving[tensor][0]
+                self.addresses.append((len(self.calls), position, tensor, offset))
+            elif isinstance(t, Tensor) and t not in self._pool:
+                self._kept.append(t)
+        self.calls.append((function, addresses, {}))
+
+    def _add(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], results: list[Tensor]) -> None:
         into = _out_variant(func)
         if func in (aten.clone.default, aten._to_copy.default):
             self.calls.append((results[0].copy_, args[:1], {}))
@@ -128,11 +212,47 @@ class _Recorder(TorchDispatchMode):
             op, names = into
             self.calls.append((op, args, {**_accepted(op, kwargs), **dict(zip(names, results, strict=True))}))
 
+    def _moved_to_pool(self, t: Tensor) -> Tensor:
+        if t.numel() == 0:
+            return t
+        extent = 1 + sum((size - 1) * stride for size, stride in zip(t.size(), t.stride(), strict=True))
+        block = self._pool.empty(extent, t.dtype)
+        if self._pool.nbytes > _MAX_BYTES:
+            raise NotReplayableError(f"it needs more than {_MAX_BYTES >> 20} MiB")
+        block.copy_(t.as_strided((extent,), (1,)))
+        return block.as_strided(t.size(), t.stride())
+
+    def _held(self, args: Any, kwargs: Any) -> Any:
+        return pytree.tree_map_only(Tensor, self._stand_in, (args, kwargs))
+
+    def _stand_in(self, t: Tensor) -> Tensor:
+        tensor = self._which(t)
+        if tensor is None and t not in self._pool:
+            return t  # it stays where it is
+        key = (t.data_ptr(), t.dtype, t.size(), t.stride())
+        if key not in self._stand_ins:
+            if tensor is None:
+                self._stand_ins[key] = self._pool.alias(t)
+            else:
+                alias = torch.empty(0, dtype=t.dtype)
+                alias.set_(t.untyped_storage(), t.storage_offset(), t.size(), t.stride())
+                self._stand_ins[key] = alias
+                place = _Place(tensor, t.data_ptr() - self._moving[tensor][0], t.size(), t.stride())
+                self.places.append((place, alias))
+        return self._stand_ins[key]
+
+    def _which(self, t: Tensor) -> int | None:
+        """Return which of the moving tensors t is a view of."""
+        address = t.data_ptr()
+        return next((i for i, (start, stop) in enumerate(self._moving) if start <= address < stop), None)
+
+
+def _tensors(result: Any) -> list[Tensor]:
+    return [t for t in pytree.tree_leaves(result) if isinstance(t, Tensor)]
+
 
 def _copy_results(func: Any, args: Any, kwargs: Any, results: list[Tensor]) -> None:
-    new = [t for t in pytree.tree_leaves(func(*args, **kwargs)) if isinstance(t, Tensor)]
-    for old, value in zip(results, new, strict=True):
-        old.copy_(value)
+    _copy(_tensors(func(*args, **kwargs)), results)
 
 
 @cache

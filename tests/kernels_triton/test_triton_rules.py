@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import sharpkern as sk
 from sharpkern.kernels import triton_embedding, triton_linear
 from sharpkern.rop import tape
+from sharpkern.rop.memory import Pool
 
 Loss = Callable[[Mapping[str, Tensor], Any], Tensor]
 
@@ -102,4 +103,4 @@ def test_interpreted_calls_are_not_recorded(device: str) -> None:
     if device == "cuda":
         pytest.skip("compiled kernels are captured in a CUDA graph")
     with pytest.raises(tape.NotReplayableError, match="interpreter"):
-        tape.record(lambda: torch.zeros(1), torch.device("cpu"))
+        tape.record(lambda: torch.zeros(1), [], [], Pool(), torch.device("cpu"))
