@@ -14,6 +14,7 @@ from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 from torch import Tensor
 from workloads import Workload
 
+import sharpkern as sk
 from sharpkern.eigen import lanczos, lobpcg
 
 from . import autograd_kept, fused
@@ -145,6 +146,23 @@ class Eigenthings:
         with math_attention():
             result = their_lanczos(self.peer.operator, k=1, max_iter=setting, which="LA", seed=seed)
         return float(result.eigenvalues[0]), setting
+
+
+class CriticalSharpness:
+    """2 over the critical learning rate of gradient descent, by forward passes; not an eigenvalue, hence no peer.
+
+    Args:
+        work: the workload.
+        lr: where the search begins.
+    """
+
+    def __init__(self, work: Workload, lr: float) -> None:
+        self.work, self.rule = work, torch.optim.SGD(work.model.parameters(), lr=lr)
+
+    def solve(self, setting: Any, seed: int) -> Found:  # noqa: ARG002
+        """Forward passes stand in for products."""
+        found = sk.critical_learning_rate(*self.work, self.rule)
+        return found.sharpness, found.forward_passes
 
 
 SOLVERS: dict[str, tuple[Callable[[Workload], Any], str | None]] = {
