@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
+from typing import TypeVar
 
 import torch
 
+Key = TypeVar("Key", bound=Hashable)
+
 
 def interleave(
-    contenders: Mapping[str, Callable[[], object]],
+    contenders: Mapping[Key, Callable[[], object]],
     rounds: int,
     seconds_at_most: float = float("inf"),
     untimed: int = 2,
-) -> dict[str, list[float]]:
+) -> dict[Key, list[float]]:
     """Run each contender once per round.
 
     Args:
@@ -26,7 +29,7 @@ def interleave(
     Returns:
         name -> seconds, one entry a round.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    seconds: dict[Key, list[float]] = {name: [] for name in contenders}
     begun = time.perf_counter()
     for index in range(untimed + rounds):
         for name, call in contenders.items():

@@ -98,12 +98,12 @@ class PyHessian:
         self.work = work
 
     def solve(self, setting: Any, seed: int) -> Found:
-        value, products, _ = pyhessian(self.work, setting, seed, 300)
+        value, products, _ = pyhessian(self.work, setting, seed)
         return value, products
 
 
-def pyhessian(work: Workload, tol: float, seed: int, most: int = 100) -> tuple[float, int, list[Tensor]]:
-    """Value, products, and the gradients that PyHessian has on the way."""
+def pyhessian(work: Workload, tol: float, seed: int) -> tuple[float, int, list[Tensor]]:
+    """Value, products (its default limit of 100), and the gradients that PyHessian has on the way."""
     module: Any = import_module("pyhessian.hessian")
 
     torch.manual_seed(seed)
@@ -121,7 +121,7 @@ def pyhessian(work: Workload, tol: float, seed: int, most: int = 100) -> tuple[f
 
     module.hessian_vector_product = counted
     try:
-        values, _ = tool.eigenvalues(maxIter=most, tol=tol)
+        values, _ = tool.eigenvalues(tol=tol)
     finally:
         module.hessian_vector_product = multiply
     gradients = [g.detach() for g in tool.gradsH]

@@ -44,11 +44,12 @@ def ask(workload: str, point: str, optimizer: str, steps: int, effort: Effort) -
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     found: dict[str, list[tuple[float, int]]] = {name: [] for name in contenders if name != PLAIN}
     exact: list[float] = []
+    follower = truth.Follower()
     for index in range(steps + 1):  # the first step exports and starts cold: it is not counted
         before, state = [p.detach().clone() for p in params], _state(rule)
         scale = _inverse_root(work, rule) if adam else None
         if index:
-            exact.append(truth.top(work, 1, scale)[0])
+            exact.append(follower.top(work, scale))
         for name, step in contenders.items():
             with torch.no_grad():
                 for p, old in zip(params, before, strict=True):
@@ -70,7 +71,8 @@ def ask(workload: str, point: str, optimizer: str, steps: int, effort: Effort) -
         products[name] = sum(count for _, count in values) / len(values)
     return {
         "question": "training", "workload": workload, "point": point, "of_threshold": of_threshold,
-        "optimizer": optimizer, "steps": steps, "base": PLAIN, "quick": effort.quick, "seconds": seconds, "errors": errors, "products": products,
+        "optimizer": optimizer, "steps": steps, "base": PLAIN, "quick": effort.quick, "seconds": seconds,
+        "errors": errors, "products": products, "another_quantity": [RIVAL],
     }  # fmt: skip
 
 
