@@ -25,9 +25,9 @@ from sharpkern.rop import LossModule, Program, export
 
 SMALL = {
     "mlp": lambda: mlp(width=128, batch=64),
-    "cnn": cnn,
+    "cnn": lambda: cnn(batch=2),
     "wrn": lambda: wrn(widen=1, batch=2),
-    "gpt": lambda: gpt(context=32, batch=2, d=96),
+    "gpt": lambda: gpt(context=32, batch=2, d=96, blocks=2),
 }  # calls do not depend on sizes; the sizes keep the count cheap
 aten = torch.ops.aten
 _NO_WORK = ("aten::empty", "aten::new_empty")

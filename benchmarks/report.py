@@ -21,6 +21,10 @@ MODELS = {
     "cnn": "CNN with norms, batch 64", "wrn": "WRN-16-2 with layer norm, batch 16",
     "gpt": "GPT, 1.9M parameters, 8 x 128 tokens", "gpt2": "GPT-2, 124M parameters, 1 x 128 tokens",
 }  # fmt: skip
+PLOTS = {
+    "bench_growth.png": "Cost as a model, its batch and the number of vectors grow, with fitted exponents",
+    "bench_products.png": "Products in gradients of the same loss",
+}
 Row = dict[str, Any]
 
 
@@ -206,7 +210,7 @@ def limits(result: Row) -> str:
             lines.append(
                 f"| {where(entry)} | {ratio(entry['seconds'], 'sharpkern', 'floor')['median']:.2f} | {shares} |"
             )
-    return head + "\n".join(lines)
+    return head + "\n".join(lines) if lines else "Not measured in this run."
 
 
 def readme_table(result: Row) -> str:
@@ -246,6 +250,8 @@ def plots(result: Row, folder: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
+    for name in PLOTS:  # one of an earlier run is not this run's
+        (folder / name).unlink(missing_ok=True)
     singles = [e for e in result["entries"] if e["question"] == "product" and e["k"] == 1]
     if singles:
         figure, axes = plt.subplots(1, len(singles), figsize=(4 * len(singles), 3.6), squeeze=False)
@@ -291,11 +297,13 @@ def write_report(path: Path) -> Path:
 def write_docs(path: Path) -> None:
     """Put tables and plots into docs/benchmarks.md and README.md, between their marks."""
     root = Path(__file__).parents[1]
-    _between(root / "docs" / "benchmarks.md", write_report(path).read_text())
-    _between(root / "README.md", readme_table(json.loads(path.read_text())) + "\n")
-    for name in ("bench_products.png", "bench_growth.png"):
+    text = write_report(path).read_text()
+    for name, caption in PLOTS.items():
         if (path.parent / name).is_file():
             (root / "docs" / "images" / name).write_bytes((path.parent / name).read_bytes())
+            text = f"![{caption}](images/{name})\n\n{text}"
+    _between(root / "docs" / "benchmarks.md", text)
+    _between(root / "README.md", readme_table(json.loads(path.read_text())) + "\n")
 
 
 def _between(page: Path, text: str) -> None:

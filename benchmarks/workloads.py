@@ -42,13 +42,13 @@ def overhead() -> Workload:
     return Workload(model, F.cross_entropy, (F.adaptive_avg_pool2d(x, 8).flatten(1), y))
 
 
-def cnn() -> Workload:
+def cnn(batch: int = 64) -> Workload:
     """Four 3x3 convolutions of 32 and 64 channels with layer norm over channels and pixels, batch 64 of 3x32x32."""
     layers: list[nn.Module] = []
     for a, b, stride in [(3, 32, 1), (32, 32, 2), (32, 64, 1), (64, 64, 2)]:
         layers += [nn.Conv2d(a, b, 3, stride=stride, padding=1), nn.GroupNorm(1, b), nn.ReLU()]
     model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
-    x, y = images(64)
+    x, y = images(batch)
     return Workload(model, F.cross_entropy, (F.pad(x, (2, 2, 2, 2)).repeat(1, 3, 1, 1), y))
 
 
