@@ -103,6 +103,13 @@ def test_a_wrong_peer_competes_with_nobody_and_losses_come_first():
     assert "| broken | raises" in shown
 
 
+def test_wrong_is_relative_to_double_backward_where_rounding_alone_is_coarse():
+    result = run(0)
+    for entry in result["entries"]:
+        entry["errors"].update({"sharpkern": 3e-3, "autograd, graph kept": 2e-3, "jvp(jacrev)": 5e-3})
+    assert {row["peer"] for row in report.duels(result)} == {"autograd, graph kept"}
+
+
 def test_missed_goals_come_first():
     lines = report.goal_table(run(0, slow=1.5)).splitlines()[2:]
     states = [line.split("|")[3].strip() for line in lines]
