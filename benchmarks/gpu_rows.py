@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from bench_attention import by_rule, recomputed
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from workloads import _GPT, WORKLOADS, Workload
+from workloads import GPT, WORKLOADS, Workload
 
 import sharpkern as sk
 from sharpkern import kernels
@@ -82,7 +82,7 @@ def _small_gpt(context: int, d: int, blocks: int) -> Workload:
     def loss(logits: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
-    return Workload(_GPT(64, d, 2, blocks, context), loss, (tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()))
+    return Workload(GPT(64, d, 2, blocks, context), loss, (tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()))
 
 
 def _product_of(model: nn.Module, loss_fn: Any, batch: Any, v: Tensor) -> Callable[[], Tensor]:

@@ -4,35 +4,42 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
+from typing import TypeVar
 
 import torch
 
+Key = TypeVar("Key", bound=Hashable)
+
 
 def interleave(
-    contenders: Mapping[str, Callable[[], object]], rounds: int, seconds_at_most: float = float("inf")
-) -> dict[str, list[float]]:
+    contenders: Mapping[Key, Callable[[], object]],
+    rounds: int,
+    seconds_at_most: float = float("inf"),
+    untimed: int = 2,
+) -> dict[Key, list[float]]:
     """Run each contender once per round.
 
     Args:
         contenders: name -> call. A call that returns a float reports the seconds of a process of its own.
-        rounds: how many; two more run first, untimed.
+        rounds: how many.
         seconds_at_most: begin no further round after so long, but finish at least three.
+        untimed: rounds that run before.
 
     Returns:
         name -> seconds, one entry a round.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    seconds: dict[Key, list[float]] = {name: [] for name in contenders}
     begun = time.perf_counter()
-    for index in range(rounds + 2):
+    for index in range(untimed + rounds):
         for name, call in contenders.items():
             start = time.perf_counter()
             own = call()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            if index >= 2:
+            if index >= untimed:
                 seconds[name].append(own if isinstance(own, float) else time.perf_counter() - start)
-        if index >= 4 and time.perf_counter() - begun > seconds_at_most:
+        if index >= untimed + 2 and time.perf_counter() - begun > seconds_at_most:
             break
     return seconds
 

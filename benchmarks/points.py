@@ -2,27 +2,49 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from workloads import WORKLOADS, Workload
 
 import sharpkern as sk
 
 POINTS = ("init", "trained", "edge")
+EDGE = (0.9, 1.1)  # sharpness over threshold that counts as at the edge
+_PIECE, _MOST = 10, 300  # steps between two looks, and in all
 
 
-def at(name: str, point: str, steps: int = 50) -> Workload:
+class Standing(NamedTuple):
+    """A workload, the learning rate of gradient descent there, and its sharpness over the threshold ``2 / lr``."""
+
+    work: Workload
+    lr: float
+    of_threshold: float
+
+
+def at(name: str, point: str, steps: int = 50) -> Standing:
     """Build a workload and bring it there by full-batch gradient descent.
 
-    "trained": ``steps`` steps at a quarter of the largest stable learning rate of the start. "edge": that, then twice
-    as many at a learning rate whose threshold is 4/3 of the sharpness reached.
+    "init": as built, with a quarter of the largest stable learning rate. "trained": ``steps`` steps with that. "edge":
+    from there on with a learning rate whose threshold is 4/3 of the sharpness reached, so that the sharpness rises
+    past the threshold and swings about it: at least ``steps`` steps, and until it is within 10% of the threshold.
     """
     torch.manual_seed(0)
     work = WORKLOADS[name]()
+    sharpness = _sharpness(work)
+    lr = 0.5 / sharpness
     if point != "init":
-        _descend(work, 0.5 / _sharpness(work), steps)
+        _descend(work, lr, steps)
+        sharpness = _sharpness(work)
     if point == "edge":
-        _descend(work, 1.5 / _sharpness(work), 2 * steps)
-    return work
+        lr = 1.5 / sharpness
+        _descend(work, lr, steps)
+        for _ in range(steps, _MOST, _PIECE):
+            sharpness = _sharpness(work)
+            if EDGE[0] <= sharpness * lr / 2 <= EDGE[1]:
+                break
+            _descend(work, lr, _PIECE)
+    return Standing(work, lr, sharpness * lr / 2)
 
 
 def _sharpness(work: Workload) -> float:

@@ -2,7 +2,8 @@
 
 Times are compared as ratios to a base timed in the same rounds (mostly a plain gradient), so the machine's speed drops
 out. What may change by chance is measured: the spread of the per-round ratios in both runs, and how much the ratios of
-the peers, whose code is the same in both, moved from run to run. Exits with 1 if anything of sharpkern became slower.
+the peers, whose code is the same in both, moved from run to run. Counts (counts.py) have no noise. The last line says
+whether the runs agree. Exits with 1 if anything of sharpkern became slower.
 """
 
 from __future__ import annotations
@@ -40,16 +41,19 @@ def series(result: dict[str, Any]) -> Series:
     return found
 
 
-def compare(old: dict[str, Any], new: dict[str, Any]) -> tuple[list[str], list[str]]:
-    """Return a line for everything that became slower, and one for everything faster."""
+def drift_of(old: Series, new: Series) -> float:
+    """How far the ratios of the peers moved between the runs: a standard deviation of logs."""
+    moved = [abs(new[key][0] - old[key][0]) for key in old if key in new and not is_own(key[1])]
+    return 1.48 * statistics.median(moved) if moved else 0.0
+
+
+def compare(old: dict[str, Any], new: dict[str, Any]) -> tuple[list[str], list[str], int]:
+    """Return a line for everything that became slower, one for everything faster, and how many figures both have."""
     a, b = series(old), series(new)
-    common = [key for key in a if key in b]
-    drifts = [abs(b[key][0] - a[key][0]) for key in common if not is_own(key[1])]
-    drift = 1.48 * statistics.median(drifts) if drifts else 0.0
+    drift = drift_of(a, b)
     slower, faster = [], []
+    common = [key for key in a if key in b and key[1].startswith("sharpkern")]
     for key in common:
-        if not key[1].startswith("sharpkern"):
-            continue
         change = b[key][0] - a[key][0]
         allowed = max(LEAST, SIGMAS * math.hypot(a[key][1], b[key][1], drift))
         line = f"{key[0]}, {key[1]}: {math.exp(change):.2f} of before, noise up to {math.exp(allowed):.2f}"
@@ -57,7 +61,35 @@ def compare(old: dict[str, Any], new: dict[str, Any]) -> tuple[list[str], list[s
             slower.append(line)
         elif change < -allowed:
             faster.append(line)
-    return slower, faster
+    before, after = counts(old), counts(new)
+    for key in before.keys() & after.keys():
+        if before[key] != after[key]:
+            line = f"{', '.join(key)}: {after[key]}, was {before[key]}; counts have no noise"
+            (slower if after[key] > before[key] else faster).append(line)
+    return slower, faster, len(common) + len(before.keys() & after.keys())
+
+
+def counts(result: dict[str, Any]) -> dict[tuple[str, str], int]:
+    """Collect all counts of a run."""
+    return {
+        (f"{entry['question']} {where(entry)}", what): number
+        for entry in result["entries"] for what, number in entry.get("counts", {}).items()
+    }  # fmt: skip
+
+
+def verdict(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """Say whether two runs agree, and what noise was allowed."""
+    slower, faster, compared = compare(old, new)
+    if not compared:
+        return "nothing to compare: the runs have no figure of sharpkern in common."
+    apart = len(slower) + len(faster)
+    a, b = series(old), series(new)
+    errors = [math.hypot(a[key][1], b[key][1]) for key in a if key in b]
+    noise = f"; {SIGMAS:.0f} standard errors allowed, at least {LEAST:.0%}" if errors else ""
+    if errors:
+        noise += f" (median error of a ratio {statistics.median(errors):.1%}, peers moved {drift_of(a, b):.1%})"
+    found = "agree" if not apart else "DISAGREE"
+    return f"The runs {found}: {compared - apart} of {compared} figures of sharpkern are within the noise{noise}."
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -68,8 +100,8 @@ def main(arguments: list[str] | None = None) -> int:
     old, new = (json.loads(path.read_text()) for path in (options.old, options.new))
     if old["machine"] != new["machine"]:
         print(f"other machines: {old['machine']} and {new['machine']}; ratios may differ for that alone.")
-    slower, faster = compare(old, new)
-    print("\n".join([*(f"SLOWER  {line}" for line in slower), *(f"faster  {line}" for line in faster)]) or "no change")
+    slower, faster, _ = compare(old, new)
+    print(*(f"SLOWER  {line}" for line in slower), *(f"faster  {line}" for line in faster), verdict(old, new), sep="\n")
     return 1 if slower else 0
 
 

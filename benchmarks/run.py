@@ -14,13 +14,14 @@ import subprocess
 import time
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
-from peers import load
+from peers import Peer, load
 from questions import Effort, cold, first, growth, product, training
 from report import write_report
 
@@ -30,33 +31,50 @@ PACKAGES = (
 )  # fmt: skip
 
 
-def entries(effort: Effort, compiled: bool) -> Iterator[dict[str, Any]]:
+QUICK_BLOCKS = {"overhead": (1, 4), "mlp": (1, 4), "cnn": (1,), "gpt": (1,)}
+BLOCKS = {"overhead": (1, 2, 4, 8), "mlp": (1, 2, 4, 8), "cnn": (1, 4), "wrn": (1,), "gpt": (1, 4)}
+LARGE = ("sharpkern", "autograd, graph kept", "jvp(jacrev)", "hessian-eigenthings", "JAX jit(jvp(grad))")
+GROWN = ("sharpkern", "autograd, graph kept", "jvp(jacrev)")
+
+
+def quick_entries(effort: Effort) -> Iterator[dict[str, Any]]:
+    """Ask every question once or twice, nothing compiled by torch."""
+    found = _without(load()[0], "compiled")
+    for workload, blocks in QUICK_BLOCKS.items():
+        for k in blocks:
+            yield product.ask(workload, k, found, effort)
+    yield from cold.ask("mlp", "edge", effort)
+    yield training.ask("mlp", "init", "sgd", 8, effort)
+    yield training.ask("mlp", "init", "adam", 4, effort)
+    for axis in ("width", "vectors"):
+        yield growth.ask(axis, {name: found[name] for name in GROWN}, effort)
+    yield first.ask("mlp", list(GROWN), 1)
+
+
+def full_entries(effort: Effort) -> Iterator[dict[str, Any]]:
     """Ask everything."""
-    found, _ = load()
-    if not compiled:
-        found.pop("jvp(jacrev), compiled", None)
-    for workload in ("overhead", "mlp", "cnn", "gpt"):
-        for k in (1, 4) if effort.quick else (1, 2, 4, 8):
-            chosen = found if k == 1 else {name: c for name, c in found.items() if "compiled" not in name}
-            if effort.quick and (workload in ("cnn", "gpt") and k > 1):
-                continue
-            yield product.ask(workload, k, chosen, effort)
-    points = (("mlp", "edge"),) if effort.quick else (
-        ("mlp", "init"), ("mlp", "trained"), ("mlp", "edge"), ("cnn", "edge"), ("gpt", "edge"),
-    )  # fmt: skip
-    for workload, point in points:
-        yield from cold.ask(workload, point, effort)
-    steps = 8 if effort.quick else 60
-    yield training.ask("mlp", "sgd", steps, effort)
-    yield training.ask("mlp", "adam", steps // 2, effort)
-    if not effort.quick:
-        yield training.ask("cnn", "sgd", 12, effort)
-    axes = ("width", "vectors") if effort.quick else tuple(growth.AXES)
-    few = {name: c for name, c in found.items() if name in ("sharpkern", "autograd, graph kept", "jvp(jacrev)")}
-    for axis in axes:
-        yield growth.ask(axis, few, effort)
-    for workload in ("mlp",) if effort.quick else ("mlp", "gpt"):
-        yield first.ask(workload, list(found))
+    found = load()[0]
+    few = replace(effort, rounds=3, untimed=0)
+    for workload, blocks in BLOCKS.items():
+        for k in blocks:
+            yield product.ask(workload, k, found if k == 1 else _without(found, "compiled"), effort)
+    yield product.ask("gpt2", 1, {name: c for name, c in found.items() if name in LARGE}, replace(few, rounds=2))
+    for point in ("init", "trained", "edge"):
+        yield from cold.ask("mlp", point, effort)
+    for workload in ("cnn", "gpt"):
+        yield from cold.ask(workload, "edge", few)
+    yield training.ask("mlp", "init", "sgd", 200, effort)
+    yield training.ask("mlp", "edge", "sgd", 40, effort)
+    yield training.ask("mlp", "init", "adam", 40, effort)
+    yield training.ask("cnn", "edge", "sgd", 8, effort)
+    for axis in growth.AXES:
+        yield growth.ask(axis, {name: found[name] for name in GROWN}, effort)
+    yield first.ask("mlp", list(found), 2)
+    yield first.ask("gpt", list(found), 1)
+
+
+def _without(found: dict[str, type[Peer]], word: str) -> dict[str, type[Peer]]:
+    return {name: c for name, c in found.items() if word not in name}
 
 
 def machine() -> dict[str, Any]:
@@ -93,7 +111,7 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     logging.getLogger("curvlinops").setLevel(logging.ERROR)
     rounds = options.rounds or (8 if options.quick else 30)
-    effort = Effort(rounds, options.seconds or (4.0 if options.quick else 20.0), options.quick)
+    effort = Effort(rounds, options.seconds or (4.0 if options.quick else 10.0), options.quick)
     out = options.out or HERE / "results"
     out.mkdir(parents=True, exist_ok=True)
     path = out / ("quick.json" if options.quick else "full.json")
@@ -103,7 +121,7 @@ def main() -> None:
         "versions": versions(), "missing": load()[1], "entries": [],
     }  # fmt: skip
     begun = time.perf_counter()
-    for entry in entries(effort, compiled=not options.quick):
+    for entry in (quick_entries if options.quick else full_entries)(effort):
         result["entries"].append(entry)
         path.write_text(json.dumps(result, indent=None, separators=(",", ":")))
         label = " ".join(

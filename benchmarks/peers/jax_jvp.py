@@ -88,6 +88,6 @@ class PEER(Peer):
 
 def _name_of(work: Workload) -> str:
     """Which model of jax_models.py this is."""
-    kinds = {"Embedding": "gpt", "Conv2d": "cnn", "GELU": "overhead"}
+    kinds = {"GPT": "gpt", "WideResNet": "wrn", "Conv2d": "cnn", "GELU": "overhead"}
     found = {type(m).__name__ for m in work.model.modules()}
     return next((name for kind, name in kinds.items() if kind in found), "mlp")

@@ -28,23 +28,43 @@ def _stack(p: Weights, x: Any, activation: Callable[[Any], Any]) -> Any:
     return _linear(p, str(layers[-1]), x)
 
 
+def _conv(x: Any, weight: Any, stride: int) -> Any:
+    edge = weight.shape[-1] // 2
+    return jax.lax.conv_general_dilated(
+        x, weight.transpose(2, 3, 1, 0), (stride, stride), ((edge, edge), (edge, edge)),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )  # fmt: skip
+
+
 def _cnn(p: Weights, x: Any) -> Any:
     x = x.transpose(0, 2, 3, 1)
     for i, stride in enumerate((1, 2, 1, 2)):
-        x = jax.lax.conv_general_dilated(
-            x, p[f"{3 * i}.weight"].transpose(2, 3, 1, 0), (stride, stride), ((1, 1), (1, 1)),
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )  # fmt: skip
-        x = jax.nn.relu(_norm(p, str(3 * i + 1), x + p[f"{3 * i}.bias"], (1, 2, 3)))
+        x = _conv(x, p[f"{3 * i}.weight"], stride) + p[f"{3 * i}.bias"]
+        x = jax.nn.relu(_norm(p, str(3 * i + 1), x, (1, 2, 3)))
     return _linear(p, "14", x.mean((1, 2)))
+
+
+def _wrn(p: Weights, x: Any) -> Any:
+    def active(name: str, x: Any) -> Any:
+        return jax.nn.relu(_norm(p, name, x, (1, 2, 3)))
+
+    x = _conv(x.transpose(0, 2, 3, 1), p["stem.weight"], 1)
+    for i, stride in enumerate((1, 1, 2, 1, 2, 1)):
+        block = f"blocks.{i}"
+        h = active(f"{block}.norm1", x)
+        y = _conv(h, p[f"{block}.conv1.weight"], stride)
+        y = _conv(active(f"{block}.norm2", y), p[f"{block}.conv2.weight"], 1)
+        short = f"{block}.shortcut.weight"
+        x = y + (_conv(h, p[short], stride) if short in p else x)
+    return _linear(p, "readout", active("norm", x).mean((1, 2)))
 
 
 def _gpt(p: Weights, tokens: Any) -> Any:
     context = tokens.shape[1]
     x = p["embed.weight"][tokens] + p["position.weight"][:context]
     mask = jnp.tril(jnp.ones((context, context), bool))
-    heads = 6
-    for i in range(4):
+    heads = 12 if x.shape[-1] == 768 else 6
+    for i in range(sum(name.endswith(".qkv.weight") for name in p)):
         block = f"blocks.{i}"
         b, t, d = x.shape
         qkv = _linear(p, f"{block}.qkv", _norm(p, f"{block}.norm1", x, (-1,)))
@@ -54,7 +74,8 @@ def _gpt(p: Weights, tokens: Any) -> Any:
         x = x + _linear(p, f"{block}.out", y)
         hidden = jax.nn.gelu(_linear(p, f"{block}.up", _norm(p, f"{block}.norm2", x, (-1,))), approximate=False)
         x = x + _linear(p, f"{block}.down", hidden)
-    return _linear(p, "head", _norm(p, "norm", x, (-1,)))
+    readout = p.get("head.weight", p["embed.weight"])  # tied, there is one weight for both
+    return _norm(p, "norm", x, (-1,)) @ readout.T
 
 
 def loss(workload: str) -> Callable[[Weights, Any, Any], Any]:
@@ -63,6 +84,7 @@ def loss(workload: str) -> Callable[[Weights, Any, Any], Any]:
         "mlp": lambda p, x: _stack(p, x, jax.nn.relu),
         "overhead": lambda p, x: _stack(p, x, lambda z: jax.nn.gelu(z, approximate=False)),
         "cnn": _cnn,
+        "wrn": _wrn,
         "gpt": _gpt,
     }[workload]
 

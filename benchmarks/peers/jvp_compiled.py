@@ -7,6 +7,8 @@ import torch
 from . import jvp_jacrev
 from .common import Workload
 
+torch.compiler.config.force_disable_caches = True  # compile times are not to depend on what ran here before
+
 
 class PEER(jvp_jacrev.PEER):
     def __init__(self, work: Workload) -> None:

@@ -14,6 +14,7 @@ from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 from torch import Tensor
 from workloads import Workload
 
+import sharpkern as sk
 from sharpkern.eigen import lanczos, lobpcg
 
 from . import autograd_kept, fused
@@ -97,12 +98,12 @@ class PyHessian:
         self.work = work
 
     def solve(self, setting: Any, seed: int) -> Found:
-        value, products, _ = pyhessian(self.work, setting, seed, 300)
+        value, products, _ = pyhessian(self.work, setting, seed)
         return value, products
 
 
-def pyhessian(work: Workload, tol: float, seed: int, most: int = 100) -> tuple[float, int, list[Tensor]]:
-    """Value, products, and the gradients that PyHessian has on the way."""
+def pyhessian(work: Workload, tol: float, seed: int) -> tuple[float, int, list[Tensor]]:
+    """Value, products (its default limit of 100), and the gradients that PyHessian has on the way."""
     module: Any = import_module("pyhessian.hessian")
 
     torch.manual_seed(seed)
@@ -120,7 +121,7 @@ def pyhessian(work: Workload, tol: float, seed: int, most: int = 100) -> tuple[f
 
     module.hessian_vector_product = counted
     try:
-        values, _ = tool.eigenvalues(maxIter=most, tol=tol)
+        values, _ = tool.eigenvalues(tol=tol)
     finally:
         module.hessian_vector_product = multiply
     gradients = [g.detach() for g in tool.gradsH]
@@ -145,6 +146,23 @@ class Eigenthings:
         with math_attention():
             result = their_lanczos(self.peer.operator, k=1, max_iter=setting, which="LA", seed=seed)
         return float(result.eigenvalues[0]), setting
+
+
+class CriticalSharpness:
+    """2 over the critical learning rate of gradient descent, by forward passes; not an eigenvalue, hence no peer.
+
+    Args:
+        work: the workload.
+        lr: where the search begins.
+    """
+
+    def __init__(self, work: Workload, lr: float) -> None:
+        self.work, self.rule = work, torch.optim.SGD(work.model.parameters(), lr=lr)
+
+    def solve(self, setting: Any, seed: int) -> Found:  # noqa: ARG002
+        """Forward passes stand in for products."""
+        found = sk.critical_learning_rate(*self.work, self.rule)
+        return found.sharpness, found.forward_passes
 
 
 SOLVERS: dict[str, tuple[Callable[[Workload], Any], str | None]] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from scipy.sparse.linalg import LinearOperator, eigsh
@@ -31,10 +32,36 @@ def top(work: Workload, k: int = 1, scale: Tensor | None = None, tol: float = 1e
 
     ``tol`` is ARPACK's; the error of the eigenvalue is of second order in it.
     """
+    start = torch.randn(_size(work), dtype=torch.float64, generator=torch.Generator().manual_seed(7))
+    values = _arpack(work, scale, start, k=k, tol=tol, ncv=max(20, 2 * k + 1))[0]
+    return sorted((float(v) for v in values), reverse=True)
+
+
+class Follower:
+    """The largest eigenvalue from step to step: starts in what it found last, to which noise is added.
+
+    Without the noise an eigenvector that has become the second one would hold it for ever.
+    """
+
+    def __init__(self) -> None:
+        self._last: Tensor | None = None
+
+    def top(self, work: Workload, scale: Tensor | None = None) -> float:
+        """Return it, to about 1e-8."""
+        noise = torch.randn(_size(work), dtype=torch.float64, generator=torch.Generator().manual_seed(7))
+        start = noise if self._last is None else self._last + 0.1 * noise / noise.norm()
+        values, vectors = _arpack(work, scale, start, k=1, tol=1e-4, ncv=12)
+        self._last = torch.from_numpy(vectors[:, 0])
+        return float(values[0])
+
+
+def _size(work: Workload) -> int:
+    return sum(p.numel() for p in work.model.parameters())
+
+
+def _arpack(work: Workload, scale: Tensor | None, start: Tensor, **settings: Any) -> Any:
     peer = Kept(double(work))
     peer.prepare()
     op = Operator(peer, None if scale is None else scale.double())
     linear = LinearOperator((op.n, op.n), lambda v: op.matmat(torch.as_tensor(v).reshape(-1, 1))[:, 0].numpy())
-    v0 = torch.randn(op.n, dtype=torch.float64, generator=torch.Generator().manual_seed(7)).numpy()
-    values = eigsh(linear, k, which="LA", tol=tol, v0=v0, ncv=max(20, 2 * k + 1), return_eigenvectors=False)
-    return sorted((float(v) for v in values), reverse=True)
+    return eigsh(linear, which="LA", v0=start.numpy(), **settings)

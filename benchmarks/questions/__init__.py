@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Effort:
-    """How much to spend on an entry."""
+    """How much to spend on an entry: rounds at most, seconds after which no further one begins, untimed rounds."""
 
     rounds: int
     seconds: float
     quick: bool
+    untimed: int = 2

@@ -21,6 +21,7 @@ AXES: dict[str, tuple[tuple[int, ...], Build]] = {
     "batch": ((32, 64, 128, 256, 512), lambda size: (mlp(width=256, batch=size), 1)),
     "depth": ((2, 4, 8, 16), lambda size: (mlp(width=256, hidden=size, batch=128), 1)),
     "context": ((32, 64, 128, 256), lambda size: (gpt(context=size), 1)),
+    "GPT width": ((96, 192, 384, 768), lambda size: (gpt(batch=1, d=size), 1)),
     "vectors": ((1, 2, 4, 8, 16), lambda size: (mlp(width=256, batch=128), size)),
 }
 
@@ -39,7 +40,7 @@ def ask(axis: str, found: dict[str, type[Peer]], effort: Effort) -> dict[str, An
             peer = cls(work)
             peer.prepare()
             calls[f"{name} {size}"] = partial(peer.multiply, peer.native(V))
-    seconds = interleave(calls, effort.rounds, effort.seconds)
+    seconds = interleave(calls, effort.rounds, effort.seconds, effort.untimed)
     exponents = {}
     for name in (GRADIENT, *found):
         exponents[name] = _slope([(size, min(seconds[f"{name} {size}"])) for size in sizes])

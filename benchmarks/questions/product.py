@@ -30,7 +30,9 @@ def ask(workload: str, k: int, found: dict[str, type[Peer]], effort: Effort) -> 
     errors: dict[str, float] = {}
     failed: dict[str, str] = {}
     compiling: dict[str, float] = {}
+    gradient(work)
     memory = {GRADIENT: peak_bytes(lambda: gradient(work))}
+    profiles: dict[str, float] = {}
     peers: list[Peer] = []
     for name, cls in found.items():
         try:
@@ -46,29 +48,37 @@ def ask(workload: str, k: int, found: dict[str, type[Peer]], effort: Effort) -> 
             failed[name] = str(error).splitlines()[0]
             continue
         errors[name] = float((got.double() - want).norm() / want.norm())
+        del got
         contenders[name] = lambda peer=peer, vectors=vectors: peer.multiply(vectors)
         if "JAX" in name:
             memory[name] = peer.bytes
             compiling[name] = peer.compile_seconds
+        elif "compiled" in name:  # another one would compile again; this one keeps nothing between products
+            memory[name] = peak_bytes(lambda peer=peer: once(peer, V))
+            compiling[name] = first
         else:
             memory[name] = peak_bytes(lambda cls=cls: once(cls(work), V))
-        if "compiled" in name:
-            compiling[name] = first
         if name == "sharpkern":
             contenders["floor"] = floor_of(lambda peer=peer, vectors=vectors: peer.multiply(vectors))
             contenders["sharpkern, with its gradient"] = lambda peer=peer, vectors=vectors: (
                 peer.prepare(), peer.multiply(vectors),
             )  # fmt: skip
+            profiles = where_time_goes(lambda peer=peer, vectors=vectors: peer.multiply(vectors))
     if any("JAX" in name for name in contenders):
         contenders["JAX gradient"] = next(p for p in peers if hasattr(p, "gradient")).gradient
+    if any("compiled" in name for name in found):
+        start = time.perf_counter()
+        contenders["gradient, compiled"] = compiled_gradient(work)
+        contenders["gradient, compiled"]()
+        compiling["gradient, compiled"] = time.perf_counter() - start
     try:
-        seconds = interleave(contenders, effort.rounds, effort.seconds)
+        seconds = interleave(contenders, effort.rounds, effort.seconds, effort.untimed)
     finally:
         for peer in peers:
             peer.close()
     return {
         "question": "product", "workload": workload, "k": k, "parameters": n, "base": GRADIENT, "seconds": seconds,
-        "errors": errors, "failed": failed, "compile_seconds": compiling, "peak_bytes": memory,
+        "errors": errors, "failed": failed, "compile_seconds": compiling, "peak_bytes": memory, "profile": profiles,
     }  # fmt: skip
 
 
@@ -86,9 +96,30 @@ def once(peer: Peer, V: torch.Tensor) -> object:
     return peer.multiply(vectors)
 
 
+def compiled_gradient(work: Workload) -> Callable[[], object]:
+    """The same under ``torch.compile``; compiles when first called."""
+    x, y = work.batch
+    params = list(work.model.parameters())
+    loss = torch.compile(lambda x, y: work.loss_fn(work.model(x), y), fullgraph=True, dynamic=False)
+    return lambda: torch.autograd.grad(loss(x, y), params)
+
+
+def where_time_goes(call: Callable[[], object], most: int = 6) -> dict[str, float]:
+    """Shares of a call's time by ATen op, the largest first; "the rest" is what torch's profiler does not see.
+
+    That is the package's own compiled kernels, and Python.
+    """
+    with profile(activities=[ProfilerActivity.CPU]) as record:
+        start = time.perf_counter()
+        call()
+        micros = 1e6 * (time.perf_counter() - start)
+    shares = sorted(((e.self_cpu_time_total / micros, e.key) for e in record.key_averages()), reverse=True)
+    found = {name: share for share, name in shares[:most] if share > 0.01}
+    return {**found, "the rest": max(0.0, 1 - sum(share for share, _ in shares))}
+
+
 def peak_bytes(call: Callable[[], object]) -> int:
     """Most bytes that torch's CPU allocator held at once during a call, beyond those held before."""
-    call()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         result = call()
     del result

@@ -2,6 +2,10 @@
 
 One run of gradient descent or Adam; at every step each contender starts from the same parameters and optimizer state,
 and is timed for the whole step: gradient, sharpness, update. The truth of every step is in float64.
+
+Critical sharpness, the cheap rival by forward passes, starts from the value of the step before. It is another quantity
+(2 over the learning rate along the update at which the loss stops to fall); its distance from the sharpness is shown as
+its error.
 """
 
 from __future__ import annotations
@@ -15,38 +19,37 @@ import torch
 from peers import autograd_kept, truth
 from peers.common import Operator
 from peers.solvers import arpack, pyhessian
+from points import at
 from torch import Tensor
-from workloads import WORKLOADS, Workload
+from workloads import Workload
 
 import sharpkern as sk
 from sharpkern.eigen import lobpcg
 from sharpkern.measure import gradients_of
 
 from . import Effort
+from .cold import RIVAL
 
 PLAIN = "no tracking"
 Step = Callable[[], tuple[float, int] | None]  # gradient in p.grad; the sharpness, and the products it took
 
 
-def ask(workload: str, optimizer: str, steps: int, effort: Effort) -> dict[str, Any]:
-    """Train, timing every contender at every step."""
-    torch.manual_seed(0)
-    work = WORKLOADS[workload]()
+def ask(workload: str, point: str, optimizer: str, steps: int, effort: Effort) -> dict[str, Any]:
+    """Train on from a point, timing every contender at every step."""
+    work, lr, of_threshold = at(workload, point)
     params = list(work.model.parameters())
     adam = optimizer == "adam"
-    if adam:
-        rule: torch.optim.Optimizer = torch.optim.Adam(params, lr=1e-3)
-    else:
-        rule = torch.optim.SGD(params, lr=0.5 / sk.sharpness(*work, tol=0.03).value)
+    rule: torch.optim.Optimizer = torch.optim.Adam(params, lr=1e-3) if adam else torch.optim.SGD(params, lr=lr)
     contenders = _contenders(work, rule, adam=adam)
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     found: dict[str, list[tuple[float, int]]] = {name: [] for name in contenders if name != PLAIN}
     exact: list[float] = []
+    follower = truth.Follower()
     for index in range(steps + 1):  # the first step exports and starts cold: it is not counted
         before, state = [p.detach().clone() for p in params], _state(rule)
         scale = _inverse_root(work, rule) if adam else None
         if index:
-            exact.append(truth.top(work, 1, scale)[0])
+            exact.append(follower.top(work, scale))
         for name, step in contenders.items():
             with torch.no_grad():
                 for p, old in zip(params, before, strict=True):
@@ -67,8 +70,9 @@ def ask(workload: str, optimizer: str, steps: int, effort: Effort) -> dict[str, 
         errors[name] = each[int(0.95 * (len(each) - 1))]
         products[name] = sum(count for _, count in values) / len(values)
     return {
-        "question": "training", "workload": workload, "optimizer": optimizer, "steps": steps, "base": PLAIN,
-        "quick": effort.quick, "seconds": seconds, "errors": errors, "products": products,
+        "question": "training", "workload": workload, "point": point, "of_threshold": of_threshold,
+        "optimizer": optimizer, "steps": steps, "base": PLAIN, "quick": effort.quick, "seconds": seconds,
+        "errors": errors, "products": products, "another_quantity": [RIVAL],
     }  # fmt: skip
 
 
@@ -82,6 +86,7 @@ def _contenders(work: Workload, rule: torch.optim.Optimizer, *, adam: bool) -> d
             how = "warm start" if warm else "fixed start"
             found[f"LOBPCG, {how}, tol {tol}"] = _kept(work, rule, tol, warm=warm, adam=adam, arnoldi=False)
     found["eigsh, warm start, tol 0.1"] = _kept(work, rule, 0.1, warm=True, adam=adam, arnoldi=True)
+    found[RIVAL] = _critical(work, rule)
     if not adam and find_spec("pyhessian"):
         found["PyHessian, cold"] = lambda: _pyhessian(work)
     return found
@@ -128,6 +133,19 @@ def _kept(work: Workload, rule: torch.optim.Optimizer, tol: float, *, warm: bool
             value, vector = float(result.eigenvalues[0]), result.eigenvectors[0]
         start = vector.contiguous() if warm else first
         return value, op.products
+
+    return step
+
+
+def _critical(work: Workload, rule: torch.optim.Optimizer) -> Step:
+    """It has a gradient of its own on the way, which does not serve the update: its interface keeps it."""
+    last: sk.CriticalLR | None = None
+
+    def step() -> tuple[float, int]:
+        nonlocal last
+        last = sk.critical_learning_rate(*work, rule, start=last)
+        _plain(work)
+        return last.sharpness, last.forward_passes
 
     return step
 
