@@ -29,7 +29,7 @@ from sharpkern.train.loop import Run, batch_at
 from sharpkern.train.losses import half_mean_squares
 from sharpkern.train.models import FCN
 
-CASES = (
+CASES = ((16, 32, 32), (64, 32, 8), (64, 32, 32), (16, 128, 8), (64, 128, 8), (64, 500, 8), (64, 1000, 8))
     (64, 5000, 8),
     (64, 1000, 8),
     (64, 500, 8),
@@ -70,7 +70,7 @@ def contenders(width: int, size: int, cells: int, folder: Path) -> dict[str, Cal
     stacked, _ = stack_module_state(models)  # type: ignore[arg-type]
     fixed = {name: p.detach() for name, p in stacked.items()}
     directions = {name: torch.randn_like(p) for name, p in fixed.items()}
-    one = grad(lambda p: half_mean_squares(functional_call(models[0], p, batch[0]), batch[1]))
+    one = grad(lambda p: 0.5 * (functional_call(models[0], p, batch[0]) - batch[1]).square().mean())
     mapped_gradient = vmap(one)
     mapped_product = vmap(lambda p, d: jvp(one, (p,), (d,))[1])
 
@@ -78,20 +78,19 @@ def contenders(width: int, size: int, cells: int, folder: Path) -> dict[str, Cal
     weights, biases = leaves[::2], leaves[1::2]
     graph = torch.autograd.grad(batched_loss(weights, biases, batch), leaves, create_graph=True)
 
-    def batched_gradient() -> tuple[Tensor, ...]:
-        return torch.autograd.grad(batched_loss(weights, biases, batch), leaves)
+    trained = [p.clone().requires_grad_() for p in fixed.values()]
 
     def batched_step() -> None:
-        gradients = batched_gradient()
+        gradients = torch.autograd.grad(batched_loss(trained[::2], trained[1::2], batch), trained)
         with torch.no_grad():
-            torch._foreach_add_([p.detach() for p in leaves], gradients, alpha=-LR)
+            torch._foreach_add_(trained, gradients, alpha=-LR)
 
     return {
         "gradient": hessian.refresh,
         "product": lambda: hessian.matvec(v),
         "step": lambda: next(steps),
         "stacked gradient, vmap": lambda: mapped_gradient(fixed),
-        "stacked gradient, batched": batched_gradient,
+        "stacked gradient, batched": lambda: torch.autograd.grad(batched_loss(weights, biases, batch), leaves),
         "stacked product, vmap": lambda: mapped_product(fixed, directions),
         "stacked product, batched": lambda: torch.autograd.grad(
             graph, leaves, list(directions.values()), retain_graph=True

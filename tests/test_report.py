@@ -11,10 +11,12 @@ import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
+from matplotlib.image import imread
 
 from sharpkern import cli
-from sharpkern.sweep.diagrams import Map, Square, boundary
+from sharpkern.sweep.diagrams import Map, Square, boundary, heatmap
 from sharpkern.sweep.grid import Cell, read_sweep
 from sharpkern.sweep.report import write_report
 
@@ -122,6 +124,21 @@ def test_boundary_runs_between_squares_that_differ() -> None:
     assert sorted(boundary(content)) == [[(0.5, -0.5), (0.5, 0.5)], [(0.5, 0.5), (1.5, 0.5)]]
     missing = Map([1, 2], [1], {(1, 1): held}, (0, 1), ".2f", "viridis")
     assert boundary(missing) == []
+
+
+@pytest.mark.parametrize("colours", ["viridis", "viridis_r", "cividis", "cividis_r"])
+@pytest.mark.parametrize("values", [(7.0, 7.0), (1.0, 7.0)])
+def test_numbers_stand_out_from_their_squares(tmp_path: Path, colours: str, values: tuple[float, float]) -> None:
+    squares = {(x, 1): Square(value, 1, 1) for x, value in zip((1, 2), values, strict=True)}
+    heatmap(Map([1, 2], [1], squares, (min(values), max(values)), ".0f", colours), "", "", tmp_path / "map.png")
+    picture = imread(tmp_path / "map.png")[..., :3]
+    grey = picture @ np.array([0.3, 0.59, 0.11])
+    tops, counts = np.unique(picture.reshape(-1, 3), axis=0, return_counts=True)
+    for top in tops[np.argsort(counts)[-4:]]:  # the page's white and the squares' colours
+        where = np.argwhere((picture == top).all(-1))
+        (y0, x0), (y1, x1) = where.min(0), where.max(0)
+        shown = grey[y0 : y1 + 1, x0 : x1 + 1]
+        assert shown.max() - shown.min() > 0.4
 
 
 def test_unfinished_sweep_needs_partial(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
