@@ -30,15 +30,6 @@ from sharpkern.train.losses import half_mean_squares
 from sharpkern.train.models import FCN
 
 CASES = ((16, 32, 32), (64, 32, 8), (64, 32, 32), (16, 128, 8), (64, 128, 8), (64, 500, 8), (64, 1000, 8))
-    (64, 5000, 8),
-    (64, 1000, 8),
-    (64, 500, 8),
-    (64, 128, 8),
-    (64, 32, 8),
-    (64, 32, 32),
-    (16, 128, 8),
-    (16, 32, 32),
-)
 PRODUCTS = 2.5  # of a tracked step, on average
 CALLS = 5  # of each contender in a round
 LR = 1e-3
