@@ -93,9 +93,10 @@ class Run:
 
     def __init__(self, config: TrainConfig, *, resume: bool = False, like: Run | None = None) -> None:
         config.validate()
+        self.config: TrainConfig = config
+        self.folder = config.out
         if like is not None and what_is_exported(config) != what_is_exported(like.config):
             raise ValueError(f"{config.out} has another model, data, loss or batch size than {like.config.out}.")
-        self.config, self.folder = config, config.out
         if not resume and (self.folder / "metrics.jsonl").exists():
             raise ValueError(
                 f"{self.folder} holds a run already: choose another --out, or continue with --resume {self.folder}."
@@ -104,13 +105,14 @@ class Run:
             torch.set_num_threads(config.threads)
         torch.manual_seed(config.seed)
         d = config.data
-        self.data = (
+        self.data: Dataset = (
             load(d.name, data_dir=d.dir, text_file=d.text_file, context=d.context, limit=d.limit)
             if like is None
             else like.data
         )
         self.targets = loss_targets(config, self.data.train_targets, self.data)
-        self.model, self.loss_fn = build_model(config, self.data), build_loss(config)
+        self.model: nn.Module = build_model(config, self.data)
+        self.loss_fn = build_loss(config)
         if like is not None:
             like.model.load_state_dict(self.model.state_dict())
             like.model.zero_grad()
@@ -124,7 +126,7 @@ class Run:
             probe=(self.model, self.loss_fn, batch), rise=0.1 if o.name == "sgd" else 0.01, power=o.power,
             decay=o.decay, total_steps=config.steps,
         )  # fmt: skip
-        self.tracker = SharpnessTracker(
+        self.tracker: SharpnessTracker = SharpnessTracker(
             self.model, self.loss_fn, self.optimizer, tol=t.tol, every=t.every, max_matvecs=t.max_matvecs
         )
         if like is not None:
