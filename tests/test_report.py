@@ -11,10 +11,12 @@ import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
+from matplotlib.image import imread
 
 from sharpkern import cli
-from sharpkern.sweep.diagrams import Map, Square, boundary
+from sharpkern.sweep.diagrams import Map, Square, boundary, heatmap
 from sharpkern.sweep.grid import Cell, read_sweep
 from sharpkern.sweep.report import write_report
 
@@ -124,6 +126,21 @@ def test_boundary_runs_between_squares_that_differ() -> None:
     assert boundary(missing) == []
 
 
+@pytest.mark.parametrize("colours", ["viridis", "viridis_r", "cividis", "cividis_r"])
+@pytest.mark.parametrize("values", [(7.0, 7.0), (1.0, 7.0)])
+def test_numbers_stand_out_from_their_squares(tmp_path: Path, colours: str, values: tuple[float, float]) -> None:
+    squares = {(x, 1): Square(value, 1, 1) for x, value in zip((1, 2), values, strict=True)}
+    heatmap(Map([1, 2], [1], squares, (min(values), max(values)), ".0f", colours), "", "", tmp_path / "map.png")
+    picture = imread(tmp_path / "map.png")[..., :3]
+    grey = picture @ np.array([0.3, 0.59, 0.11])
+    tops, counts = np.unique(picture.reshape(-1, 3), axis=0, return_counts=True)
+    for top in tops[np.argsort(counts)[-4:]]:  # the page's white and the squares' colours
+        where = np.argwhere((picture == top).all(-1))
+        (y0, x0), (y1, x1) = where.min(0), where.max(0)
+        shown = grey[y0 : y1 + 1, x0 : x1 + 1]
+        assert shown.max() - shown.min() > 0.4
+
+
 def test_unfinished_sweep_needs_partial(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "sweep.toml").write_text("[sweep.grid]\noptimizer.lr = [1, 2, 4]\n")
     for arguments, message in (
@@ -166,9 +183,13 @@ window.addEventListener("load", () => {
   }
   const found = {errors, images: images.length, broken, overlaps, width: window.innerWidth,
                  content: document.documentElement.scrollWidth, narrowest: Math.min(...images.map(i => i.width))};
-  document.documentElement.setAttribute("data-found", JSON.stringify(found));
+  parent.postMessage(JSON.stringify(found), "*");
 });
 </script>"""
+# a frame, because Chromium's own window is at least 500 pixels wide
+FRAME = """<!doctype html><style>body {{ margin: 0 }} iframe {{ border: 0; height: 900px; width: {width}px }}</style>
+<script>onmessage = event => document.documentElement.setAttribute("data-found", event.data);</script>
+<iframe src="{page}"></iframe>"""
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
@@ -176,10 +197,12 @@ window.addEventListener("load", () => {
 def test_page_in_a_browser(folder: Path, tmp_path: Path, width: int) -> None:
     page = tmp_path / "probed.html"
     page.write_text((folder / "report.html").read_text().replace("<head>", "<head>" + PROBE))
+    frame = tmp_path / "frame.html"
+    frame.write_text(FRAME.format(width=width, page=page.as_uri()))
     done = subprocess.run(
         [str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
          "--virtual-time-budget=9000", f"--user-data-dir={tmp_path / 'profile'}",
-         f"--window-size={width},900", "--dump-dom", page.as_uri()],
+         "--window-size=1280,900", "--dump-dom", frame.as_uri()],
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert "CONSOLE" not in done.stderr

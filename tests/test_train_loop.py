@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import sharpkern as sk
+from sharpkern.operators import NonFiniteLossError
 from sharpkern.train import checkpoint, metrics
 from sharpkern.train.config import DataConfig, ModelConfig, OptimizerConfig, TrainConfig, to_toml
 from sharpkern.train.loop import Run, batch_at
@@ -113,6 +114,26 @@ def test_rows_hold_what_shows_that_adam_fails(tmp_path: Path, optimizer: str) ->
     assert row[f"initial_{optimizer.replace('-', '_')}"] == pytest.approx(row["preconditioned_sharpness"], rel=1e-2)
     assert "initial_adam" not in metrics.read(tmp_path / "run" / "metrics.jsonl")[1]
     assert f"{row['initial_adam']:.4g} for Adam" in "\n".join(summarise([row]))
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "gi-adam"])
+def test_run_that_takes_over_a_program_gives_the_same_rows(tmp_path: Path, optimizer: str) -> None:
+    diverging = OptimizerConfig(lr=1e7)
+    first = Run(config(tmp_path / "first", loss="mse", optimizer=diverging, seed=random.randrange(2**31)))
+    with pytest.raises(NonFiniteLossError):
+        finish(first)
+    chosen = OptimizerConfig(name=optimizer, lr=0.01, warmup_steps=4)
+    seed = random.randrange(2**31)
+    finish(Run(config(tmp_path / "own", loss="mse", optimizer=chosen, seed=seed)))
+    finish(Run(config(tmp_path / "shared", loss="mse", optimizer=chosen, seed=seed), like=first))
+    assert rows_without_time(tmp_path / "shared") == rows_without_time(tmp_path / "own")
+
+
+@pytest.mark.parametrize("other", [{"loss": "cross-entropy"}, {"batch_size": 7}, {"data": DataConfig(limit=30)}])
+def test_run_takes_over_no_other_program(tmp_path: Path, other: dict) -> None:
+    first = Run(config(tmp_path / "first", loss="mse"))
+    with pytest.raises(ValueError, match="another model, data, loss or batch size"):
+        Run(config(tmp_path / "second", **{"loss": "mse"} | other), like=first)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "ri-adam"])

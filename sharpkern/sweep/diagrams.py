@@ -72,6 +72,8 @@ def heatmap(content: Map, title: str, lr_label: str, path: Path) -> None:
     axes = figure.subplots()
     image = np.full((height, width), np.nan)
     low, high = content.limits
+    if low == high:  # one colour, from the middle of the map: numbers are legible on it
+        low, high = low - 1, high + 1
     colours = colormaps[content.colours].with_extremes(bad=_BLANK)
     for (lr, warmup), square in content.squares.items():
         x, y = content.lr.index(lr), content.warmup.index(warmup)
@@ -79,7 +81,7 @@ def heatmap(content: Map, title: str, lr_label: str, path: Path) -> None:
             axes.text(x, y, square.ended, ha="center", va="center", fontsize=7.5, color="#555555", linespacing=0.95)
             continue
         image[y, x] = square.value
-        r, g, b, _ = colours((square.value - low) / (high - low) if high > low else 0.5)
+        r, g, b, _ = colours((square.value - low) / (high - low))
         text = format(square.value, content.form)
         if square.held < square.seeds:
             text += f"\n{square.held}/{square.seeds}"

@@ -7,14 +7,19 @@ import json
 import math
 import traceback
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 from ..train.config import TrainConfig, from_toml
 from ..train.metrics import read, replace_file
 from .collect import DECLARED, RESULT, result_of, summarise
 from .grid import Cell
 
+if TYPE_CHECKING:
+    from ..train.loop import Run
+
 ERROR = "error.txt"
+_LAST: dict[tuple[Any, ...], Run] = {}  # this process's last run, for the next cell that can use its program
 _BATCHES = 10  # the initial sharpness of a mini-batch run is the mean over so many batches
 
 
@@ -51,7 +56,7 @@ def run_cell(cell: Cell) -> Outcome:
 
 def _train(cell: Cell) -> dict[str, Any]:
     from ..operators import NonFiniteLossError
-    from ..train.loop import Run
+    from ..train.loop import Run, what_is_exported
 
     folder = cell.folder
     (folder / ERROR).unlink(missing_ok=True)
@@ -61,7 +66,10 @@ def _train(cell: Cell) -> dict[str, Any]:
         config = replace(from_toml(started.read_text(encoding="utf-8"), str(started)), out=folder)
     else:
         config = _in_units(cell)
-    run = Run(config, resume=started.is_file())
+    shared = what_is_exported(config)
+    run = Run(config, resume=started.is_file(), like=_LAST.get(shared))
+    _LAST.clear()
+    _LAST[shared] = run
     try:
         for _ in run.steps():
             pass
@@ -76,22 +84,34 @@ def _train(cell: Cell) -> dict[str, Any]:
 
 def _in_units(cell: Cell) -> TrainConfig:
     """Turn learning rates in units of 1 / initial sharpness into learning rates."""
+    c = cell.config
     if cell.lr_unit == "1":
-        return cell.config
-    from torch import Generator
-
-    from ..measure import sharpness
-
-    full = cell.config.batch_size is None
-    model, loss_fn, batches = _start(cell.config, 1 if full else _BATCHES)
-    seeded = [Generator().manual_seed(0) for _ in batches]
-    values = [sharpness(model, loss_fn, b, generator=g).value for b, g in zip(batches, seeded, strict=True)]
-    mean = sum(values) / len(values)
+        return c
+    start = TrainConfig(c.model, c.data, loss=c.loss, batch_size=c.batch_size, seed=c.seed, threads=c.threads)
+    mean = _initial_sharpness(start)
     if mean <= 0:
         raise ValueError(f"the initial sharpness is {mean:.4g}: learning rates cannot be in units of its inverse.")
-    o = cell.config.optimizer
+    o = c.optimizer
     lr_init = o.lr_init / mean if isinstance(o.lr_init, float) else o.lr_init
-    return replace(cell.config, optimizer=replace(o, lr=o.lr / mean, lr_init=lr_init))
+    return replace(c, optimizer=replace(o, lr=o.lr / mean, lr_init=lr_init))
+
+
+@cache
+def _initial_sharpness(config: TrainConfig) -> float:
+    """Return a network's mean sharpness over its first batches: found once a process, for all cells that share it."""
+    from torch import Generator
+
+    from ..eigen import lanczos
+    from ..operators import HessianOperator
+
+    model, loss_fn, batches = _start(config, 1 if config.batch_size is None else _BATCHES)
+    hessian = HessianOperator(model, loss_fn, batches[0])  # one export for all batches
+    values = []
+    for batch in batches:
+        hessian.refresh(batch)
+        found = lanczos(hessian, tol=1e-3, max_matvecs=200, generator=Generator().manual_seed(0))
+        values.append(float(found.eigenvalues[0]))
+    return sum(values) / len(values)
 
 
 def _critical(config: TrainConfig) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -67,6 +67,11 @@ def batch_at(step: int, config: TrainConfig, inputs: Tensor, targets: Tensor) ->
     return inputs[chosen], targets[chosen]
 
 
+def what_is_exported(config: TrainConfig) -> tuple[Any, ...]:
+    """Return what runs with one exported program have in common."""
+    return config.model, config.data, config.loss, config.batch_size
+
+
 class Run:
     """A run in its folder: config.toml, metrics.jsonl, checkpoint.pt.
 
@@ -78,15 +83,20 @@ class Run:
     Args:
         config: what to train.
         resume: continue from the folder's checkpoint.
+        like: a run that ended, of the same model, data, loss and batch size, whatever its seed. Its data, model and
+            exported program are used again, which saves most of a short run's start; the run itself is the same.
 
     Raises:
-        ValueError: the folder holds another run already, or the configuration is invalid.
+        ValueError: the folder holds another run already, the configuration is invalid, or ``like`` differs.
         FileNotFoundError: nothing to resume, or missing data.
     """
 
-    def __init__(self, config: TrainConfig, *, resume: bool = False) -> None:
+    def __init__(self, config: TrainConfig, *, resume: bool = False, like: Run | None = None) -> None:
         config.validate()
-        self.config, self.folder = config, config.out
+        self.config: TrainConfig = config
+        self.folder = config.out
+        if like is not None and what_is_exported(config) != what_is_exported(like.config):
+            raise ValueError(f"{config.out} has another model, data, loss or batch size than {like.config.out}.")
         if not resume and (self.folder / "metrics.jsonl").exists():
             raise ValueError(
                 f"{self.folder} holds a run already: choose another --out, or continue with --resume {self.folder}."
@@ -95,9 +105,18 @@ class Run:
             torch.set_num_threads(config.threads)
         torch.manual_seed(config.seed)
         d = config.data
-        self.data = load(d.name, data_dir=d.dir, text_file=d.text_file, context=d.context, limit=d.limit)
+        self.data: Dataset = (
+            load(d.name, data_dir=d.dir, text_file=d.text_file, context=d.context, limit=d.limit)
+            if like is None
+            else like.data
+        )
         self.targets = loss_targets(config, self.data.train_targets, self.data)
-        self.model, self.loss_fn = build_model(config, self.data), build_loss(config)
+        self.model: nn.Module = build_model(config, self.data)
+        self.loss_fn = build_loss(config)
+        if like is not None:
+            like.model.load_state_dict(self.model.state_dict())
+            like.model.zero_grad()
+            self.model = like.model
         self.optimizer = build_optimizer(config, self.model)
         o, t = config.optimizer, config.tracking
         batch = batch_at(1, config, self.data.train_inputs, self.targets)
@@ -107,9 +126,11 @@ class Run:
             probe=(self.model, self.loss_fn, batch), rise=0.1 if o.name == "sgd" else 0.01, power=o.power,
             decay=o.decay, total_steps=config.steps,
         )  # fmt: skip
-        self.tracker = SharpnessTracker(
+        self.tracker: SharpnessTracker = SharpnessTracker(
             self.model, self.loss_fn, self.optimizer, tol=t.tol, every=t.every, max_matvecs=t.max_matvecs
         )
+        if like is not None:
+            self.tracker.hessian = like.tracker.hessian
         self.done = 0
         if resume:
             self._load()
