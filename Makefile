@@ -5,6 +5,8 @@ TORCH ?= torch
 CONSTRAINTS ?= --constraint constraints.txt
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS)
+# Two processes of one thread: most tests are Python, not arithmetic.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 NATIVE := setup.py $(shell find csrc -type f)
 
 .PHONY: demo test lint bench clean
@@ -13,8 +15,8 @@ demo: .venv/installed
 	$(BIN)/sharpkern train --preset demo
 
 test: .venv/installed lint
-	$(BIN)/python -m pytest -q
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/kernels_triton
+	$(PYTEST)
+	TRITON_INTERPRET=1 $(PYTEST) tests/kernels_triton
 
 lint: .venv/installed
 	$(BIN)/ruff check .
