@@ -59,7 +59,7 @@ def count(call: Callable[[], object]) -> dict[str, int]:
     with (
         FlopCounterMode(display=False, custom_mapping=_IN_PLACE) as operations,
         _Calls() as calls,
-        native.recorded(kernels, []),
+        native.recorded(lambda *kernel: kernels.append(kernel)),
     ):
         call()
     return {"FLOPs": operations.get_total_flops(), "ATen calls": calls.count, "kernel calls": len(kernels)}
@@ -77,12 +77,12 @@ def counts() -> dict[str, Any]:
         def primal(program: Program = program, module: LossModule = module, batch: Any = work.batch) -> None:
             program.forward(module, batch)
             program.backward()
-            program.prepare()
+            program.gradient(program.layout.empty(1))
 
         found = {"primal sweeps": count(primal)}
         for k in (1, 4):
             V = torch.randn(k, program.layout.n)
-            found[f"product with {k}"] = count(partial(program.hvp, V))
+            found[f"product with {k}"] = count(partial(program.hvp, V, torch.empty_like(V)))
         entries += [{"question": f"count {what}", "workload": name, "counts": c} for what, c in found.items()]
     machine = {"torch": torch.__version__.split("+")[0], "compiled module": native.REASON is None}
     return {"machine": machine, "entries": entries}

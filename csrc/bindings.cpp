@@ -6,6 +6,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "activation.h"
 #include "norm.h"
 #include "rows.h"
 #include "vectors.h"
@@ -20,9 +21,11 @@ using Address = std::uintptr_t;
 extern const KernelTable kernels_v2, kernels_v3, kernels_v4;
 extern const NormTable norm_v2, norm_v3, norm_v4;
 extern const RowTable rows_v2, rows_v3, rows_v4;
+extern const ActivationTable activation_v2, activation_v3, activation_v4;
 static const KernelTable* const VECTOR_TABLES[] = {&kernels_v2, &kernels_v3, &kernels_v4};
 static const NormTable* const NORM_TABLES[] = {&norm_v2, &norm_v3, &norm_v4};
 static const RowTable* const ROW_TABLES[] = {&rows_v2, &rows_v3, &rows_v4};
+static const ActivationTable* const ACTIVATION_TABLES[] = {&activation_v2, &activation_v3, &activation_v4};
 
 // SHARPKERN_CPU_LEVEL (v2, v3, v4) asks for a lower level than the machine's, for tests.
 static int choose() {
@@ -39,9 +42,11 @@ static int choose() {
 extern const KernelTable kernels_any;
 extern const NormTable norm_any;
 extern const RowTable rows_any;
+extern const ActivationTable activation_any;
 static const KernelTable* const VECTOR_TABLES[] = {&kernels_any};
 static const NormTable* const NORM_TABLES[] = {&norm_any};
 static const RowTable* const ROW_TABLES[] = {&rows_any};
+static const ActivationTable* const ACTIVATION_TABLES[] = {&activation_any};
 static int choose() { return 0; }
 #endif
 
@@ -49,6 +54,7 @@ static const int LEVEL = choose();
 static const KernelTable& TABLE = *VECTOR_TABLES[LEVEL];
 static const NormTable& NORM = *NORM_TABLES[LEVEL];
 static const RowTable& ROWS = *ROW_TABLES[LEVEL];
+static const ActivationTable& ACTIVATION = *ACTIVATION_TABLES[LEVEL];
 
 template <class T>
 static T* at(Address address) {
@@ -101,6 +107,17 @@ static void bind_rows(py::module_& m, const std::string& suffix, const RowKernel
   }, release());
 }
 
+template <class T>
+static void bind_activation(py::module_& m, const std::string& suffix, const ActivationKernels<T>& kernels) {
+  using release = py::call_guard<py::gil_scoped_release>;
+  m.def(("activation_slope_" + suffix).c_str(), [&kernels](int activation, Address x, Address y, int64_t n, Address out, int threads) {
+    kernels.slope(activation, at<T>(x), at<T>(y), n, at<T>(out), threads);
+  }, release());
+  m.def(("activation_curvature_" + suffix).c_str(), [&kernels](int activation, Address x, Address g, int64_t n, Address out, int threads) {
+    kernels.curvature(activation, at<T>(x), at<T>(g), n, at<T>(out), threads);
+  }, release());
+}
+
 PYBIND11_MODULE(_C, m) {
   m.doc() = "CPU kernels on raw addresses, see the headers in csrc; CUDA kernels, if built, are in .cuda";
   m.def("level", [] { return TABLE.level; });
@@ -112,6 +129,8 @@ PYBIND11_MODULE(_C, m) {
   bind_norm<double>(m, "f64", NORM.f64);
   bind_rows<float>(m, "f32", ROWS.f32);
   bind_rows<double>(m, "f64", ROWS.f64);
+  bind_activation<float>(m, "f32", ACTIVATION.f32);
+  bind_activation<double>(m, "f64", ACTIVATION.f64);
 #ifdef WITH_CUDA
   bind_cuda(m.def_submodule("cuda"));
 #endif

@@ -145,12 +145,13 @@ def test_bits_do_not_depend_on_threads() -> None:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-def test_long_float32_dot_product_is_right() -> None:
+def test_long_float32_dot_product_is_right(backend: str) -> None:
     n = 10_000_000
     V = torch.full((1, n), 0.1)
     V[0, ::1000] = 100.0
     want = (n - n // 1000) * float(torch.tensor(0.1)) ** 2 + n // 1000 * 1e4
-    assert abs(float(kernels.gram(V, V)) / want - 1) <= 1e-12
+    limit = 1e-12 if backend == "cpu" else 1e-9  # chunks; torch's product adds longer runs, n eps = 2e-9 at worst
+    assert abs(float(kernels.gram(V, V)) / want - 1) <= limit
     naive = float((V * V).cumsum(1)[0, -1])
     assert abs(naive / want - 1) > 1e-8  # float32 sums lose it
 

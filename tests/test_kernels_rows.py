@@ -35,6 +35,39 @@ def test_slope_product(backend: str, k: int, shape: tuple[int, ...], dtype: torc
     close(pointwise.slope_product(*low), slope * d + curvature * dz, dtype)
 
 
+ACTIVATIONS = {
+    "gelu": lambda x: x * torch.special.ndtr(x),
+    "gelu_tanh": lambda x: 0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3))),
+    "silu": lambda x: x / (1 + torch.exp(-x)),
+}
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(), (7,), (63, 5), (20001,)], ids=str)
+def test_activation_derivatives(backend: str, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    f = ACTIVATIONS[name]
+    x = (6 * torch.rand(*shape, 2, dtype=dtype) - 3)[..., 0]  # not contiguous; far out autograd cancels 1 - tanh^2
+    x = torch.where(x.abs() < 0.1, torch.zeros_like(x), x)  # exact zeros: y / x is none there
+    g = torch.randn(shape, dtype=dtype)
+    point = x.double().requires_grad_()
+    (first,) = torch.autograd.grad(f(point).sum(), point, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), point)
+    close(pointwise.activation_slope(name, x, f(x.double()).to(dtype)), first.detach(), dtype)
+    close(pointwise.activation_curvature(name, x, g), g.double() * second, dtype)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_activation_derivatives_far_out(backend: str, name: str, dtype: torch.dtype) -> None:
+    x = torch.tensor([-1e6, -300.0, 300.0, 1e6, 1e-40], dtype=dtype)
+    y = torch.tensor([0.0, 0.0, 300.0, 1e6, 5e-41], dtype=dtype)
+    want = torch.tensor([0, 0, 1, 1, 0.5], dtype=torch.float64)
+    close(pointwise.activation_slope(name, x, y), want, dtype)
+    flat = pointwise.activation_curvature(name, x[:4], torch.ones(4, dtype=dtype))
+    assert float(flat.abs().max()) <= 1e-100
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(1, 1), (7, 3), (65, 16), (33, 130), (40, 1000)], ids=str)
 @pytest.mark.parametrize("k", [1, 3])

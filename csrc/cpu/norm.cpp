@@ -6,11 +6,13 @@
 #include <vector>
 
 #include "level.h"
+#include "parallel.h"
 
 namespace {
 
 constexpr int LANES = 16;
 constexpr int64_t STRETCHES = 64;
+constexpr int64_t SMALL = 16384;  // numbers below which waking the other threads costs more than it saves
 
 // Calls body(first, count, channel): with one channel for each number (inner = 1) once for the whole row, with channel
 // the first one; otherwise once for each channel's run.
@@ -88,15 +90,14 @@ template <class T>
 void tangent(NormShape s, const T* xhat, const T* r, const T* w, const T* dx, const T* dw, const T* db, T* y, T* dxhat,
              T* along) {
   const int64_t channels = s.groups * (s.D / s.inner), total = s.k * s.rows;
-#pragma omp parallel for schedule(static) num_threads(s.threads) if (s.threads > 1 && total * s.D > 16384)
-  for (int64_t i = 0; i < total; ++i) {
+  each(total, total * s.D > SMALL ? s.threads : 1, [&](int64_t i) {
     const int64_t row = i % s.rows, vector = i / s.rows, here = i * s.D;
     const T* dwv = dw ? dw + vector * channels : nullptr;
     const T* dbv = db ? db + vector * channels : nullptr;
     auto kernel = s.inner == 1 ? tangent_row<T, true> : tangent_row<T, false>;
     kernel(s, row, xhat + row * s.D, r[row], w, dx ? dx + here : nullptr, dwv, dbv, y + here,
            dx ? dxhat + here : nullptr, dx ? along + i : nullptr);
-  }
+  });
 }
 
 template <class T, bool VECTOR>
@@ -170,11 +171,10 @@ template <class T>
 void backward_tangent(NormShape s, const T* xhat, const T* r, const T* w, const T* dw, const T* dxhat, const T* along,
                       const T* g, const T* dg, T* out, T* dgw, T* dgb) {
   const int64_t channels = s.groups * (s.D / s.inner);
-  const int64_t each = (s.rows + STRETCHES - 1) / STRETCHES, stretches = (s.rows + each - 1) / each;
+  const int64_t length = (s.rows + STRETCHES - 1) / STRETCHES, stretches = (s.rows + length - 1) / length;
   std::vector<T> sums(dgw || dgb ? 2 * s.k * stretches * channels : 0);
-#pragma omp parallel for schedule(static) num_threads(s.threads) if (s.threads > 1 && s.k * s.rows * s.D > 16384)
-  for (int64_t job = 0; job < s.k * stretches; ++job) {
-    const int64_t vector = job / stretches, from = job % stretches * each, to = std::min(s.rows, from + each);
+  each(s.k * stretches, s.k * s.rows * s.D > SMALL ? s.threads : 1, [&](int64_t job) {
+    const int64_t vector = job / stretches, from = job % stretches * length, to = std::min(s.rows, from + length);
     T* gw = dgw ? sums.data() + 2 * job * channels : nullptr;
     T* gb = dgb ? sums.data() + (2 * job + 1) * channels : nullptr;
     auto kernel = s.inner == 1 ? backward_row<T, true> : backward_row<T, false>;
@@ -184,7 +184,7 @@ void backward_tangent(NormShape s, const T* xhat, const T* r, const T* w, const 
              dxhat ? along[vector * s.rows + row] : T(0), g ? g + at_row : nullptr, dg + here,
              out ? out + here : nullptr, gw, gb);
     }
-  }
+  });
   for (int64_t vector = 0; vector < s.k; ++vector)
     for (int64_t c = 0; c < channels; ++c) {
       double gw = 0, gb = 0;

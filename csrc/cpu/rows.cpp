@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "level.h"
+#include "parallel.h"
 
 namespace {
 
@@ -15,8 +16,7 @@ template <class T>
 void slope_product(const T* slope, const T* d, const T* curvature, const T* dz, int64_t k, int64_t n, T* out,
                    int threads) {
   const int64_t stretches = (n + STRETCH - 1) / STRETCH;
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && k * n > SMALL)
-  for (int64_t s = 0; s < stretches; ++s) {
+  each(stretches, k * n > SMALL ? threads : 1, [&](int64_t s) {
     const int64_t from = s * STRETCH, size = std::min(STRETCH, n - from);
     for (int64_t i = 0; i < k; ++i) {
       const T* __restrict__ a = slope + from;
@@ -30,7 +30,7 @@ void slope_product(const T* slope, const T* d, const T* curvature, const T* dz, 
         for (int64_t j = 0; j < size; ++j) y[j] = a[j] * x[j];
       }
     }
-  }
+  });
 }
 
 template <class T>
@@ -47,8 +47,7 @@ T dot(const T* __restrict__ a, const T* __restrict__ b, int64_t n) {
 template <class T>
 void softmax_jacobian(const T* p, const T* u, const T* weight, int64_t k, int64_t rows, int64_t C, T* out, T* mean,
                       int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && k * rows * C > SMALL)
-  for (int64_t r = 0; r < rows; ++r)
+  each(rows, k * rows * C > SMALL ? threads : 1, [&](int64_t r) {
     for (int64_t i = 0; i < k; ++i) {
       const T* __restrict__ pr = p + r * C;
       const T* __restrict__ ur = u + (i * rows + r) * C;
@@ -57,13 +56,13 @@ void softmax_jacobian(const T* p, const T* u, const T* weight, int64_t k, int64_
       mean[i * rows + r] = m;
       for (int64_t c = 0; c < C; ++c) o[c] = w * pr[c] * (ur[c] - m);
     }
+  });
 }
 
 template <class T>
 void softmax_backward_tangent(const T* p, const T* dp, const T* inner, const T* dg, int64_t k, int64_t rows, int64_t C,
                               T* out, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && k * rows * C > SMALL)
-  for (int64_t r = 0; r < rows; ++r)
+  each(rows, k * rows * C > SMALL ? threads : 1, [&](int64_t r) {
     for (int64_t i = 0; i < k; ++i) {
       const int64_t at = (i * rows + r) * C;
       const T* __restrict__ pr = p + r * C;
@@ -74,6 +73,7 @@ void softmax_backward_tangent(const T* p, const T* dp, const T* inner, const T* 
       const T shift = dot(pr, g, C) + dot(dpr, in, C);
       for (int64_t c = 0; c < C; ++c) o[c] = pr[c] * (g[c] - shift) + dpr[c] * in[c];
     }
+  });
 }
 
 template <class T>

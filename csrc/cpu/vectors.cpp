@@ -11,12 +11,13 @@
 #endif
 
 #include "level.h"
+#include "parallel.h"
 
 namespace {
 
 constexpr int64_t CHUNK = 8192;  // numbers whose products are summed before the sum joins the others
 constexpr int64_t STRETCH = 1024;  // numbers of each row that stay in L1 while all rows of a result are formed
-constexpr int LANES = 16;        // independent accumulators: wide enough for two AVX-512 registers of doubles
+constexpr int SUMS = 8;          // registers of sums under way: as many additions as two units have in flight
 
 int64_t chunks_of(int64_t n) { return (n + CHUNK - 1) / CHUNK; }
 
@@ -51,41 +52,66 @@ void put(T* to, const T (&from)[COUNT], bool past) {
   std::memcpy(to, from, sizeof from);
 }
 
-// A float product is exact in double, so only the additions round.
-template <class T>
-double dot(const T* __restrict__ a, const T* __restrict__ b, int64_t n) {
-  double lane[LANES] = {};
-  int64_t i = 0;
-  for (; i + LANES <= n; i += LANES)
-    for (int j = 0; j < LANES; ++j) lane[j] += double(a[i + j]) * double(b[i + j]);
-  double sum = 0;
-  for (; i < n; ++i) sum += double(a[i]) * double(b[i]);
-  for (int j = 0; j < LANES; ++j) sum += lane[j];
-  return sum;
-}
-
-// A register of doubles. TILE x TILE sums and the rows that feed them fit into the level's registers.
+// A register of doubles. TALL x WIDE sums and the rows that feed them fit into the level's registers.
 #if defined(__AVX512F__)
-constexpr int WIDTH = 8, TILE = 4;
+constexpr int WIDTH = 8, TALL = 4, WIDE = 4;
 #elif defined(__AVX__)
-constexpr int WIDTH = 4, TILE = 3;
+constexpr int WIDTH = 4, TALL = 4, WIDE = 2;
 #else
-constexpr int WIDTH = 2, TILE = 3;
+constexpr int WIDTH = 2, TALL = 4, WIDE = 2;
 #endif
 typedef double Doubles __attribute__((vector_size(WIDTH * sizeof(double))));
 
-template <class T>
-Doubles load(const T* x) {
-  typedef T Narrow __attribute__((vector_size(WIDTH * sizeof(T))));
-  Narrow narrow;
-  std::memcpy(&narrow, x, sizeof narrow);
-  return __builtin_convertvector(narrow, Doubles);
+Doubles load(const double* x) {
+  Doubles wide;
+  std::memcpy(&wide, x, sizeof wide);
+  return wide;
+}
+
+// By name: GCC 12 converts a vector in halves, one of them through the stack, which takes three times as long.
+Doubles load(const float* x) {
+#if defined(__AVX512F__)
+  return _mm512_maskz_cvtps_pd(0xff, _mm256_loadu_ps(x));  // the form without a mask warns in GCC 12
+#elif defined(__AVX__)
+  return _mm256_cvtps_pd(_mm_loadu_ps(x));
+#elif defined(__SSE2__)
+  return _mm_cvtps_pd(_mm_castsi128_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(x))));
+#else
+  return Doubles{x[0], x[1]};
+#endif
+}
+
+void store(double* to, Doubles x) { std::memcpy(to, &x, sizeof x); }
+
+void store(float* to, Doubles x) {
+#if defined(__AVX512F__)
+  _mm256_storeu_ps(to, _mm512_maskz_cvtpd_ps(0xff, x));
+#elif defined(__AVX__)
+  _mm_storeu_ps(to, _mm256_cvtpd_ps(x));
+#elif defined(__SSE2__)
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_castps_si128(_mm_cvtpd_ps(x)));
+#else
+  for (int l = 0; l < WIDTH; ++l) to[l] = float(x[l]);
+#endif
 }
 
 double total(Doubles x) {
   double sum = 0;
   for (int l = 0; l < WIDTH; ++l) sum += x[l];
   return sum;
+}
+
+// A float product is exact in double, so only the additions round.
+template <class T>
+double dot(const T* a, const T* b, int64_t n) {
+  Doubles sum[SUMS] = {};
+  int64_t x = 0;
+  for (; x + SUMS * WIDTH <= n; x += SUMS * WIDTH)
+    for (int j = 0; j < SUMS; ++j) sum[j] += load(a + x + j * WIDTH) * load(b + x + j * WIDTH);
+  double rest = 0;
+  for (; x < n; ++x) rest += double(a[x]) * double(b[x]);
+  for (int j = 0; j < SUMS; ++j) rest += total(sum[j]);
+  return rest;
 }
 
 // All products of K rows with M others: each number is converted once for K or M products, which stay in registers.
@@ -113,8 +139,10 @@ template <int K, class T>
 void products_of_rows(const T* v, const T* w, int64_t n, int64_t size, double* out, int64_t m, int64_t columns) {
   if (columns == 1) return products<K, 1>(v, w, n, size, out, m);
   if (columns == 2) return products<K, 2>(v, w, n, size, out, m);
-  if (columns == 3) return products<K, 3>(v, w, n, size, out, m);
-  if constexpr (TILE > 3) products<K, TILE>(v, w, n, size, out, m);
+  if constexpr (WIDE > 2) {
+    if (columns == 3) return products<K, 3>(v, w, n, size, out, m);
+    products<K, WIDE>(v, w, n, size, out, m);
+  }
 }
 
 // A chunk of all rows stays in L2 while its tiles are formed, so that memory is read once.
@@ -123,25 +151,23 @@ void gram(const T* V, int64_t k, const T* W, int64_t m, int64_t n, double* out, 
   const int64_t chunks = chunks_of(n);
   const bool symmetric = V == W && k == m;
   std::vector<double> partial(chunks * k * m);
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && n * (k + m) > CHUNK)
-  for (int64_t c = 0; c < chunks; ++c) {
+  each(chunks, n * (k + m) > CHUNK ? threads : 1, [&](int64_t c) {
     const int64_t at = c * CHUNK, size = std::min(CHUNK, n - at);
     if (k == 1 && m == 1) {
       partial[c] = dot(V + at, W + at, size);  // more sums under way than one tile has
-      continue;
+      return;
     }
-    for (int64_t i = 0; i < k; i += TILE)
-      for (int64_t j = symmetric ? i : 0; j < m; j += TILE) {
-        const int64_t rows = std::min<int64_t>(TILE, k - i), columns = std::min<int64_t>(TILE, m - j);
+    for (int64_t i = 0; i < k; i += TALL)
+      for (int64_t j = symmetric ? i : 0; j < m; j += WIDE) {
+        const int64_t rows = std::min<int64_t>(TALL, k - i), columns = std::min<int64_t>(WIDE, m - j);
         const T *v = V + i * n + at, *w = W + j * n + at;
         double* to = &partial[(c * k + i) * m + j];
         if (rows == 1) products_of_rows<1>(v, w, n, size, to, m, columns);
         if (rows == 2) products_of_rows<2>(v, w, n, size, to, m, columns);
         if (rows == 3) products_of_rows<3>(v, w, n, size, to, m, columns);
-        if constexpr (TILE > 3)
-          if (rows == TILE) products_of_rows<TILE>(v, w, n, size, to, m, columns);
+        if (rows == TALL) products_of_rows<TALL>(v, w, n, size, to, m, columns);
       }
-  }
+  });
   for (int64_t i = 0; i < k; ++i)
     for (int64_t j = symmetric ? i : 0; j < m; ++j) {
       double sum = 0;
@@ -154,45 +180,44 @@ void gram(const T* V, int64_t k, const T* W, int64_t m, int64_t n, double* out, 
 // The residual is summed from h - theta v itself: |h|^2 - theta^2 would lose half its digits near an eigenvector.
 template <class T>
 void power_step(const T* V, const T* H, int64_t k, int64_t n, double* theta, double* residual, T* out, int threads) {
+  constexpr int PARTS = 4;
   const int64_t chunks = chunks_of(n);
   std::vector<double> first(2 * chunks * k), second(chunks * k), scale(k);
-#pragma omp parallel for collapse(2) schedule(static) num_threads(threads) if (threads > 1 && n * k > CHUNK)
-  for (int64_t i = 0; i < k; ++i)
-    for (int64_t c = 0; c < chunks; ++c) {
-      const int64_t at = i * n + c * CHUNK, size = std::min(CHUNK, n - c * CHUNK);
-      first[2 * (i * chunks + c)] = dot(V + at, H + at, size);
-      first[2 * (i * chunks + c) + 1] = dot(H + at, H + at, size);
-    }
+  const int wanted = n * k > CHUNK ? threads : 1;
+  each(k * chunks, wanted, [&](int64_t job) {
+    const int64_t i = job / chunks, c = job % chunks, at = i * n + c * CHUNK, size = std::min(CHUNK, n - c * CHUNK);
+    first[2 * job] = dot(V + at, H + at, size);
+    first[2 * job + 1] = dot(H + at, H + at, size);
+  });
   for (int64_t i = 0; i < k; ++i) {
     double a = 0, b = 0;
     for (int64_t c = 0; c < chunks; ++c) a += first[2 * (i * chunks + c)], b += first[2 * (i * chunks + c) + 1];
     theta[i] = a;
     scale[i] = b > 0 ? 1 / std::sqrt(b) : 0;
   }
-#pragma omp parallel for collapse(2) schedule(static) num_threads(threads) if (threads > 1 && n * k > CHUNK)
-  for (int64_t i = 0; i < k; ++i)
-    for (int64_t c = 0; c < chunks; ++c) {
-      const int64_t size = std::min(CHUNK, n - c * CHUNK), at = i * n + c * CHUNK;
-      const T* __restrict__ v = V + at;
-      const T* __restrict__ h = H + at;
-      T* __restrict__ o = out + at;
-      const double t = theta[i], s = scale[i];
-      double lane[LANES] = {}, sum = 0;
-      int64_t x = 0;
-      for (; x + LANES <= size; x += LANES)
-        for (int j = 0; j < LANES; ++j) {
-          const double hx = h[x + j], r = hx - t * double(v[x + j]);
-          lane[j] += r * r;
-          o[x + j] = T(hx * s);
-        }
-      for (; x < size; ++x) {
-        const double hx = h[x], r = hx - t * double(v[x]);
-        sum += r * r;
-        o[x] = T(hx * s);
+  each(k * chunks, wanted, [&](int64_t job) {
+    const int64_t i = job / chunks, c = job % chunks, at = i * n + c * CHUNK, size = std::min(CHUNK, n - c * CHUNK);
+    const T* __restrict__ v = V + at;
+    const T* __restrict__ h = H + at;
+    T* __restrict__ o = out + at;
+    const double t = theta[i], s = scale[i];
+    Doubles squares[PARTS] = {};
+    double sum = 0;
+    int64_t x = 0;
+    for (; x + PARTS * WIDTH <= size; x += PARTS * WIDTH)
+      for (int j = 0; j < PARTS; ++j) {
+        const Doubles hx = load(h + x + j * WIDTH), r = hx - t * load(v + x + j * WIDTH);
+        squares[j] += r * r;
+        store(o + x + j * WIDTH, hx * s);
       }
-      for (int j = 0; j < LANES; ++j) sum += lane[j];
-      second[i * chunks + c] = sum;
+    for (; x < size; ++x) {
+      const double hx = h[x], r = hx - t * double(v[x]);
+      sum += r * r;
+      o[x] = T(hx * s);
     }
+    for (int j = 0; j < PARTS; ++j) sum += total(squares[j]);
+    second[job] = sum;
+  });
   for (int64_t i = 0; i < k; ++i) {
     double sum = 0;
     for (int64_t c = 0; c < chunks; ++c) sum += second[i * chunks + c];
@@ -204,7 +229,6 @@ void power_step(const T* V, const T* H, int64_t k, int64_t n, double* theta, dou
 template <int ROWS, class T>
 void combined(const double* C, int64_t k, const T* V, int64_t n, int64_t size, T* out, bool past) {
   constexpr int COUNT = LINE / sizeof(T), PARTS = COUNT / WIDTH;
-  typedef T Narrow __attribute__((vector_size(WIDTH * sizeof(T))));
   int64_t x = 0;
   for (; x + COUNT <= size; x += COUNT) {
     Doubles sum[ROWS][PARTS] = {};
@@ -215,10 +239,7 @@ void combined(const double* C, int64_t k, const T* V, int64_t n, int64_t size, T
       }
     for (int i = 0; i < ROWS; ++i) {
       T line[COUNT];
-      for (int p = 0; p < PARTS; ++p) {
-        const Narrow narrow = __builtin_convertvector(sum[i][p], Narrow);
-        std::memcpy(line + p * WIDTH, &narrow, sizeof narrow);
-      }
+      for (int p = 0; p < PARTS; ++p) store(line + p * WIDTH, sum[i][p]);
       put(out + i * n + x, line, past);
     }
   }
@@ -235,13 +256,12 @@ void combine(const double* C, int64_t m, int64_t k, const T* V, int64_t n, T* ou
   constexpr int MOST = WIDTH == 8 ? 8 : WIDTH == 4 ? 2 : 1;
   const int64_t stretches = (n + STRETCH - 1) / STRETCH;
   const bool past = streamed(out, m, n);
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && n * (k + m) > CHUNK)
-  for (int64_t c = 0; c < stretches; ++c) {
+  each(stretches, n * (k + m) > CHUNK ? threads : 1, [&](int64_t c) {
     const int64_t at = c * STRETCH, size = std::min(STRETCH, n - at);
     int64_t i = 0;
     for (; i + MOST <= m; i += MOST) combined<MOST>(C + i * k, k, V + at, n, size, out + i * n + at, past);
     for (; i < m; ++i) combined<1>(C + i * k, k, V + at, n, size, out + i * n + at, past);
-  }
+  });
 }
 
 // The diagonal's piece stays in L1 for all rows; longer ones cost a quarter of the speed at eight rows.
@@ -250,20 +270,18 @@ void scale(const T* V, int64_t k, int64_t n, const T* d, T* out, int threads) {
   constexpr int COUNT = LINE / sizeof(T);
   const int64_t stretches = (n + STRETCH - 1) / STRETCH;
   const bool past = streamed(out, k, n);
-#pragma omp parallel for collapse(2) schedule(static) num_threads(threads) if (threads > 1 && n * k > CHUNK)
-  for (int64_t c = 0; c < stretches; ++c)
-    for (int64_t i = 0; i < k; ++i) {
-      const int64_t at = c * STRETCH, size = std::min(STRETCH, n - at);
-      const T *v = V + i * n + at, *diagonal = d + at;
-      T* o = out + i * n + at;
-      int64_t x = 0;
-      for (; x + COUNT <= size; x += COUNT) {
-        T line[COUNT];
-        for (int j = 0; j < COUNT; ++j) line[j] = v[x + j] * diagonal[x + j];
-        put(o + x, line, past);
-      }
-      for (; x < size; ++x) o[x] = v[x] * diagonal[x];
+  each(stretches * k, n * k > CHUNK ? threads : 1, [&](int64_t job) {
+    const int64_t at = job / k * STRETCH, i = job % k, size = std::min(STRETCH, n - at);
+    const T *v = V + i * n + at, *diagonal = d + at;
+    T* o = out + i * n + at;
+    int64_t x = 0;
+    for (; x + COUNT <= size; x += COUNT) {
+      T line[COUNT];
+      for (int j = 0; j < COUNT; ++j) line[j] = v[x + j] * diagonal[x + j];
+      put(o + x, line, past);
     }
+    for (; x < size; ++x) o[x] = v[x] * diagonal[x];
+  });
 }
 
 // In T itself: two roots and a division of doubles take longer than the memory. Rounds five times, to below 3 ulp.
@@ -273,12 +291,11 @@ void inv_sqrt_adam(const T* v, int64_t n, double correction, double eps, double 
   const T c = T(1 / correction), e = T(eps), f = T(factor);
   const bool past = streamed(out, 1, n);
   const int64_t lines = n / COUNT;
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && n > CHUNK)
-  for (int64_t i = 0; i < lines; ++i) {
+  each(lines, n > CHUNK ? threads : 1, [&](int64_t i) {
     T line[COUNT];
     for (int j = 0; j < COUNT; ++j) line[j] = 1 / std::sqrt(f * (std::sqrt(v[i * COUNT + j] * c) + e));
     put(out + i * COUNT, line, past);
-  }
+  });
   for (int64_t i = lines * COUNT; i < n; ++i) out[i] = 1 / std::sqrt(f * (std::sqrt(v[i] * c) + e));
 }
 

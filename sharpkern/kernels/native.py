@@ -71,8 +71,8 @@ def gram(V: Tensor, W: Tensor) -> Tensor:
 def power_step(V: Tensor, HV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """See ``kernels.power_step``."""
     k, n = V.shape
-    sums = torch.empty(2, k, dtype=torch.float64)
-    theta, residual, following = sums[0], sums[1], torch.empty_like(V)
+    theta = torch.empty(k, dtype=torch.float64)
+    residual, following = torch.empty_like(theta), torch.empty_like(V)  # views of one allocation would cost more
     _call("power_step", V, V, HV, k, n, theta, residual, following, torch.get_num_threads())
     return theta, residual, following
 
@@ -160,11 +160,32 @@ def slope_product(slope: Tensor, d: Tensor, curvature: Tensor | None = None, dz:
     return out
 
 
+_ACTIVATIONS = {"gelu": 0, "gelu_tanh": 1, "silu": 2}  # csrc/activation.h
+
+
+def activation_slope(name: str, x: Tensor, y: Tensor) -> Tensor:
+    """See ``kernels.pointwise``."""
+    return _activation("activation_slope", name, x, y)
+
+
+def activation_curvature(name: str, x: Tensor, g: Tensor) -> Tensor:
+    """See ``kernels.pointwise``."""
+    return _activation("activation_curvature", name, x, g)
+
+
+def _activation(kernel: str, name: str, x: Tensor, other: Tensor) -> Tensor:
+    x, other = x.contiguous(), other.contiguous()
+    out = torch.empty_like(x)
+    _call(kernel, x, _ACTIVATIONS[name], x, other, x.numel(), out, torch.get_num_threads())
+    return out
+
+
 def softmax_jacobian(p: Tensor, u: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """See ``kernels.softmax``."""
     u = u.contiguous()
-    out, mean = torch.empty_like(u), u.new_empty(u.shape[:2])
-    _call("softmax_jacobian", p, p, u, weight, *u.shape, out, mean, torch.get_num_threads())
+    k, rows, C = u.shape
+    out, mean = torch.empty_like(u), u.new_empty(k, rows)
+    _call("softmax_jacobian", p, p, u, weight, k, rows, C, out, mean, torch.get_num_threads())
     return out, mean
 
 

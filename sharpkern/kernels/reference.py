@@ -155,6 +155,34 @@ def slope_product(slope: Tensor, d: Tensor, curvature: Tensor | None = None, dz:
     return out.to(d.dtype)
 
 
+def activation_slope(name: str, x: Tensor, y: Tensor) -> Tensor:
+    """See ``kernels.pointwise``."""
+    wide = _wide(x)
+    if name == "silu":
+        s = torch.sigmoid(wide)
+        slope = s * (1 + wide * (1 - s))
+    else:
+        one = wide.new_ones(()).expand_as(wide)
+        slope = torch.ops.aten.gelu_backward(one, wide, approximate="none" if name == "gelu" else "tanh")
+    return slope.to(y.dtype).contiguous()
+
+
+def activation_curvature(name: str, x: Tensor, g: Tensor) -> Tensor:
+    """See ``kernels.pointwise``."""
+    wide, square = _wide(x), _wide(x).square()
+    if name == "silu":
+        s = torch.sigmoid(wide)
+        second = s * (1 - s) * (2 + wide * (1 - 2 * s))
+    elif name == "gelu":
+        second = torch.exp(-0.5 * square) * ((2 - square) / math.sqrt(2 * math.pi))
+    else:
+        # y = x (1 + t) / 2 with t = tanh u,  u = c (x + a x^3):  y'' = (1 - t^2) (u' + x (u'' / 2 - t u'^2))
+        a, c = 0.044715, math.sqrt(2 / math.pi)
+        t, du = torch.tanh(c * wide * (1 + a * square)), c * (1 + 3 * a * square)
+        second = (1 - t * t) * (du + wide * (3 * a * c * wide - t * du * du))
+    return (_wide(g) * second).to(g.dtype).contiguous()
+
+
 def softmax_jacobian(p: Tensor, u: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """See ``kernels.softmax``."""
     wide = _wide(p)

@@ -146,7 +146,7 @@ class Convolution(Rule):
             for i in range(k):
                 part = self._to_w(dg[i], self.x)
                 if g is not None and self.begun:
-                    dgw[i] += part
+                    dgw[i].add_(part)
                 elif g is None or self.dx is None:
                     dgw[i] = part
                 else:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..kernels.pointwise import slope_product
+from ..kernels.pointwise import activation_curvature, activation_slope, slope_product
 from .fallback import UnsupportedOpError
 from .rule import RULES, LinearInArgs, Rule, inner, rule
 
@@ -123,32 +123,29 @@ class Exponential(Unary):
         return y
 
 
-def _gelu_first(x: Tensor, y: Tensor, approximate: str = "none") -> Tensor:  # noqa: ARG001
-    slope: Tensor = aten.gelu_backward.default(torch.ones_like(x), x, approximate=approximate)
-    return slope
+@rule(aten.gelu.default, aten.silu.default)
+class Activation(Unary):
+    """GELU and SiLU: slope and curvature from a kernel of one pass each."""
 
+    def forward(self, x: Tensor, approximate: str = "none") -> Tensor:
+        """Save x and y."""
+        gelu = self.op is aten.gelu.default
+        y: Tensor = self.op(x, approximate=approximate) if gelu else self.op(x)
+        self.name = "silu" if not gelu else "gelu" if approximate == "none" else "gelu_tanh"
+        self.point = x, y
+        self.slope = None
+        return y
 
-def _gelu_second(x: Tensor, y: Tensor, approximate: str = "none") -> Tensor:  # noqa: ARG001
-    if approximate == "none":
-        square = x * x
-        return torch.exp(-0.5 * square).mul_((2 - square).mul_(1 / math.sqrt(2 * math.pi)))
-    # y = x (1 + t) / 2 with t = tanh u,  u = c (x + a x^3):  y'' = (1 - t^2) (u' + x (u'' / 2 - t u'^2))
-    a, c = 0.044715, math.sqrt(2 / math.pi)
-    square = x * x
-    t = torch.tanh((a * square).add_(1).mul_(x).mul_(c))
-    du = square.mul_(3 * a * c).add_(c)
-    inner = (3 * a * c * x).sub_(t * du * du).mul_(x).add_(du)
-    return (1 - t * t).mul_(inner)
+    def _slope(self) -> Tensor:
+        if self.slope is None:
+            self.slope = activation_slope(self.name, *self.point)
+        return self.slope
 
-
-def _silu_first(x: Tensor, y: Tensor) -> Tensor:  # noqa: ARG001
-    slope: Tensor = aten.silu_backward.default(torch.ones_like(x), x)
-    return slope
-
-
-def _silu_second(x: Tensor, y: Tensor) -> Tensor:
-    s = torch.sigmoid(x)
-    return s * (1 - s) * (2 + (x - 2 * y))
+    def prepare(self, g: Tensor) -> None:
+        """Multiply the second derivative with the cotangent."""
+        self._slope()
+        self.curvature = activation_curvature(self.name, self.point[0], g[0])
+        self.point = ()
 
 
 def _mish_first(x: Tensor, y: Tensor) -> Tensor:  # noqa: ARG001
@@ -204,8 +201,6 @@ FUNCTIONS: dict[Any, Function] = {
     aten.clamp.default: Function(lambda x, y, low=None, high=None: _within(x, low, high), None),
     aten.abs.default: Function(lambda x, y: torch.sign(x), None),
     aten.neg.default: Function(lambda x, y: torch.full_like(x, -1), None),
-    aten.gelu.default: Function(_gelu_first, _gelu_second),
-    aten.silu.default: Function(_silu_first, _silu_second),
     aten.mish.default: Function(_mish_first, _mish_second),
     aten.tanh.default: Function(lambda x, y: 1 - y * y, lambda x, y: -2 * y * (1 - y * y)),
     aten.sigmoid.default: Function(lambda x, y: y * (1 - y), lambda x, y: y * (1 - y) * (1 - 2 * y)),

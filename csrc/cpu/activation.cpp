@@ -1,0 +1,141 @@
+// Derivatives of activations, with one exponential for each number and nothing that keeps a loop from being vectorised.
+//   GELU              y = x Phi(x)          y' = y / x + x phi(x)            y'' = (2 - x^2) phi(x)
+//   gated by sigmoid  y = x s, s = s(w(x))  y' = s + x s' w'                 y'' = s' (2 w' + x ((1 - 2s) w'^2 + w''))
+//   with w = x for SiLU and w = 2 c (x + a x^3) for GELU by tanh. s' = s (1 - s) comes from e^-|w|: 1 - s would cancel.
+#include "activation.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "level.h"
+#include "parallel.h"
+
+namespace {
+
+constexpr int64_t SMALL = 8192;    // numbers below which waking the other threads costs more than it saves
+constexpr int64_t STRETCH = 2048;  // numbers that one thread takes at a time
+
+template <class T>
+struct Format;
+
+// ln 2 in two parts, the first with zeros at its end: multiples of it are exact. MAGIC + k holds k in its lowest bits.
+template <>
+struct Format<float> {
+  typedef uint32_t Bits;
+  static constexpr int MANTISSA = 23, TERMS = 7;
+  static constexpr float HIGH = 0.693359375f, LOW = -2.12194440e-4f, MAGIC = 12582912.f, LEAST = -87.f, TINY = 1e-30f;
+};
+template <>
+struct Format<double> {
+  typedef uint64_t Bits;
+  static constexpr int MANTISSA = 52, TERMS = 13;
+  static constexpr double HIGH = 6.93147180369123816490e-01, LOW = 1.90821492927058770002e-10,
+                          MAGIC = 6755399441055744., LEAST = -708., TINY = 1e-290;
+};
+
+// e^x for x <= 0: 2^k times a Taylor sum over |r| <= ln(2) / 2, whose rest is below the rounding. Zero below LEAST.
+template <class T>
+inline T decay(T x) {
+  typedef Format<T> F;
+  typedef typename F::Bits Bits;
+  const T inside = x > F::LEAST ? x : F::LEAST;
+  const T shifted = inside * T(1.44269504088896340736) + F::MAGIC, k = shifted - F::MAGIC;
+  const T r = (inside - k * F::HIGH) - k * F::LOW;
+  T sum = 1;
+#pragma GCC unroll 16
+  for (int i = F::TERMS; i > 0; --i) sum = T(1) + sum * (r * (T(1) / T(i)));
+  Bits exponent, bits;
+  std::memcpy(&exponent, &shifted, sizeof bits);
+  std::memcpy(&bits, &sum, sizeof bits);
+  bits += exponent << F::MANTISSA;
+  std::memcpy(&sum, &bits, sizeof bits);
+  return x < F::LEAST ? T(0) : sum;
+}
+
+template <class T>
+struct Gelu {
+  static T density(T x) { return T(0.39894228040143267794) * decay<T>(T(-0.5) * x * x); }
+  static T slope(T x, T y) {
+    const T share = std::abs(x) < Format<T>::TINY ? T(0.5) : y / x;
+    return share + x * density(x);
+  }
+  static T curvature(T x) { return (T(2) - x * x) * density(x); }
+};
+
+template <class T>
+struct Silu {
+  static T gate(T x) { return x; }
+  static T gate1(T) { return T(1); }
+  static T gate2(T) { return T(0); }
+};
+
+template <class T>
+struct GeluTanh {
+  static constexpr T C = T(2 * 0.79788456080286535588), A = T(0.044715);
+  static T gate(T x) { return C * (x + A * x * x * x); }
+  static T gate1(T x) { return C * (T(1) + T(3) * A * x * x); }
+  static T gate2(T x) { return T(6) * A * C * x; }
+};
+
+template <class T, template <class> class Gate>
+struct Gated {
+  static T slope(T x, T) {
+    const T w = Gate<T>::gate(x), e = decay<T>(-std::abs(w)), q = T(1) / (T(1) + e);
+    return (w > 0 ? q : e * q) + x * (e * q * q * Gate<T>::gate1(x));
+  }
+  static T curvature(T x) {
+    const T w = Gate<T>::gate(x), w1 = Gate<T>::gate1(x), e = decay<T>(-std::abs(w)), q = T(1) / (T(1) + e);
+    const T bend = (w > 0 ? e - T(1) : T(1) - e) * q;  // 1 - 2s
+    return e * q * q * (T(2) * w1 + x * (bend * w1 * w1 + Gate<T>::gate2(x)));
+  }
+};
+
+template <class Body>
+void pass(int64_t n, int threads, const Body& body) {
+  each((n + STRETCH - 1) / STRETCH, n > SMALL ? threads : 1, [&](int64_t s) {
+    body(s * STRETCH, std::min(STRETCH, n - s * STRETCH));
+  });
+}
+
+template <class F, class T>
+void slope_of(const T* x, const T* y, int64_t n, T* out, int threads) {
+  pass(n, threads, [=](int64_t from, int64_t size) {
+    const T *__restrict__ xs = x + from, *__restrict__ ys = y + from;
+    T* __restrict__ o = out + from;
+    for (int64_t i = 0; i < size; ++i) o[i] = F::slope(xs[i], ys[i]);
+  });
+}
+
+template <class F, class T>
+void curvature_of(const T* x, const T* g, int64_t n, T* out, int threads) {
+  pass(n, threads, [=](int64_t from, int64_t size) {
+    const T *__restrict__ xs = x + from, *__restrict__ gs = g + from;
+    T* __restrict__ o = out + from;
+    for (int64_t i = 0; i < size; ++i) o[i] = gs[i] * F::curvature(xs[i]);
+  });
+}
+
+template <class T>
+void slope(int activation, const T* x, const T* y, int64_t n, T* out, int threads) {
+  if (activation == GELU) slope_of<Gelu<T>>(x, y, n, out, threads);
+  if (activation == GELU_TANH) slope_of<Gated<T, GeluTanh>>(x, y, n, out, threads);
+  if (activation == SILU) slope_of<Gated<T, Silu>>(x, y, n, out, threads);
+}
+
+template <class T>
+void curvature(int activation, const T* x, const T* g, int64_t n, T* out, int threads) {
+  if (activation == GELU) curvature_of<Gelu<T>>(x, g, n, out, threads);
+  if (activation == GELU_TANH) curvature_of<Gated<T, GeluTanh>>(x, g, n, out, threads);
+  if (activation == SILU) curvature_of<Gated<T, Silu>>(x, g, n, out, threads);
+}
+
+template <class T>
+constexpr ActivationKernels<T> table() {
+  return {slope<T>, curvature<T>};
+}
+
+}  // namespace
+
+extern const ActivationTable JOIN(activation_, LEVEL);
+const ActivationTable JOIN(activation_, LEVEL) = {table<float>(), table<double>()};
