@@ -46,6 +46,9 @@ class WarmLanczos:
         max_matvecs: the most products per step; at least k.
         generator: of random vectors, on the CPU; None for seed 0.
 
+    Attributes:
+        start_value: Rayleigh quotient, with the last step's operator, of the vector that it started from.
+
     Raises:
         ValueError: k, tol or max_matvecs out of range.
 
@@ -69,17 +72,19 @@ class WarmLanczos:
         self._change: Tensor | None = None  # [k, n], the block less the one before, turned to fit it
         self._next: Tensor | None = None  # [n], Ritz vector k + 1
         self.workspace: Workspace | None = None
+        self.start_value = 0.0
         self._theta = 0.0
         self._gap = 1.0  # relative, from Ritz value k to k + 1
         self._normal = self._right = 0.0  # of the prediction's least squares
         self._since_sentinel = self._since_audit = 0
 
-    def step(self, op: SymmetricOperator, extra: Tensor | None = None) -> EigenResult:
+    def step(self, op: SymmetricOperator, extra: Tensor | None = None, at_most: int | None = None) -> EigenResult:
         """Solve for the present operator.
 
         Args:
             op: symmetric; like the last one in n, dtype and device.
             extra: ``[m, n]``, vectors to multiply besides, for m products.
+            at_most: products, where this step may not have ``max_matvecs``.
 
         Returns:
             An ``EigenResult``; ``converged`` says that each residual norm is at most ``tol * |theta|``.
@@ -97,16 +102,17 @@ class WarmLanczos:
         basis = Basis(op, min(max(_BASIS, 2 * k + 20), op.n), self.generator, self._memory(op, first))
         start = random_rows(k, op, self.generator) if first else self._start()
         basis.extend(start if extra is None else torch.cat([start, extra]))
+        self.start_value, most = float(basis.T[0, 0]), self.max_matvecs if at_most is None else at_most
         todo = self._guards(first)
         sentinel = "next" in todo
-        jump = 0.0 if first else abs(float(basis.T[0, 0]) - self._theta)
+        jump = 0.0 if first else abs(self.start_value - self._theta)
         jumped, thrown = jump > _JUMP * abs(self._theta), jump > _THROW * abs(self._theta)
         while True:
             theta, Y = basis.ritz()
             residuals, norms = basis.residuals(theta[:k], Y[:, :k])
             rounding = rounding_level(op, theta)
             converged = bool((norms <= (tol * theta[:k].abs()).clamp(min=rounding)).all())
-            if basis.size == op.n or basis.matvecs >= self.max_matvecs:
+            if basis.size == op.n or basis.matvecs >= most:
                 break
             if converged and not todo:
                 if not jumped or (basis.size >= k - 1 + self._short and not thrown):
@@ -122,7 +128,7 @@ class WarmLanczos:
                 basis.restart(Y[:, : max(k + 1, basis.limit // 2)])
             basis.extend(direction)
         within = bool((norms <= (self.tol * theta[:k].abs()).clamp(min=rounding)).all())
-        reason = reason_of(within, norms, theta[:k], self.tol, self.max_matvecs)
+        reason = reason_of(within, norms, theta[:k], self.tol, most)
         result = basis.result(theta, Y, list(range(k)), norms, done=within, reason=reason, gaps=False)
         self._remember(basis, theta, Y, result.eigenvectors, sentinel=sentinel)
         return result
