@@ -127,6 +127,10 @@ class WarmLanczos:
             if basis.size == basis.limit:
                 basis.restart(Y[:, : max(k + 1, basis.limit // 2)])
             basis.extend(direction)
+        if "random" in todo:  # guards that there were no products for stay due
+            self._since_audit = _AUDIT_EVERY
+        if "next" in todo:
+            self._since_sentinel = _SENTINEL_EVERY
         within = bool((norms <= (self.tol * theta[:k].abs()).clamp(min=rounding)).all())
         reason = reason_of(within, norms, theta[:k], self.tol, most)
         result = basis.result(theta, Y, list(range(k)), norms, done=within, reason=reason, gaps=False)
