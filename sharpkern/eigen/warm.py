@@ -20,7 +20,7 @@ from .common import EigenResult, SymmetricOperator, random_rows, reason_of, roun
 _FIRST_TOL = 0.1  # a random start stops more easily on a wrong eigenvector: ask for more, once
 _FIRST_AUDIT, _AUDIT_EVERY, _AUDIT_DEPTH = 16, 32, 8
 _SENTINEL_EVERY = 8
-_CLOSE, _CLOSE_EVERY = 0.1, 2  # relative gap below which a crossing is near, and the sentinel comes more often
+_CLOSE = 0.1  # relative gap below which a crossing is near, and every step starts with the next Ritz vector too
 _JUMP = 0.1  # relative change of the Rayleigh quotient from one step to the next
 _THROW = 0.3  # likewise: a catapult, after which the order of the eigenvalues is open
 _FORGET, _RIDGE = 0.7, 0.01  # of the prediction's least squares
@@ -36,9 +36,9 @@ class WarmLanczos:
     multiple of its last change; the multiple would have been right, by least squares, at the steps before. Along
     a period of two, as at the edge of stability, it is close to -1.
 
-    Guards: the next Ritz vector is multiplied and improved once (2 products) every 8 steps, every 2 while its value is
-    within 10%, and after a jump of the Rayleigh quotient, by more than 30% or in a short solve; a random vector,
-    improved 8 times, every 32 steps.
+    Guards: while the next Ritz value is within 10%, its vector is multiplied at every start (1 product, which also
+    shortens the solve). Else it is multiplied and improved once (2 products) every 8 steps, and after a jump of the
+    Rayleigh quotient, by more than 30% or in a short solve. A random vector, improved 8 times, every 32 steps.
 
     Args:
         k: how many eigenvalues.
@@ -101,10 +101,15 @@ class WarmLanczos:
         tol = self.tol * (_FIRST_TOL if first else 1.0)
         basis = Basis(op, min(max(_BASIS, 2 * k + 20), op.n), self.generator, self._memory(op, first))
         start = random_rows(k, op, self.generator) if first else self._start()
+        most = self.max_matvecs if at_most is None else at_most
+        near = not first and self._next is not None and self._gap < _CLOSE and most > k + 1
+        if near:
+            assert self._next is not None
+            start = torch.cat([start, self._next[None]])
         basis.extend(start if extra is None else torch.cat([start, extra]))
-        self.start_value, most = float(basis.T[0, 0]), self.max_matvecs if at_most is None else at_most
-        todo = self._guards(first)
-        sentinel = "next" in todo
+        self.start_value = float(basis.T[0, 0])
+        todo = self._guards(first, near=near)
+        sentinel = near or "next" in todo
         jump = 0.0 if first else abs(self.start_value - self._theta)
         jumped, thrown = jump > _JUMP * abs(self._theta), jump > _THROW * abs(self._theta)
         while True:
@@ -137,14 +142,16 @@ class WarmLanczos:
         self._remember(basis, theta, Y, result.eigenvectors, sentinel=sentinel)
         return result
 
-    def _guards(self, first: bool) -> list[str]:
+    def _guards(self, first: bool, *, near: bool) -> list[str]:
         """Return the vectors to multiply besides, last one first."""
         todo = []
         self._since_sentinel, self._since_audit = self._since_sentinel + 1, self._since_audit + 1
         if first or self._since_audit >= _AUDIT_EVERY:
             todo += ["improve"] * (_FIRST_AUDIT if first else _AUDIT_DEPTH) + ["random"]
             self._since_audit = 0
-        if not first and self._since_sentinel >= (_SENTINEL_EVERY if self._gap > _CLOSE else _CLOSE_EVERY):
+        if near:
+            self._since_sentinel = 0
+        elif not first and self._since_sentinel >= _SENTINEL_EVERY:
             todo += ["improve", "next"]
             self._since_sentinel = 0
         return todo
