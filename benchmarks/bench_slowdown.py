@@ -1,6 +1,6 @@
 """What tracking costs a training run, and how wrong its values are: FCN-4-512 on real images, through warmup.
 
-    python benchmarks/bench_slowdown.py [--steps 300] [--full-batch-steps 60]
+    python benchmarks/bench_slowdown.py [--steps 300] [--full-batch-steps 60] [--only NAME]
 
 An untracked copy of the model makes the same steps in turn; both are timed step by step. The truth at every fifth
 step is a cold Lanczos solve to a relative residual of 1e-4, not timed.
@@ -67,7 +67,7 @@ def run(case: Case, steps: int, x: torch.Tensor, y: torch.Tensor) -> None:
         for schedule in schedules:
             schedule.step()
         tracker._left_at = None  # the truth and the other copy are not this run's own time
-        if step >= 5:  # the export is done, and the first solve
+        if step >= 1:  # the export is done, and the first solve
             case.plain.append(between - start)
             case.tracked.append(end - between)
             case.products += record.matvecs
@@ -93,6 +93,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--full-batch-steps", type=int, default=60)
+    parser.add_argument("--only", default="", help="cases whose name has this in it")
     options = parser.parse_args()
     data = load("fashion-mnist-5k")
     x, y = data.train_inputs, F.one_hot(data.train_targets, 10).float()
@@ -108,7 +109,7 @@ def main() -> None:
     heads = ["run", "slowdown", "of the median step", "products a step", "measured", "bounded"]
     heads += ["median error %", "p95 %", "covered"]
     print(f"{torch.get_num_threads()} threads\n\n| {' | '.join(heads)} |\n" + "|---" * len(heads) + "|")
-    for case in cases:
+    for case in (c for c in cases if options.only in c.name):
         run(case, options.full_batch_steps if case.batch is None else options.steps, x, y)
         print(row(case), flush=True)
 

@@ -1,4 +1,4 @@
-"""When to measure, if measuring may cost no more than a fraction of training."""
+"""When to measure, and for how many products, if measuring may cost no more than a fraction of training."""
 
 from __future__ import annotations
 
@@ -9,29 +9,39 @@ Status = Literal["measured", "bounded", "carried"]
 _FORGET = 0.7
 _NEAR = 0.1  # of the threshold: every step matters there
 _TURNED = 0.3
+_SHORT = 0.05  # a Rayleigh quotient that stayed this far below the solve after it was no estimate
+_LEAST, _WHOLE = 2, 8  # products: the fewest that improve a vector, and what a solve to ``tol`` may well take
 
 
 @dataclass
 class Budget:
-    """Saves a fraction of the steps' own time, and spends it on solves and quadratic forms, about half on each.
+    """Saves a fraction of the steps' own time, and spends it on solves and quadratic forms.
 
     Need: the sharpness has probably moved by half of ``tol`` since it was last seen, or it is within 10% of the
-    threshold. Then a form is taken as soon as it can be paid; once the forms since the last solve have cost as much
-    as a solve, or have moved by 30%, so that the vector is out of date, all goes to the next solve. Without need the
-    purse fills up to the cost of two solves, and is spent on one in any case.
+    threshold. Then a form is taken as soon as it can be paid, unless the vector is out of date: the forms since the
+    last solve have moved by 30%, or have cost as much as a whole solve, or at the last solve the start's Rayleigh
+    quotient lay 5% below the value found. Then all goes to a solve, as soon as two products can be paid, and it gets
+    as many as can be. Without need the purse fills up to two whole solves, and is spent on one in any case.
 
     Args:
         fraction: of a step's own time, on average, not counting the first step's solve.
         tol: relative change that matters.
+        operators: how many are solved at each measured step.
     """
 
     fraction: float
     tol: float
+    operators: int = 1
     purse: float = 0.0  # seconds
-    solve_cost: float = 0.0
+    product_cost: float = 0.0
     form_cost: float = 0.0
     forms: float = 0.0  # seconds since the last solve
+    shortfall: float = 0.0  # of the last solve's start, relative
     started: bool = False
+
+    def start(self, product_seconds: float, form_seconds: float) -> None:
+        """Take the costs of a product and a form of every operator, timed when nothing is done for the first time."""
+        self.product_cost, self.form_cost, self.started = product_seconds, form_seconds, True
 
     def choose(self, own_seconds: float, moved: float, turned: float, ratio: float | None) -> Status:
         """Say what to do at a step.
@@ -44,26 +54,34 @@ class Budget:
         """
         if not self.started:
             return "measured"
-        self.purse = min(self.purse + self.fraction * own_seconds, 2 * self.solve_cost)
+        whole = _WHOLE * self.product_cost
+        self.purse = min(self.purse + self.fraction * own_seconds, 2 * whole)
         need = moved >= self.tol / 2 or (ratio is not None and abs(ratio - 1) < _NEAR)
-        if self.purse >= 2 * self.solve_cost:
+        if self.purse >= 2 * whole:
             return "measured"
         if not need:
             return "carried"
-        if self.forms >= self.solve_cost or turned > _TURNED:
-            return "measured" if self.purse >= self.solve_cost else "carried"
+        if self.forms >= whole or turned > _TURNED or self.shortfall > _SHORT:
+            return "measured" if self.purse >= _LEAST * self.product_cost else "carried"
         return "bounded" if self.purse >= self.form_cost else "carried"
 
-    def spent(self, status: Status, seconds: float) -> None:
-        """Pay for a look, and learn what one costs."""
-        if not self.started:
-            self.started = True
-            self.solve_cost, self.form_cost = seconds / 8, seconds / 50  # the first solve is some 30 products
-            return
+    @property
+    def products(self) -> int:
+        """How many products the purse pays for, of each operator."""
+        return max(_LEAST, int(self.purse / self.product_cost)) if self.product_cost else _LEAST
+
+    def spent(self, seconds: float, products: int, shortfall: float) -> None:
+        """Pay for a look, and learn what one costs.
+
+        Args:
+            seconds: it took.
+            products: of all operators; 0 for a form.
+            shortfall: of a solve: by how much its start's Rayleigh quotient lay below the value found, relative.
+        """
         self.purse -= seconds
-        if status == "measured":
-            self.forms = 0.0
-            self.solve_cost += (1 - _FORGET) * (seconds - self.solve_cost)
+        if products:
+            self.forms, self.shortfall = 0.0, shortfall
+            self.product_cost += (1 - _FORGET) * (seconds * self.operators / products - self.product_cost)
         else:
             self.forms += seconds
             self.form_cost += (1 - _FORGET) * (seconds - self.form_cost)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +24,8 @@ from .warmup import stability_threshold
 _CERTIFY_FAILURE = 0.01
 _FIRST_SPEED = 0.05  # relative change of the sharpness per step, until it has been seen to change
 _FORGET = 0.7
+
+_Tracked = HessianOperator | DatasetHessian | PreconditionedOperator
 
 
 @dataclass(frozen=True)
@@ -92,9 +94,9 @@ class SharpnessTracker:
         max_matvecs: the most Hessian-vector products per solve.
         k: how many eigenvalues to track.
         budget: spend at most this fraction of the steps' own time on tracking, choosing when to measure from how fast
-            the sharpness moves and how near the threshold is. The steps between carry the last value or its Rayleigh
-            quotient. Which steps are measured then depends on the clock; training does not. None: every step allowed
-            by ``every``.
+            the sharpness moves and how near the threshold is, and stopping solves that the budget cannot pay short of
+            ``tol`` (``Record.converged``). The steps between carry the last value or its Rayleigh quotient. Which
+            steps are measured then depends on the clock; training does not. None: every step allowed by ``every``.
         probe: a fixed batch whose Hessian is tracked instead of that of the step's own batch, for one more gradient
             per measured step. The sharpness of a part of the data is not that of the whole: it reads higher.
         loader: batches whose mean Hessian is tracked, exactly: see ``DatasetHessian`` for the cost.
@@ -167,7 +169,11 @@ class SharpnessTracker:
         matvecs, converged, upper = 0, True, None
         if status != "carried":
             start = time.perf_counter()
-            for name, operator in self._operators(gradients).items():
+            at_most = None
+            if self._budget is not None and self._budget.started and not certify:
+                at_most = min(self.max_matvecs, max(self.k, self._budget.products))
+            operators = self._operators(gradients)
+            for name, operator in operators.items():
                 curvature = self._curvatures.setdefault(name, _Curvature(self._solver()))
                 if status == "bounded":
                     curvature.bound(operator, step)
@@ -177,11 +183,13 @@ class SharpnessTracker:
                     certificate = certificate_of(operator, failure=_CERTIFY_FAILURE)
                     matvecs += certificate.matvecs
                     upper, extra = certificate.upper, certificate.vector[None]
-                result = curvature.solve(operator, step, extra)
+                result = curvature.solve(operator, step, extra, at_most)
                 matvecs += result.matvecs
                 converged = converged and result.converged
-            if self._budget is not None:
-                self._budget.spent(status, time.perf_counter() - start)
+            if self._budget is not None and self._budget.started:
+                self._budget.spent(time.perf_counter() - start, matvecs, self._deciding().shortfall)
+            elif self._budget is not None:
+                matvecs += self._start_budget(self._budget, operators, step)
         record = self._record(step, matvecs, status, converged=converged, upper=upper)
         self._left_at = time.perf_counter()
         return record
@@ -210,9 +218,24 @@ class SharpnessTracker:
         deciding = self._deciding()
         return self._budget.choose(own_seconds * self.every, deciding.drift(step), deciding.turned, ratio)
 
-    def _operators(
-        self, gradients: dict[Tensor, Tensor]
-    ) -> dict[str, HessianOperator | DatasetHessian | PreconditionedOperator]:
+    def _start_budget(self, budget: Budget, operators: Mapping[str, _Tracked], step: int) -> int:
+        """Time a product and a form, now that their sweeps are recorded; return the products spent on it."""
+        products, product_seconds, form_seconds = 0, 0.0, 0.0
+        for name, operator in operators.items():
+            curvature = self._curvatures[name]
+            curvature.bound(operator, step)  # records
+            times = [time.perf_counter()]
+            curvature.bound(operator, step)
+            times.append(time.perf_counter())
+            products += (spent := curvature.solve(operator, step, None, None).matvecs)
+            times.append(time.perf_counter())
+            form_seconds += times[1] - times[0]
+            product_seconds += (times[2] - times[1]) / spent
+        budget.operators = len(operators)
+        budget.start(product_seconds, form_seconds)
+        return products
+
+    def _operators(self, gradients: dict[Tensor, Tensor]) -> dict[str, _Tracked]:
         """Return what to solve, at the present parameters."""
         assert self.hessian is not None
         if self.probe is None and self.loader is None:
@@ -223,7 +246,7 @@ class SharpnessTracker:
             self._tracked.refresh()
         else:
             self._tracked = HessianOperator(self.model, self.loss_fn, self.probe)
-        operators: dict[str, HessianOperator | DatasetHessian | PreconditionedOperator] = {"sharpness": self._tracked}
+        operators: dict[str, _Tracked] = {"sharpness": self._tracked}
         if self._adaptive:
             P = preconditioner(self.optimizer, gradients=gradients)
             operators["preconditioned_sharpness"] = PreconditionedOperator(self._tracked, P)
@@ -292,17 +315,19 @@ class _Curvature:
     seen: int = 0  # step of the value
     speed: float = _FIRST_SPEED
     residual: float = 0.0
+    shortfall: float = 0.0  # of the last solve's start, relative to the value it found
     eigenvalues: tuple[float, ...] = ()
     overlaps: tuple[float, ...] | None = None
     vectors: Tensor | None = field(default=None, repr=False)  # [k, n]
 
-    def solve(self, operator: Any, step: int, extra: Tensor | None) -> EigenResult:
-        result = self.solver.step(operator, extra)
+    def solve(self, operator: Any, step: int, extra: Tensor | None, at_most: int | None) -> EigenResult:
+        result = self.solver.step(operator, extra, at_most)
         if self.vectors is not None:
             cosines = kernels.gram(result.eigenvectors, self.vectors)
             self.overlaps = tuple(torch.linalg.vector_norm(cosines, dim=1).clamp(max=1.0).tolist())
         self.eigenvalues = tuple(result.eigenvalues.tolist())
         self.vectors, self.residual = result.eigenvectors, float(result.residual_norms[0])
+        self.shortfall = 1 - self.solver.start_value / self.eigenvalues[0] if self.eigenvalues[0] else 0.0
         self._see(self.eigenvalues[0], step)
         return result
 

@@ -97,6 +97,32 @@ def test_an_extra_vector_leads_out_of_the_wrong_eigenvector() -> None:
     assert float(solver.step(Dense(A), Q[:, 40][None]).eigenvalues[0]) == pytest.approx(2.2, rel=0.01)
 
 
+def test_a_short_step_goes_on_where_the_last_one_stopped() -> None:
+    A = prescribed(with_top(3.0, 2.0, 1.5, n=80))
+    solver = WarmLanczos(tol=1e-6)
+    first = solver.step(Dense(A), at_most=2)
+    assert first.matvecs == 2 and not first.converged and "max_matvecs=2" in first.reason
+    start = solver._block[0]
+    values = [float(first.eigenvalues[0])]
+    for _ in range(60):
+        result = solver.step(Dense(A), at_most=2)
+        assert result.matvecs <= 2
+        values.append(float(result.eigenvalues[0]))
+        if len(values) == 2:  # the first has no change to predict from
+            assert solver.start_value == pytest.approx(float(start @ A @ start), rel=1e-12)
+    assert values[-1] == pytest.approx(3.0, rel=1e-6)
+
+
+def test_a_sentinel_without_products_stays_due() -> None:
+    Q = torch.linalg.qr(torch.randn(80, 80, dtype=F64))[0]
+    values = with_top(2.0, 1.5, 1.0, n=80)
+    solver = WarmLanczos(tol=0.01)
+    solver.step(Dense(Q * values @ Q.T))
+    for _ in range(12):
+        assert solver.step(Dense(Q * values @ Q.T), at_most=1).matvecs == 1
+    assert solver.step(Dense(Q * values @ Q.T)).matvecs >= 3  # the step's own, and the sentinel's two
+
+
 def test_state_continues_identically() -> None:
     matrices = list(turning(50))
     whole = WarmLanczos(2, tol=0.01)

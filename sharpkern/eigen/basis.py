@@ -100,7 +100,7 @@ class Basis:
         """
         k = Y.shape[1]
         R = self.combination(Y, self.W, self.workspace.rows("residuals", k)[:k])
-        R.sub_(self.combination(Y * theta, self.Q, self.workspace.rows("other", k)[:k]))
+        R.sub_(self.combination(Y * theta, self.Q, self.workspace.rows("scratch", k)[:k]))
         return R, kernels.gram(R, R).diagonal().sqrt().cpu()
 
     def result(

@@ -46,7 +46,7 @@ def lanczos(
         which: "largest", "smallest", or "both": 2k eigenvalues, descending, of one basis.
         max_basis: the most vectors to keep before a restart; default max(2k + 20, 40), at least k + 2 (4k for 2k
             with "both").
-            Memory: twice that many vectors, and half of them again while restarting.
+            Memory: twice that many vectors and two more, and the operator's product.
 
     Returns:
         An ``EigenResult``; ``converged`` is False when ``max_matvecs`` ran out.
@@ -80,6 +80,7 @@ def lanczos(
         raise ValueError(f"v0 must have at most max_matvecs = {max_matvecs} and n = {op.n} rows, got {len(start)}.")
     basis = Basis(op, min(max(limit, len(start) + 1), op.n), generator)
     basis.extend(start)
+    del start  # a vector less in memory
     goal = tol if v0 is not None else _COLD * tol
     while True:
         theta, Y = basis.ritz()

@@ -20,7 +20,7 @@ from .common import EigenResult, SymmetricOperator, random_rows, reason_of, roun
 _FIRST_TOL = 0.1  # a random start stops more easily on a wrong eigenvector: ask for more, once
 _FIRST_AUDIT, _AUDIT_EVERY, _AUDIT_DEPTH = 16, 32, 8
 _SENTINEL_EVERY = 8
-_CLOSE, _CLOSE_EVERY = 0.1, 2  # relative gap below which a crossing is near, and the sentinel comes more often
+_CLOSE = 0.1  # relative gap below which a crossing is near, and every step starts with the next Ritz vector too
 _JUMP = 0.1  # relative change of the Rayleigh quotient from one step to the next
 _THROW = 0.3  # likewise: a catapult, after which the order of the eigenvalues is open
 _FORGET, _RIDGE = 0.7, 0.01  # of the prediction's least squares
@@ -36,15 +36,18 @@ class WarmLanczos:
     multiple of its last change; the multiple would have been right, by least squares, at the steps before. Along
     a period of two, as at the edge of stability, it is close to -1.
 
-    Guards: the next Ritz vector is multiplied and improved once (2 products) every 8 steps, every 2 while its value is
-    within 10%, and after a jump of the Rayleigh quotient, by more than 30% or in a short solve; a random vector,
-    improved 8 times, every 32 steps.
+    Guards: while the next Ritz value is within 10%, its vector is multiplied at every start (1 product, which also
+    shortens the solve). Else it is multiplied and improved once (2 products) every 8 steps, and after a jump of the
+    Rayleigh quotient, by more than 30% or in a short solve. A random vector, improved 8 times, every 32 steps.
 
     Args:
         k: how many eigenvalues.
         tol: relative residual norm at which to stop; a tenth of it at the first step.
         max_matvecs: the most products per step; at least k.
         generator: of random vectors, on the CPU; None for seed 0.
+
+    Attributes:
+        start_value: Rayleigh quotient, with the last step's operator, of the vector that it started from.
 
     Raises:
         ValueError: k, tol or max_matvecs out of range.
@@ -69,17 +72,19 @@ class WarmLanczos:
         self._change: Tensor | None = None  # [k, n], the block less the one before, turned to fit it
         self._next: Tensor | None = None  # [n], Ritz vector k + 1
         self.workspace: Workspace | None = None
+        self.start_value = 0.0
         self._theta = 0.0
         self._gap = 1.0  # relative, from Ritz value k to k + 1
         self._normal = self._right = 0.0  # of the prediction's least squares
         self._since_sentinel = self._since_audit = 0
 
-    def step(self, op: SymmetricOperator, extra: Tensor | None = None) -> EigenResult:
+    def step(self, op: SymmetricOperator, extra: Tensor | None = None, at_most: int | None = None) -> EigenResult:
         """Solve for the present operator.
 
         Args:
             op: symmetric; like the last one in n, dtype and device.
             extra: ``[m, n]``, vectors to multiply besides, for m products.
+            at_most: products, where this step may not have ``max_matvecs``.
 
         Returns:
             An ``EigenResult``; ``converged`` says that each residual norm is at most ``tol * |theta|``.
@@ -96,17 +101,23 @@ class WarmLanczos:
         tol = self.tol * (_FIRST_TOL if first else 1.0)
         basis = Basis(op, min(max(_BASIS, 2 * k + 20), op.n), self.generator, self._memory(op, first))
         start = random_rows(k, op, self.generator) if first else self._start()
+        most = self.max_matvecs if at_most is None else at_most
+        near = not first and self._next is not None and self._gap < _CLOSE and most > k + 1
+        if near:
+            assert self._next is not None
+            start = torch.cat([start, self._next[None]])
         basis.extend(start if extra is None else torch.cat([start, extra]))
-        todo = self._guards(first)
-        sentinel = "next" in todo
-        jump = 0.0 if first else abs(float(basis.T[0, 0]) - self._theta)
+        self.start_value = float(basis.T[0, 0])
+        todo = self._guards(first, near=near)
+        sentinel = near or "next" in todo
+        jump = 0.0 if first else abs(self.start_value - self._theta)
         jumped, thrown = jump > _JUMP * abs(self._theta), jump > _THROW * abs(self._theta)
         while True:
             theta, Y = basis.ritz()
             residuals, norms = basis.residuals(theta[:k], Y[:, :k])
             rounding = rounding_level(op, theta)
             converged = bool((norms <= (tol * theta[:k].abs()).clamp(min=rounding)).all())
-            if basis.size == op.n or basis.matvecs >= self.max_matvecs:
+            if basis.size == op.n or basis.matvecs >= most:
                 break
             if converged and not todo:
                 if not jumped or (basis.size >= k - 1 + self._short and not thrown):
@@ -121,20 +132,26 @@ class WarmLanczos:
             if basis.size == basis.limit:
                 basis.restart(Y[:, : max(k + 1, basis.limit // 2)])
             basis.extend(direction)
+        if "random" in todo:  # guards that there were no products for stay due
+            self._since_audit = _AUDIT_EVERY
+        if "next" in todo:
+            self._since_sentinel = _SENTINEL_EVERY
         within = bool((norms <= (self.tol * theta[:k].abs()).clamp(min=rounding)).all())
-        reason = reason_of(within, norms, theta[:k], self.tol, self.max_matvecs)
+        reason = reason_of(within, norms, theta[:k], self.tol, most)
         result = basis.result(theta, Y, list(range(k)), norms, done=within, reason=reason, gaps=False)
         self._remember(basis, theta, Y, result.eigenvectors, sentinel=sentinel)
         return result
 
-    def _guards(self, first: bool) -> list[str]:
+    def _guards(self, first: bool, *, near: bool) -> list[str]:
         """Return the vectors to multiply besides, last one first."""
         todo = []
         self._since_sentinel, self._since_audit = self._since_sentinel + 1, self._since_audit + 1
         if first or self._since_audit >= _AUDIT_EVERY:
             todo += ["improve"] * (_FIRST_AUDIT if first else _AUDIT_DEPTH) + ["random"]
             self._since_audit = 0
-        if not first and self._since_sentinel >= (_SENTINEL_EVERY if self._gap > _CLOSE else _CLOSE_EVERY):
+        if near:
+            self._since_sentinel = 0
+        elif not first and self._since_sentinel >= _SENTINEL_EVERY:
             todo += ["improve", "next"]
             self._since_sentinel = 0
         return todo

@@ -1,0 +1,66 @@
+"""When a budget measures: what it can pay, and what the last solve says of forms."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from sharpkern.budget import Budget
+
+
+def ready(fraction: float = 0.25, operators: int = 1) -> Budget:
+    budget = Budget(fraction, 0.01, operators)
+    assert budget.choose(1.0, 0.0, 0.0, None) == "measured"  # the first step is free
+    budget.start(product_seconds=2.0, form_seconds=0.7)
+    return budget
+
+
+def test_moving_sharpness_gets_forms_until_they_prove_useless() -> None:
+    budget = ready()
+    seen = []
+    for _ in range(30):
+        seen.append(budget.choose(1.0, 0.1, 0.0, None))
+        if seen[-1] == "bounded":
+            budget.spent(0.7, 0, 0.0)
+    assert seen.count("bounded") == int(30 * 0.25 / 0.7) and "measured" not in seen
+    budget.shortfall, budget.purse = 0.2, 0.0
+    seen = [budget.choose(1.0, 0.1, 0.0, None) for _ in range(16)]
+    assert seen == ["carried"] * 15 + ["measured"]  # 16 quarters of a second pay for two products
+
+
+@pytest.mark.parametrize("operators", [1, 2])
+def test_a_solve_gets_the_products_that_the_purse_pays(operators: int) -> None:
+    budget = ready(operators=operators)
+    budget.purse = 11.0
+    assert budget.products == 5
+    budget.purse = -3.0
+    assert budget.products == 2
+    for _ in range(60):
+        budget.spent(3.0 * 4, 4 * operators, 0.0)
+    assert budget.product_cost == pytest.approx(3.0)  # of all operators together
+
+
+def test_spending_never_exceeds_what_was_saved() -> None:
+    """Whatever the needs, costs as estimated: the purse goes below zero by no more than rounding."""
+    rng = random.Random()
+    budget, income, spent = ready(rng.uniform(0.1, 1.0)), 0.0, 0.0
+    for _ in range(500):
+        own = rng.uniform(0.5, 1.5)
+        income += budget.fraction * own
+        status = budget.choose(own, rng.choice([0.0, 0.1]), rng.choice([0.0, 0.5]), rng.choice([None, 0.5, 0.95]))
+        if status == "measured":
+            products = rng.randint(1, budget.products)
+            budget.spent(2.0 * products, products, rng.choice([0.0, 0.3]))
+            spent += 2.0 * products
+        elif status == "bounded":
+            budget.spent(0.7, 0, 0.0)
+            spent += 0.7
+        assert spent <= income + 1e-6
+
+
+def test_without_need_it_saves_for_two_whole_solves() -> None:
+    budget = ready()
+    seen = [budget.choose(1.0, 0.0, 0.0, None) for _ in range(400)]
+    assert seen.index("measured") == 2 * 8 * 2 * 4 - 1  # two solves of 8 products of 2 s, at a quarter of a second
+    assert budget.products == 16
