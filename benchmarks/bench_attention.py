@@ -34,9 +34,9 @@ def inputs(T: int, heads: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     return six[:3], six[3:]
 
 
-def by_rule(way: Blocked | Kept, tangents: tuple[Tensor, ...]) -> Product:
-    """Run the primal sweeps; return the product."""
-    g = way.o[None].clone()  # of half the sum of squares
+def by_rule(way: Blocked | Kept, o: Tensor, tangents: tuple[Tensor, ...]) -> Product:
+    """Go on after the forward sweep, whose result is o; return the product."""
+    g = o[None].clone()  # of half the sum of squares
     way.backward(g)
     way.prepare(g)
     dq, dk, dv = (d[None] for d in tangents)
@@ -45,12 +45,14 @@ def by_rule(way: Blocked | Kept, tangents: tuple[Tensor, ...]) -> Product:
 
 def blocked(point: tuple[Tensor, ...], tangents: tuple[Tensor, ...]) -> Product:
     """Return the product of the rule that forms the probabilities in blocks."""
-    return by_rule(Blocked(*point, None, True, WIDTH**-0.5), tangents)
+    way = Blocked(WIDTH**-0.5)
+    return by_rule(way, way.forward(*point, None, True), tangents)
 
 
 def kept(point: tuple[Tensor, ...], tangents: tuple[Tensor, ...]) -> Product:
     """Return the product of the rule that keeps the probabilities."""
-    return by_rule(Kept(*point, None, 0.0, True, WIDTH**-0.5, (True, True, True)), tangents)
+    way = Kept(WIDTH**-0.5, (True, True, True))
+    return by_rule(way, way.forward(*point, None, 0.0, True), tangents)
 
 
 def gradient(point: tuple[Tensor, ...]) -> tuple[list[Tensor], tuple[Tensor, ...]]:

@@ -219,8 +219,9 @@ def attention(device: torch.device, full: bool) -> Iterator[Row]:
     point, tangents = six[:3], six[3:]
     peaks = {}
     products = {}
+    way = Blocked(width**-0.5)
     for name, make in {
-        "blocked": lambda: by_rule(Blocked(*point, None, True, width**-0.5), tangents),
+        "blocked": lambda: by_rule(way, way.forward(*point, None, True), tangents),
         "autograd twice": lambda: recomputed(point, tangents),
     }.items():
         products[name] = make()

@@ -252,7 +252,7 @@ class Program:
     # -- tangent sweeps -----------------------------------------------------------------------------------------
 
     def hvp(self, block: Tensor, out: Tensor) -> None:
-        """Multiply the Hessian with k vectors: ``[k, n]`` to out ``[k, n]``, after ``prepare``."""
+        """Multiply the Hessian with k vectors: ``[k, n]`` to out ``[k, n]``, after ``backward``."""
         with torch.no_grad():
             self._tangent(block, out)
             self._reverse(frozenset(), out)
