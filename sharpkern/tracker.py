@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -202,6 +202,20 @@ class SharpnessTracker:
             raise RuntimeError("nothing to carry: the first step must be tracker.step(batch).")
         self._steps += 1
         return self._record(loss, grad_norm, 0, "carried", converged=True, upper=None)
+
+    def adopt(self, twin: SharpnessTracker, record: Record) -> Record:
+        """Take over the step that a twin has just taken at the same parameters, on the same batch.
+
+        Args:
+            twin: a tracker of the same options.
+            record: of its step.
+
+        Returns:
+            What ``step`` would, but for the work: only learning rate, threshold and ratio are this optimizer's own.
+        """
+        self.load_state_dict(twin.state_dict())
+        threshold, ratio = self._threshold_and_ratio()
+        return replace(record, lr=float(self.optimizer.param_groups[0]["lr"]), threshold=threshold, ratio=ratio)
 
     def _primal(self, batch: Any, step: int) -> dict[Tensor, Tensor]:
         try:

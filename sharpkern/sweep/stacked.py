@@ -1,6 +1,7 @@
 """Cells trained together: one batched network, and for each cell the files of a run of its own.
 
-The first step, with its eigenvalue solve, is each cell's own; then nothing is left but gradients, updates and rows.
+The first step, with its eigenvalue solve, is taken by a run, once for all cells of a seed: they have the same network
+and batch. Then nothing is left but gradients, updates and rows.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..operators import NonFiniteLossError
+from ..tracker import Record, SharpnessTracker
 from ..train.batched import FCNStack, stacked_losses
 from ..train.loop import Run, batch_at, evaluated_at
 from ..train.losses import loss_targets
@@ -41,6 +43,16 @@ class _Member:
     buffers: list[Tensor]
 
 
+@dataclass(frozen=True)
+class _First:
+    """What the first step of a seed's first cell computed before its update; see ``Run.measure``."""
+
+    record: Record
+    figures: Row
+    gradients: list[Tensor]
+    tracker: SharpnessTracker
+
+
 def run_stack(cells: Sequence[Cell]) -> list[Outcome]:
     """Train cells of one group together; finished ones are left as they are, what was trained alone goes on alone.
 
@@ -51,6 +63,7 @@ def run_stack(cells: Sequence[Cell]) -> list[Outcome]:
     """
     outcomes: list[Outcome] = []
     members: list[_Member] = []
+    firsts: dict[int, _First] = {}
     with ExitStack() as stack:
         for cell in sorted(
             cells, key=lambda cell: cell.name
@@ -58,7 +71,7 @@ def run_stack(cells: Sequence[Cell]) -> list[Outcome]:
             stack.enter_context(locked(cell))
         for cell in cells:
             try:
-                found = result_of(cell) or _start(cell)
+                found = result_of(cell) or _start(cell, firsts)
             except Exception as error:  # of this one cell, whatever it is: the others go on
                 outcomes.append(report_error(cell, error))
                 continue
@@ -76,17 +89,31 @@ def run_stack(cells: Sequence[Cell]) -> list[Outcome]:
     return outcomes
 
 
-def _start(cell: Cell) -> _Member | dict[str, Any]:
-    """Take a cell's first step; return its result if it ends there, or was begun alone."""
-    run = begin(cell)
+def _start(cell: Cell, firsts: dict[int, _First]) -> _Member | dict[str, Any]:
+    """Take a cell's first step; return its result if it ends there, or was begun alone.
+
+    Args:
+        cell: of the stack.
+        firsts: by seed; added to.
+    """
+    run, start = begin(cell), time.perf_counter()
     if run.done:
         return train(cell, run)
-    try:
-        run.step()
-    except NonFiniteLossError:
-        run.metrics.close()
-        return finish(cell, run)
     parameters = list(run.model.parameters())
+    first = firsts.get(run.config.seed)
+    if first is None:
+        try:
+            record, figures = run.measure()
+        except NonFiniteLossError:
+            run.metrics.close()
+            return finish(cell, run)
+        gradients = [p.grad.clone() for p in parameters if p.grad is not None]
+        firsts[run.config.seed] = _First(record, figures, gradients, run.tracker)
+    else:
+        record, figures = run.tracker.adopt(first.tracker, first.record), first.figures
+        for p, gradient in zip(parameters, first.gradients, strict=True):
+            p.grad = gradient
+    run.update(record, figures, start)
     buffers = [run.optimizer.state[p].get("momentum_buffer") for p in parameters]
     return _Member(
         cell, run, [p.detach().clone() for p in parameters], [b.clone() for b in buffers if b is not None]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -164,7 +163,16 @@ class Run:
         Raises:
             NonFiniteLossError: the loss is NaN or infinite; the row says so.
         """
-        start, step = time.perf_counter(), self.done + 1
+        start = time.perf_counter()
+        return self.update(*self.measure(), start)
+
+    def measure(self) -> tuple[Record, Row]:
+        """Compute the next step's gradients, and what its row holds of the parameters before the update.
+
+        Raises:
+            NonFiniteLossError: the loss is NaN or infinite; a row says so.
+        """
+        step = self.done + 1
         batch = batch_at(step, self.config, self.data.train_inputs, self.targets)
         try:
             starts = (
@@ -177,11 +185,20 @@ class Run:
         figures = {"dead_units": dead_units(self.model)} | starts
         if evaluated_at(step, self.config):
             figures |= self.evaluate()
+        return record, figures
+
+    def update(self, record: Record, figures: Row, start: float) -> Row:
+        """Update the parameters with the gradients in ``p.grad``, write the step's row, and return it.
+
+        Args:
+            record, figures: of ``measure``.
+            start: of the step, by ``time.perf_counter``.
+        """
         self.optimizer.step()
         norms = optimizer_norms(self.optimizer)  # moments with this step's gradient in them; its norm is in the record
-        figures |= {f"{name}_norm": value for name, value in norms.items() if name != "g"}
+        figures = figures | {f"{name}_norm": value for name, value in norms.items() if name != "g"}
         row = self.count(record, figures, time.perf_counter() - start)
-        if step % self.config.checkpoint_every == 0 or step == self.config.steps:
+        if self.done % self.config.checkpoint_every == 0 or self.done == self.config.steps:
             self._save()
         return row
 
@@ -195,7 +212,7 @@ class Run:
         """
         self.schedule.step()
         self.done = record.step
-        row = dataclasses.asdict(record) | {"measured": record.measured} | figures | {"seconds": seconds}
+        row = vars(record) | {"measured": record.measured} | figures | {"seconds": seconds}
         self.metrics.write(row)
         return row
 

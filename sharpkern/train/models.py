@@ -115,7 +115,7 @@ class FCN(nn.Module):
         """``[N, ...] -> [N, classes]``."""
         x = x.flatten(1)
         for layer in self.layers[:-1]:
-            x = self.activation(layer(x))  # type: ignore[operator]
+            x = self.activation(layer(x))
         out: Tensor = self.layers[-1](x)
         return out
 
