@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from sharpkern import cli
+from sharpkern.optim import dead_units
 from sharpkern.sweep import stacked
 from sharpkern.sweep.executors import run_sweep
 from sharpkern.sweep.grid import Cell, Sweep, read_sweep
@@ -24,8 +26,12 @@ from sharpkern.train.losses import LossFunction, build_loss
 from sharpkern.train.metrics import read
 from sharpkern.train.models import ACTIVATIONS, FCN, PARAMETERISATIONS
 
-# Of a figure against that of a single run, relative: float32, sums in another order, over 12 steps of stable training.
-TOLERANCE = 1e-3
+# Of a figure against that of a single run, relative: float32, sums in another order, over 12 steps of stable training
+# (measured: 5e-6 at most). Where rounding puts an input of a ReLU beyond its kink, one example's part in a gradient
+# comes or goes.
+TOLERANCE = {"tanh": 1e-4, "gelu": 1e-4, "relu": 2e-2}
+ONE_UNIT = 1.01 / 9  # a ReLU at its kink may be a dead unit, or not; there are 9 or more
+ONE_EXAMPLE = 1.01 / 60  # two outputs may be equal but for rounding
 TEXT = """
 loss = "{loss}"
 steps = 12
@@ -60,7 +66,7 @@ seed = {seeds}
 
 def sweep_of(folder: Path, out: str, **choices: object) -> Sweep:
     chosen = {
-        "loss": "mse", "batch": "", "depth": 3, "activation": "relu", "parameterisation": "sp", "momentum": 0.0,
+        "loss": "mse", "batch": "", "depth": 3, "activation": "tanh", "parameterisation": "sp", "momentum": 0.0,
         "seeds": random.sample(range(10**6), 2),
     } | choices  # fmt: skip
     path = folder / "sweep.toml"
@@ -68,14 +74,14 @@ def sweep_of(folder: Path, out: str, **choices: object) -> Sweep:
     return read_sweep(path, folder / out)
 
 
-def close(got: object, want: object, what: str) -> None:
+def close(got: object, want: object, what: str, tolerance: float) -> None:
     if isinstance(want, float):
         assert isinstance(got, float), what
-        assert abs(got - want) <= TOLERANCE * abs(want) + 1e-6, f"{what}: {got} in the stack, {want} alone"
+        assert abs(got - want) <= tolerance * abs(want) + 1e-6, f"{what}: {got} in the stack, {want} alone"
     elif isinstance(want, list):
         assert isinstance(got, list) and len(got) == len(want), what
         for a, b in zip(got, want, strict=True):
-            close(a, b, what)
+            close(a, b, what, tolerance)
     else:
         assert got == want, f"{what}: {got} in the stack, {want} alone"
 
@@ -84,7 +90,7 @@ def files(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-def same_folder(got: Path, want: Path) -> None:
+def same_folder(got: Path, want: Path, activation: str) -> None:
     assert files(got) == files(want)
     for name in ("config.toml", "cell.toml"):
         assert (got / name).read_text().replace(str(got), "") == (want / name).read_text().replace(str(want), "")
@@ -96,9 +102,11 @@ def same_folder(got: Path, want: Path) -> None:
         assert list(row) == list(true)
         for key in row.keys() - {"seconds"}:
             if key.endswith("accuracy") and true[key] is not None:
-                assert abs(row[key] - true[key]) <= 1.01 / 60, f"{key}: one example"  # a tie may fall either way
+                assert abs(row[key] - true[key]) <= ONE_EXAMPLE, key
+            elif key == "dead_units" and activation == "relu":
+                assert abs(row[key] - true[key]) <= ONE_UNIT, key
             else:
-                close(row[key], true[key], f"{got.name}, {key}")
+                close(row[key], true[key], f"{got.name}, {key}", TOLERANCE[activation])
 
 
 def outcomes_by_name(outcomes: list[Outcome]) -> dict[str, Outcome]:
@@ -109,8 +117,8 @@ def outcomes_by_name(outcomes: list[Outcome]) -> dict[str, Outcome]:
     "choices",
     [
         {},
-        {"loss": "cross-entropy", "momentum": 0.7, "parameterisation": "mup"},
-        {"batch": "batch_size = 16", "activation": "tanh", "parameterisation": "ntp"},
+        {"loss": "cross-entropy", "momentum": 0.7, "parameterisation": "mup", "activation": "relu"},
+        {"batch": "batch_size = 16", "parameterisation": "ntp"},
         {"batch": "batch_size = 16", "loss": "cross-entropy", "momentum": 0.5, "activation": "gelu", "depth": 2},
         {"batch": "batch_size = 64", "seeds": [random.randrange(10**6)]},
     ],
@@ -123,7 +131,7 @@ def test_stacked_cells_leave_what_single_runs_leave(tmp_path: Path, choices: dic
     alone = read_sweep(tmp_path / "sweep.toml", tmp_path / "alone")
     assert outcomes_by_name(outcomes) == outcomes_by_name([run_cell(cell) for cell in alone.cells])
     for got, want in zip(together.cells, alone.cells, strict=True):
-        same_folder(got.folder, want.folder)
+        same_folder(got.folder, want.folder, got.config.model.activation)
         o = got.config.optimizer
         steps = 7 if o.lr_init else 2 if o.lr == 1e30 else 12
         assert len(read(got.folder / "metrics.jsonl")) == steps  # those that diverge do so where they were made to
@@ -176,7 +184,7 @@ def test_killed_stack_begins_again_and_what_is_done_or_was_begun_alone_is_kept(
     assert {path: path.stat().st_mtime_ns for path in before} == before
     for name, result in results(whole).items():
         for key, value in result.items():
-            close(results(killed)[name][key], value, f"{name}, {key}")
+            close(results(killed)[name][key], value, f"{name}, {key}", TOLERANCE["tanh"])
 
 
 def test_cell_that_cannot_begin_leaves_its_stack_alone(tmp_path: Path) -> None:
@@ -215,7 +223,7 @@ def test_processes_share_a_stack_and_the_table_is_that_of_single_runs(tmp_path: 
     alone = read_sweep(tmp_path / "sweep.toml", tmp_path / "alone")
     list(run_sweep(alone, lambda _, todo: ([run_cell(cell)] for group in todo for cell in group)))
     for got, want in zip(sweep.cells, alone.cells, strict=True):
-        same_folder(got.folder, want.folder)
+        same_folder(got.folder, want.folder, got.config.model.activation)
 
 
 def cells_of(count: int, **changes: object) -> list[Cell]:
@@ -302,3 +310,13 @@ def test_stacked_gradients_are_those_of_each_network_in_float64(loss: str, own_b
             stack.keep(torch.tensor([0, 2]))
             x, goal = (x[[0, 2]], goal[[0, 2]]) if own_batches else (x, goal)
             agree(stack, models[::2], x, goal, loss_fn, loss)
+
+
+def test_dead_units_of_a_stack_are_those_of_each_network() -> None:
+    models = [FCN(4, 3, depth=3, width=5) for _ in range(6)]
+    for model in models:
+        for p in model.parameters():
+            p.grad = torch.randn_like(p) * (torch.rand(len(p), *[1] * (p.ndim - 1)) < 0.5)
+        model.layers[0].weight.grad[0, 0] = math.nan  # type: ignore[union-attr, index]
+    gradients = [torch.stack([p.grad for p in ps]) for ps in zip(*(m.parameters() for m in models), strict=True)]  # type: ignore[misc]
+    assert stacked._dead_units(gradients) == [dead_units(model) for model in models]
