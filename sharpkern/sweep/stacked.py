@@ -65,18 +65,15 @@ def run_stack(cells: Sequence[Cell]) -> list[Outcome]:
     members: list[_Member] = []
     firsts: dict[int, _First] = {}
     with ExitStack() as stack:
-        for cell in sorted(
-            cells, key=lambda cell: cell.name
-        ):  # always in this order, so that no two wait for each other
+        for cell in sorted(cells, key=lambda cell: cell.name):  # one order for all, so that no two wait for each other
             stack.enter_context(locked(cell))
         for cell in cells:
             try:
-                found = result_of(cell) or _start(cell, firsts)
+                found = result_of(cell) or _start(cell, firsts, stack)
             except Exception as error:  # of this one cell, whatever it is: the others go on
                 outcomes.append(report_error(cell, error))
                 continue
             if isinstance(found, _Member):
-                stack.callback(found.run.metrics.close)
                 members.append(found)
             else:
                 outcomes.append(Outcome(cell.name, found["status"]))
@@ -89,23 +86,24 @@ def run_stack(cells: Sequence[Cell]) -> list[Outcome]:
     return outcomes
 
 
-def _start(cell: Cell, firsts: dict[int, _First]) -> _Member | dict[str, Any]:
+def _start(cell: Cell, firsts: dict[int, _First], stack: ExitStack) -> _Member | dict[str, Any]:
     """Take a cell's first step; return its result if it ends there, or was begun alone.
 
     Args:
         cell: of the stack.
         firsts: by seed; added to.
+        stack: closes the cell's files.
     """
     run, start = begin(cell), time.perf_counter()
     if run.done:
         return train(cell, run)
+    stack.callback(run.metrics.close)
     parameters = list(run.model.parameters())
     first = firsts.get(run.config.seed)
     if first is None:
         try:
             record, figures = run.measure()
         except NonFiniteLossError:
-            run.metrics.close()
             return finish(cell, run)
         gradients = [p.grad.clone() for p in parameters if p.grad is not None]
         firsts[run.config.seed] = _First(record, figures, gradients, run.tracker)
@@ -142,7 +140,7 @@ def _train(members: Sequence[_Member]) -> Iterator[_Member]:
         if diverged:
             for member in diverged:
                 member.run.diverge()
-            members = [m for m in members if m not in diverged]
+            members = [m for m, is_finite in zip(members, finite, strict=True) if is_finite]
             left = torch.tensor([i for i, is_finite in enumerate(finite) if is_finite], dtype=torch.long)
             networks.keep(left)
             losses, gradients, buffers = losses[left], [g[left] for g in gradients], [b[left] for b in buffers]
