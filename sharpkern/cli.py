@@ -275,11 +275,13 @@ def _sweep(arguments: list[str]) -> int:
         return OK
     if given.executor == "submitit":
         parameters = dict(_pair(item) for item in given.submitit)
-        executor = executors.submitit(sweep.folder / "jobs", **parameters)
+        executor, at_once = executors.submitit(sweep.folder / "jobs", **parameters), 1
     else:
-        executor = executors.local(given.processes)
+        threads = max(cell.config.threads or 1 for cell in sweep.cells)
+        at_once = given.processes or executors.processes_for(threads)
+        executor = executors.local(at_once)
     print(f"{len(sweep.cells)} cells, {done} of them done; folder: {sweep.folder}")
-    outcomes = _with_bar(executors.run_sweep(sweep, executor), done, len(sweep.cells))
+    outcomes = _with_bar(executors.run_sweep(sweep, executor, at_once=at_once), done, len(sweep.cells))
     try:
         errors = [outcome for outcome in outcomes if outcome.status == "error"]
     except KeyboardInterrupt:

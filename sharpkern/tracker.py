@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -190,9 +190,40 @@ class SharpnessTracker:
                 self._budget.spent(time.perf_counter() - start, matvecs, self._deciding().shortfall)
             elif self._budget is not None:
                 matvecs += self._start_budget(self._budget, operators, step)
-        record = self._record(step, matvecs, status, converged=converged, upper=upper)
+        assert self.hessian is not None
+        loss, grad_norm = float(self.hessian.loss), float(torch.linalg.vector_norm(self.hessian.gradient))
+        record = self._record(loss, grad_norm, matvecs, status, converged=converged, upper=upper)
         self._left_at = time.perf_counter()
         return record
+
+    def carry(self, loss: float, grad_norm: float) -> Record:
+        """Count a step whose loss and gradient were computed elsewhere, and carry the last value.
+
+        Args:
+            loss: before the update; finite.
+            grad_norm: Euclidean norm of the gradient.
+
+        Raises:
+            RuntimeError: nothing has been measured yet.
+        """
+        if not self._curvatures:
+            raise RuntimeError("nothing to carry: the first step must be tracker.step(batch).")
+        self._steps += 1
+        return self._record(loss, grad_norm, 0, "carried", converged=True, upper=None)
+
+    def adopt(self, twin: SharpnessTracker, record: Record) -> Record:
+        """Take over the step that a twin has just taken at the same parameters, on the same batch.
+
+        Args:
+            twin: a tracker of the same options.
+            record: of its step.
+
+        Returns:
+            What ``step`` would, but for the work: only learning rate, threshold and ratio are this optimizer's own.
+        """
+        self.load_state_dict(twin.state_dict())
+        threshold, ratio = self._threshold_and_ratio()
+        return replace(record, lr=float(self.optimizer.param_groups[0]["lr"]), threshold=threshold, ratio=ratio)
 
     def _primal(self, batch: Any, step: int) -> dict[Tensor, Tensor]:
         try:
@@ -262,20 +293,21 @@ class SharpnessTracker:
         lr, kappa = float(self.optimizer.param_groups[0]["lr"]), stability_threshold(self.optimizer)
         return kappa / lr if lr > 0 else float("inf"), lr * self._deciding().value / kappa
 
-    def _record(self, step: int, matvecs: int, status: Status, *, converged: bool, upper: float | None) -> Record:
-        assert self.hessian is not None
+    def _record(
+        self, loss: float, grad_norm: float, matvecs: int, status: Status, *, converged: bool, upper: float | None
+    ) -> Record:
         threshold, ratio = self._threshold_and_ratio()
         sharpness, preconditioned = (self._curvatures.get(n) for n in ("sharpness", "preconditioned_sharpness"))
         assert sharpness is not None
         return Record(
-            step=step,
-            loss=float(self.hessian.loss),
+            step=self._steps,
+            loss=loss,
             lr=float(self.optimizer.param_groups[0]["lr"]),
-            grad_norm=float(torch.linalg.vector_norm(self.hessian.gradient)),
+            grad_norm=grad_norm,
             sharpness=sharpness.value,
-            sharpness_error=sharpness.doubt(step),
+            sharpness_error=sharpness.doubt(self._steps),
             preconditioned_sharpness=None if preconditioned is None else preconditioned.value,
-            preconditioned_sharpness_error=None if preconditioned is None else preconditioned.doubt(step),
+            preconditioned_sharpness_error=None if preconditioned is None else preconditioned.doubt(self._steps),
             threshold=threshold,
             ratio=ratio,
             matvecs=matvecs,

@@ -21,7 +21,8 @@ import sharpkern as sk
 from sharpkern import cli
 from sharpkern.sweep import executors
 from sharpkern.sweep.collect import TIMING, summarise
-from sharpkern.sweep.grid import Cell, read_sweep
+from sharpkern.sweep.grid import read_sweep
+from sharpkern.sweep.groups import Group
 from sharpkern.sweep.run import Outcome, run_cell
 from sharpkern.train.config import OptimizerConfig, TrainConfig, from_toml
 
@@ -45,8 +46,8 @@ def write(folder: Path, text: str = GRID) -> Path:
     return path
 
 
-def in_this_process(function: Callable[[Cell], Outcome], cells: Sequence[Cell]) -> Iterator[Outcome]:
-    return map(function, cells)
+def in_this_process(function: Callable[[Group], list[Outcome]], todo: Sequence[Group]) -> Iterator[list[Outcome]]:
+    return map(function, todo)
 
 
 def run(path: Path, out: Path) -> list[Outcome]:
@@ -291,14 +292,14 @@ def test_interrupted_and_killed_sweep_ends_with_the_same_table(tmp_path: Path) -
     assert len(table_without_time(whole)) == 60
 
 
-def die(cell: Cell) -> Outcome:
+def die(group: Group) -> list[Outcome]:
     os._exit(1)
 
 
 def test_process_that_dies_is_one_clear_error(tmp_path: Path) -> None:
     cells = read_sweep(write(tmp_path), tmp_path / "out").cells
     with pytest.raises(RuntimeError, match="a process died, perhaps for want of memory"):
-        list(executors.local(1)(die, cells))
+        list(executors.local(1)(die, [cells]))
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")  # its logs

@@ -336,3 +336,21 @@ def test_one_call_sharpness_and_preconditioned_sharpness() -> None:
     assert not optimizer.state
     low = sk.sharpness(*problem, max_matvecs=2, tol=1e-9)
     assert not low.converged and low.matvecs == 2 and "max_matvecs" in low.reason
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam"])
+def test_twin_adopts_a_step_and_carries_the_next_like_a_tracker_of_its_own(name: str) -> None:
+    problem = double(mlp())
+    first, second = (optimizer_of(name, problem.model) for _ in range(2))
+    second.param_groups[0]["lr"] *= 0.37
+    trackers = [
+        sk.SharpnessTracker(problem.model, problem.loss_fn, o, every=5) for o in (first, second, second)
+    ]  # fmt: skip
+    with pytest.raises(RuntimeError, match="nothing to carry"):
+        trackers[1].carry(1.0, 1.0)
+    record, own = trackers[0].step(problem.batch), trackers[2].step(problem.batch)
+    assert trackers[1].adopt(trackers[0], record) == own != record
+    second.step()
+    own = trackers[2].step(problem.batch)
+    assert own.status == "carried"
+    assert trackers[1].carry(own.loss, own.grad_norm) == own

@@ -1,8 +1,9 @@
-"""Where cells run. An executor is a function: it gets a function and cells, and yields outcomes as they come."""
+"""Where cells run. An executor gets a function and groups of cells, and yields the outcomes of each as it ends."""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import multiprocessing
 import os
 import signal
@@ -15,10 +16,11 @@ from typing import Any
 
 from ..train.metrics import replace_file
 from .collect import result_of, table, write_table
-from .grid import Cell, Sweep
-from .run import Outcome, run_cell
+from .grid import Sweep
+from .groups import Group, groups, run_group
+from .run import Outcome
 
-Executor = Callable[[Callable[[Cell], Outcome], Sequence[Cell]], Iterator[Outcome]]
+Executor = Callable[[Callable[[Group], list[Outcome]], Sequence[Group]], Iterator[list[Outcome]]]
 
 
 def local(processes: int | None = None) -> Executor:
@@ -28,15 +30,14 @@ def local(processes: int | None = None) -> Executor:
         processes: at most so many at once; by default as many as there are cores for their torch threads.
     """
 
-    def run(function: Callable[[Cell], Outcome], cells: Sequence[Cell]) -> Iterator[Outcome]:
-        threads = max(cell.config.threads or 1 for cell in cells)
-        workers = processes or max(1, len(os.sched_getaffinity(0)) // threads)
+    def run(function: Callable[[Group], list[Outcome]], todo: Sequence[Group]) -> Iterator[list[Outcome]]:
+        threads = max(cell.config.threads or 1 for group in todo for cell in group)
+        workers = processes or processes_for(threads)
         with ProcessPoolExecutor(
-            min(workers, len(cells)), multiprocessing.get_context("spawn"), _prepare, (threads,)
+            min(workers, len(todo)), multiprocessing.get_context("spawn"), _prepare, (threads,)
         ) as pool:
             try:
-                futures = {pool.submit(function, cell): cell for cell in cells}
-                for future in as_completed(futures):
+                for future in as_completed([pool.submit(function, group) for group in todo]):
                     yield future.result()
             except BrokenProcessPool:
                 raise RuntimeError(
@@ -49,6 +50,11 @@ def local(processes: int | None = None) -> Executor:
                 raise
 
     return run
+
+
+def processes_for(threads: int) -> int:
+    """Return for how many processes of so many threads this machine has cores."""
+    return max(1, len(os.sched_getaffinity(0)) // threads)
 
 
 def _prepare(threads: int) -> None:
@@ -70,7 +76,7 @@ def _end_with_parent() -> None:
 
 
 def submitit(logs: Path, **parameters: Any) -> Executor:
-    """Return an executor for a Slurm cluster, one job a cell, by way of submitit.
+    """Return an executor for a Slurm cluster, one job a group, by way of submitit.
 
     Args:
         logs: folder for submitit's files; every machine must see it and the sweep's folder.
@@ -91,19 +97,25 @@ def submitit(logs: Path, **parameters: Any) -> Executor:
     except (NameError, TypeError) as error:
         raise ValueError(f"submitit: {error}") from error
 
-    def run(function: Callable[[Cell], Outcome], cells: Sequence[Cell]) -> Iterator[Outcome]:
-        jobs = dict(zip(executor.map_array(function, cells), cells, strict=True))
+    def run(function: Callable[[Group], list[Outcome]], todo: Sequence[Group]) -> Iterator[list[Outcome]]:
+        jobs = dict(zip(executor.map_array(function, todo), todo, strict=True))
         for job in engine.helpers.as_completed(list(jobs), poll_frequency=1):
             try:
                 yield job.result()
             except Exception as error:  # the job was killed, or ran out of time or memory
-                yield Outcome(jobs[job].name, "error", f"job {job.job_id}: {str(error).splitlines()[0]}")
+                message = f"job {job.job_id}: {str(error).splitlines()[0]}"
+                yield [Outcome(cell.name, "error", message) for cell in jobs[job]]
 
     return run
 
 
-def run_sweep(sweep: Sweep, executor: Executor) -> Iterator[Outcome]:
+def run_sweep(sweep: Sweep, executor: Executor, *, at_once: int = 1) -> Iterator[Outcome]:
     """Run the cells that have no result yet; yield an outcome for each, then write ``table.csv``.
+
+    Args:
+        sweep: of ``read_sweep``.
+        executor: where.
+        at_once: how many processes there are to share what could be one stack (see ``groups``).
 
     Raises:
         ValueError: a cell's folder belongs to another sweep; nothing is run then.
@@ -113,5 +125,5 @@ def run_sweep(sweep: Sweep, executor: Executor) -> Iterator[Outcome]:
     sweep.folder.mkdir(parents=True, exist_ok=True)
     replace_file(sweep.folder / "sweep.toml", sweep.text.encode())
     if todo:
-        yield from executor(run_cell, todo)
+        yield from itertools.chain.from_iterable(executor(run_group, groups(todo, at_once)))
     write_table(sweep.folder / "table.csv", table(sweep))

@@ -6,6 +6,8 @@ import fcntl
 import json
 import math
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -16,6 +18,7 @@ from .collect import DECLARED, RESULT, result_of, summarise
 from .grid import Cell
 
 if TYPE_CHECKING:
+    from ..train.data import Dataset
     from ..train.loop import Run
 
 ERROR = "error.txt"
@@ -39,23 +42,32 @@ class Outcome:
 
 
 def run_cell(cell: Cell) -> Outcome:
-    """Train a cell to its end, or go on where it was interrupted; a finished cell is left as it is.
-
-    A lock on the cell's folder makes a second caller wait for the first; the system releases it when a process dies.
-    """
-    cell.folder.mkdir(parents=True, exist_ok=True)
-    with (cell.folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    """Train a cell to its end, or go on where it was interrupted; a finished cell is left as it is."""
+    with locked(cell):
         try:
-            result = result_of(cell) or _train(cell)
+            result = result_of(cell) or train(cell, begin(cell))
         except Exception as error:  # a result or an error of this one cell, whatever it is: the others go on
-            (cell.folder / ERROR).write_text(traceback.format_exc())
-            return Outcome(cell.name, "error", (str(error) or type(error).__name__).splitlines()[0])
+            return report_error(cell, error)
     return Outcome(cell.name, result["status"])
 
 
-def _train(cell: Cell) -> dict[str, Any]:
-    from ..operators import NonFiniteLossError
+@contextmanager
+def locked(cell: Cell) -> Iterator[None]:
+    """Make the cell's folder, and lock it: a second caller waits for the first, or until the first's process dies."""
+    cell.folder.mkdir(parents=True, exist_ok=True)
+    with (cell.folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def report_error(cell: Cell, error: Exception) -> Outcome:
+    """Leave an error's traceback in the cell's folder."""
+    (cell.folder / ERROR).write_text("".join(traceback.format_exception(error)))
+    return Outcome(cell.name, "error", (str(error) or type(error).__name__).splitlines()[0])
+
+
+def begin(cell: Cell) -> Run:
+    """Make a cell's run, or load where it was interrupted."""
     from ..train.loop import Run, what_is_exported
 
     folder = cell.folder
@@ -70,15 +82,28 @@ def _train(cell: Cell) -> dict[str, Any]:
     run = Run(config, resume=started.is_file(), like=_LAST.get(shared))
     _LAST.clear()
     _LAST[shared] = run
+    return run
+
+
+def train(cell: Cell, run: Run) -> dict[str, Any]:
+    """Train a run to its end, and return the cell's result."""
+    from ..operators import NonFiniteLossError
+
     try:
         for _ in run.steps():
             pass
     except NonFiniteLossError:  # the last row says so
         pass
-    result = summarise(read(folder / "metrics.jsonl"), config, run.data.classes) | _critical(config)
-    replace_file(folder / RESULT, (json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
+    return finish(cell, run)
+
+
+def finish(cell: Cell, run: Run) -> dict[str, Any]:
+    """Write the result of a run that has all its rows."""
+    rows = read(cell.folder / "metrics.jsonl")
+    result = summarise(rows, run.config, run.data.classes) | _critical(run.config, run.data)
+    replace_file(cell.folder / RESULT, (json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
     if not cell.keep_checkpoint:
-        (folder / "checkpoint.pt").unlink(missing_ok=True)
+        (cell.folder / "checkpoint.pt").unlink(missing_ok=True)
     return result
 
 
@@ -103,8 +128,11 @@ def _initial_sharpness(config: TrainConfig) -> float:
 
     from ..eigen import lanczos
     from ..operators import HessianOperator
+    from ..train.data import load
 
-    model, loss_fn, batches = _start(config, 1 if config.batch_size is None else _BATCHES)
+    d = config.data
+    data = load(d.name, data_dir=d.dir, text_file=d.text_file, context=d.context, limit=d.limit)
+    model, loss_fn, batches = _start(config, data, 1 if config.batch_size is None else _BATCHES)
     hessian = HessianOperator(model, loss_fn, batches[0])  # one export for all batches
     values = []
     for batch in batches:
@@ -114,13 +142,13 @@ def _initial_sharpness(config: TrainConfig) -> float:
     return sum(values) / len(values)
 
 
-def _critical(config: TrainConfig) -> dict[str, Any]:
+def _critical(config: TrainConfig, data: Dataset) -> dict[str, Any]:
     """Find the critical learning rate at initialisation, and what warmup would gain by starting there."""
     from ..critical import critical_learning_rate
     from ..train.loop import build_optimizer
     from ..warmup import steps_saved, steps_to_target
 
-    model, loss_fn, (batch,) = _start(config, 1)
+    model, loss_fn, (batch,) = _start(config, data, 1)
     o = config.optimizer
     found = critical_learning_rate(
         model, loss_fn, batch, build_optimizer(config, model), start=o.lr / o.warmup_steps,
@@ -136,17 +164,14 @@ def _critical(config: TrainConfig) -> dict[str, Any]:
     }
 
 
-def _start(config: TrainConfig, count: int) -> tuple[Any, Any, list[Any]]:
+def _start(config: TrainConfig, data: Dataset, count: int) -> tuple[Any, Any, list[Any]]:
     """Return the run's model as it starts, its loss function, and its first batches."""
     import torch
 
-    from ..train.data import load
     from ..train.loop import batch_at, build_model
     from ..train.losses import build_loss, loss_targets
 
     torch.set_num_threads(config.threads or 1)
-    d = config.data
-    data = load(d.name, data_dir=d.dir, text_file=d.text_file, context=d.context, limit=d.limit)
     targets = loss_targets(config, data.train_targets, data)
     batches = [batch_at(step, config, data.train_inputs, targets) for step in range(1, count + 1)]
     return build_model(config, data), build_loss(config), batches

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from ..operators import NonFiniteLossError
 from ..optim import GIAdam, dead_units, optimizer_norms
-from ..tracker import SharpnessTracker
+from ..tracker import Record, SharpnessTracker
 from ..warmup import WarmupLR
 from . import checkpoint
 from .config import TrainConfig, to_toml
@@ -67,6 +66,11 @@ def batch_at(step: int, config: TrainConfig, inputs: Tensor, targets: Tensor) ->
     return inputs[chosen], targets[chosen]
 
 
+def evaluated_at(step: int, config: TrainConfig) -> bool:
+    """Whether accuracies and test loss are measured at a step."""
+    return step == 1 or step % config.eval_every == 0 or step == config.steps
+
+
 def what_is_exported(config: TrainConfig) -> tuple[Any, ...]:
     """Return what runs with one exported program have in common."""
     return config.model, config.data, config.loss, config.batch_size
@@ -83,8 +87,9 @@ class Run:
     Args:
         config: what to train.
         resume: continue from the folder's checkpoint.
-        like: a run that ended, of the same model, data, loss and batch size, whatever its seed. Its data, model and
-            exported program are used again, which saves most of a short run's start; the run itself is the same.
+        like: a run that takes no more steps, of the same model, data, loss and batch size, whatever its seed. Its data,
+            model and exported program are used again, which saves most of a short run's start; this run is the same
+            with it and without.
 
     Raises:
         ValueError: the folder holds another run already, the configuration is invalid, or ``like`` differs.
@@ -148,12 +153,26 @@ class Run:
         """
         try:
             while self.done < self.config.steps:
-                yield self._step(self.done + 1)
+                yield self.step()
         finally:
             self.metrics.close()
 
-    def _step(self, step: int) -> Row:
+    def step(self) -> Row:
+        """Take the next step, write its row, and return it.
+
+        Raises:
+            NonFiniteLossError: the loss is NaN or infinite; the row says so.
+        """
         start = time.perf_counter()
+        return self.update(*self.measure(), start)
+
+    def measure(self) -> tuple[Record, Row]:
+        """Compute the next step's gradients, and what its row holds of the parameters before the update.
+
+        Raises:
+            NonFiniteLossError: the loss is NaN or infinite; a row says so.
+        """
+        step = self.done + 1
         batch = batch_at(step, self.config, self.data.train_inputs, self.targets)
         try:
             starts = (
@@ -161,21 +180,45 @@ class Run:
             )
             record = self.tracker.step(batch)
         except NonFiniteLossError:
-            self.metrics.write({"step": step, "loss": None, "diverged": True})
+            self.diverge()
             raise
-        row = dataclasses.asdict(record) | {"measured": record.measured, "dead_units": dead_units(self.model)} | starts
-        if step == 1 or step % self.config.eval_every == 0 or step == self.config.steps:
-            row |= self.evaluate()
+        figures = {"dead_units": dead_units(self.model)} | starts
+        if evaluated_at(step, self.config):
+            figures |= self.evaluate()
+        return record, figures
+
+    def update(self, record: Record, figures: Row, start: float) -> Row:
+        """Update the parameters with the gradients in ``p.grad``, write the step's row, and return it.
+
+        Args:
+            record, figures: of ``measure``.
+            start: of the step, by ``time.perf_counter``.
+        """
         self.optimizer.step()
         norms = optimizer_norms(self.optimizer)  # moments with this step's gradient in them; its norm is in the record
-        row |= {f"{name}_norm": value for name, value in norms.items() if name != "g"}
-        self.schedule.step()
-        self.done = step
-        row["seconds"] = time.perf_counter() - start
-        self.metrics.write(row)
-        if step % self.config.checkpoint_every == 0 or step == self.config.steps:
+        figures = figures | {f"{name}_norm": value for name, value in norms.items() if name != "g"}
+        row = self.count(record, figures, time.perf_counter() - start)
+        if self.done % self.config.checkpoint_every == 0 or self.done == self.config.steps:
             self._save()
         return row
+
+    def count(self, record: Record, figures: Row, seconds: float) -> Row:
+        """Write the row of a step that was taken, here or in a stack, and advance the schedule.
+
+        Args:
+            record: of the step.
+            figures: what the row holds besides.
+            seconds: that the step took.
+        """
+        self.schedule.step()
+        self.done = record.step
+        row = vars(record) | {"measured": record.measured} | figures | {"seconds": seconds}
+        self.metrics.write(row)
+        return row
+
+    def diverge(self) -> None:
+        """Write the row of a step whose loss is not finite."""
+        self.metrics.write({"step": self.done + 1, "loss": None, "diverged": True})
 
     @torch.no_grad()
     def evaluate(self) -> Row:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "tanh": torch.tanh}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "tanh": torch.tanh}
 PARAMETERISATIONS = ("sp", "ntp", "mup")
 # A normal distribution cut at two standard deviations keeps this share of its standard deviation.
 _CUT = 0.87962566103423978
@@ -114,7 +115,7 @@ class FCN(nn.Module):
         """``[N, ...] -> [N, classes]``."""
         x = x.flatten(1)
         for layer in self.layers[:-1]:
-            x = self.activation(layer(x))  # type: ignore[operator]
+            x = self.activation(layer(x))
         out: Tensor = self.layers[-1](x)
         return out
 
