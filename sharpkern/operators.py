@@ -25,8 +25,6 @@ from .rop import (
     export,
 )
 
-_MAX_BLOCK = 16  # vectors in flight: bounds the memory of tangents, which grows with k
-
 
 class NonFiniteLossError(RuntimeError):
     """The loss is NaN or infinite. Attributes: ``loss`` (float), ``step`` (int, or None outside training)."""
@@ -248,9 +246,7 @@ class _Curvature(_Parametrised):
     def _apply(self, block: Tensor) -> Tensor:
         self._check_fresh()
         self.products += block.shape[0]
-        if block.shape[0] <= _MAX_BLOCK:
-            return self._product(block)
-        return torch.cat([self._product(part) for part in block.split(_MAX_BLOCK)])
+        return self._product(block)
 
     def _check_fresh(self) -> None:
         if self._present_versions() != self._versions:
@@ -261,8 +257,7 @@ class _Curvature(_Parametrised):
 
     def _form(self, block: Tensor) -> Tensor:
         self._check_fresh()
-        parts = block.split(_MAX_BLOCK)
-        return torch.cat([self._engine.quadratic_form(part, gauss_newton=self._needs_outputs) for part in parts])
+        return self._engine.quadratic_form(block, gauss_newton=self._needs_outputs)
 
 
 class HessianOperator(_Curvature):

@@ -35,7 +35,8 @@ def test_a_block_is_used_again_once_no_view_of_it_is_left() -> None:
     t = pool.empty(1 << 16, torch.float32)
     address, view = t.data_ptr(), t.view(256, 256).t()
     del t
-    assert pool.empty(1 << 16, torch.float32).data_ptr() != address
+    other = pool.empty(1 << 16, torch.float32)
+    assert other.data_ptr() != address
     before = pool.nbytes
     del view
     assert pool.empty(1 << 16, torch.float32).data_ptr() == address

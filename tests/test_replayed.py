@@ -8,7 +8,7 @@ from problems import PROBLEMS, Problem, double, hessian_times, loss_and_gradient
 from torch import Tensor, nn
 
 import sharpkern as sk
-from sharpkern.rop import tape
+from sharpkern.rop import replayed, tape
 from sharpkern.rop.memory import Pool
 
 
@@ -42,6 +42,16 @@ def test_replays_follow_parameters_and_batches(name: str, large: int, monkeypatc
         problem = Problem(problem.model, problem.loss_fn, other)
         H.refresh(other)
     assert {"forward", "backward", "gradient", ("hvp", 1), ("hvp", 3)} <= recordings(H).keys()
+
+
+def test_blocks_of_large_activations_are_multiplied_one_vector_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replayed, "_CACHED", 1000)
+    problem = double(PROBLEMS["mlp"]())
+    H = operator(problem)
+    agree(H, problem, k=3)
+    V = torch.randn(H.n, 3, dtype=H.dtype)
+    torch.testing.assert_close(H.quadratic_form(V), (V * (H @ V)).sum(0), rtol=1e-10, atol=1e-10)
+    assert {key for key in recordings(H) if isinstance(key, tuple)} == {("hvp", 1), ("quadratic_form False", 1)}
 
 
 def test_parameters_that_move_in_memory_are_noticed() -> None:

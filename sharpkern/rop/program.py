@@ -6,6 +6,7 @@ per block of k vectors and give the Hessian-vector products; they touch nothing 
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -244,6 +245,12 @@ class Program:
                     results = step.rule.pull_back(step.g, step.to_parameters)
                     _distribute(cotangents, owned, step.inputs, results)
             self._collect(cotangents, parts)
+
+    @property
+    def activation_bytes(self) -> int:
+        """Size of all results on a path from a parameter to the loss."""
+        outputs = [slot for step in self.live for slot in step.outputs if slot in self._floating]
+        return sum(math.prod(self._shapes.get(slot, ())) for slot in outputs) * self.layout.dtype.itemsize
 
     def empty_loss(self) -> Tensor:
         """Return memory for the loss, 0-d."""

@@ -13,6 +13,8 @@ from .memory import Pool
 from .program import Program
 from .tape import NotReplayableError, Recording, record
 
+_MOST_VECTORS = 16  # at once: bounds the memory of tangents, which grows with their number
+_CACHED = 2 << 20  # bytes of activations above which, on a CPU, a block is slower than its vectors one by one
 _MAX_RECORDINGS = 8  # block sizes seen; beyond, the oldest is dropped
 _MAX_MOVES = 3  # times that parameters may move in memory before recording is given up
 
@@ -27,6 +29,8 @@ class ReplayedProgram:
     def __init__(self, program: Program) -> None:
         self.program = program
         self.fallback_ops = program.fallback_ops
+        large = program.layout.device.type == "cpu" and program.activation_bytes > _CACHED
+        self._at_once = 1 if large else _MOST_VECTORS
         self._live = not program.fallback_ops  # torch.func inside a recording is not worth the risk
         self._moves = 0
         self._forget()
@@ -86,7 +90,8 @@ class ReplayedProgram:
         return self._product(f"quadratic_form {gauss_newton}", form, block, total)
 
     def _product(self, name: str, sweep: Callable[[Tensor, Tensor], None], block: Tensor, result: Tensor) -> Tensor:
-        self._run((name, block.shape[0]), sweep, [block], [result])
+        for part, out in zip(block.split(self._at_once), result.split(self._at_once), strict=True):
+            self._run((name, len(part)), sweep, [part], [out])
         return result
 
     def _run(
