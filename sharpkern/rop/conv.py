@@ -98,10 +98,7 @@ class Convolution(Rule):
 
     def _begin_weight(self, k: int) -> None:
         """Write ``wgrad(dx, g)`` to where d(gw) will be, so that no sweep needs dx any more: it is not kept."""
-        if self.dx is None or not self.needs[1] or self.destination[1] is None:
-            return
-        out = self.out(1, (k, *self.w.shape), self.dx)
-        if out is self.destination[1]:
+        if self.dx is not None and self.needs[1] and (out := self.place(1, (k, *self.w.shape), self.dx)) is not None:
             for i in range(k):
                 out[i] = self._to_w(self.g, self.dx[i])
             self.dx, self.begun = None, True

@@ -64,10 +64,7 @@ class Linear(Rule):
 
     def _begin_weight(self, k: int) -> None:
         """Write ``g' dx`` to where d(gW) will be, so that no sweep needs dx any more: it is not kept."""
-        if self.dx is None or not self.needs[1] or self.destination[1] is None:
-            return
-        out = self.out(1, (k, *self.w.shape), self.dx)
-        if out is self.destination[1]:
+        if self.dx is not None and self.needs[1] and (out := self.place(1, (k, *self.w.shape), self.dx)) is not None:
             self._weight([(self.g.expand(k, *self.g.shape[1:]), self.dx)], out)
             self.dx, self.begun = None, True
 

@@ -94,10 +94,13 @@ class Rule:
 
     def out(self, position: int, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """Return memory for the result at a position: the parameter's part of the flat result, or a new tensor."""
+        place = self.place(position, shape, like)
+        return like.new_empty(shape) if place is None else place
+
+    def place(self, position: int, shape: tuple[int, ...], like: Tensor) -> Tensor | None:
+        """Return the parameter's part of the flat result; None where the result cannot go there directly."""
         dest = self.destination[position]
-        if dest is not None and dest.dtype == like.dtype and dest.shape == shape:
-            return dest
-        return like.new_empty(shape)
+        return dest if dest is not None and dest.dtype == like.dtype and dest.shape == shape else None
 
 
 class LinearInArgs(Rule):
