@@ -135,14 +135,14 @@ def test_user_errors_are_one_line_and_exit_with_2(
 def test_interrupt_keeps_the_data(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
     from sharpkern.train.loop import Run
 
-    step = Run._step
+    step = Run.step
 
-    def interrupted(self, number: int):
-        if number == 3:
+    def interrupted(self):
+        if self.done == 2:
             raise KeyboardInterrupt
-        return step(self, number)
+        return step(self)
 
-    monkeypatch.setattr(Run, "_step", interrupted)
+    monkeypatch.setattr(Run, "step", interrupted)
     out = tmp_path / "run"
     code, _, err = run("train", *SMALL, "--out", str(out), capsys=capsys)
     assert code == 130
