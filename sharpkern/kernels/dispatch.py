@@ -25,6 +25,8 @@ _TRITON = {
     "norm_backward_tangent": "triton_norm",
     "norm_tangent": "triton_norm",
     "slope_product": "triton_pointwise",
+    "activation_slope": "triton_pointwise",
+    "activation_curvature": "triton_pointwise",
     "softmax_backward_tangent": "triton_softmax",
     "softmax_jacobian": "triton_softmax",
 }
