@@ -68,6 +68,7 @@ class Unary(Rule):
     def tangent(self, dx: Tensor) -> Tensor:
         """Return ``f'(x) dx``."""
         self.dx = dx
+        self.point = ()  # nothing asks for it any more; not in ``prepare``, which the capture of a graph runs twice
         return slope_product(self._slope(), dx)
 
     def backward(self, g: Tensor) -> tuple[Tensor]:
@@ -79,7 +80,6 @@ class Unary(Rule):
         self._slope()
         second = self.function.second
         self.curvature = None if second is None else (self._at_point(second) * g[0]).contiguous()
-        self.point = ()  # nothing will ask for it again
 
     def backward_tangent(self, dg: Tensor, g: Tensor) -> tuple[Tensor]:
         """Return ``f'(x) dg + g f''(x) dx``."""
@@ -145,7 +145,6 @@ class Activation(Unary):
         """Multiply the second derivative with the cotangent."""
         self._slope()
         self.curvature = activation_curvature(self.name, self.point[0], g[0])
-        self.point = ()
 
 
 def _mish_first(x: Tensor, y: Tensor) -> Tensor:  # noqa: ARG001

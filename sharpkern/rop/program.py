@@ -18,7 +18,7 @@ from ..flat import Layout
 from .export import Graph
 from .fallback import Fallback
 from .head import fuse_head
-from .rule import RULES
+from .rule import RULES, any_of
 from .step import NOTHING, Step, call, flat_slots, is_slot, step_of
 
 aten = torch.ops.aten
@@ -115,12 +115,12 @@ class Program:
                 wanted.update(flat_slots(step.inputs))
                 live.append(step)
         self.live = live[::-1]
+        own = {slot for slot in self.param_slots if slot != NOTHING}
         for step in self.live:
             step.inputs = [_keep(entry, active) for entry in step.inputs]
             needs = tuple(_needs(entry) for entry in step.inputs)
             cls = RULES.get(step.op)
             step.rule = cls(step.op, needs) if cls else Fallback(step.op, needs, step.kwarg_names)
-            own = {slot for slot in self.param_slots if slot != NOTHING}
             step.to_parameters = tuple(_needs(_keep(entry, own)) for entry in step.inputs)
             step.through = tuple(_needs(_keep(entry, active - own)) for entry in step.inputs)
         self.fallback_ops = sorted({str(step.op) for step in self.live if isinstance(step.rule, Fallback)})
@@ -230,7 +230,7 @@ class Program:
                 g = _take(cotangents, step.outputs)
                 results = step.rule.pull_back(g, step.through)
                 step.rule.prepare(g)
-                step.g = g if step.rule.keeps_cotangent or _any(step.to_parameters) else None
+                step.g = g if step.rule.keeps_cotangent or any_of(step.to_parameters) else None
                 _distribute(cotangents, owned, step.inputs, results)
 
     def gradient(self, out: Tensor) -> None:
@@ -241,7 +241,7 @@ class Program:
             parts = self._direct_to(out)
             for step in self.live:
                 assert step.rule is not None
-                if _any(step.to_parameters):
+                if any_of(step.to_parameters):
                     results = step.rule.pull_back(step.g, step.to_parameters)
                     _distribute(cotangents, owned, step.inputs, results)
             self._collect(cotangents, parts)
@@ -365,10 +365,6 @@ def _needs(entry: Any) -> Any:
 
 def _pick(values: list[Any], entry: Any) -> Any:
     return [values[s] for s in entry] if isinstance(entry, list) else values[entry]
-
-
-def _any(needs: tuple[Any, ...]) -> bool:
-    return any(any(need) if isinstance(need, list) else need for need in needs)
 
 
 def _take(cotangents: list[Any], outputs: list[int]) -> Any:

@@ -22,7 +22,7 @@ _MAX_MOVES = 3  # times that parameters may move in memory before recording is g
 class ReplayedProgram:
     """The sweeps of a ``Program``, on fixed memory; they run as they are where that is not possible.
 
-    The memory of batch and vectors is this object's own; parameters and buffers are watched, and new addresses (or
+    The memory of the batch is this object's own; parameters and buffers are watched, and new addresses (or
     another number of threads) start new recordings.
     """
 

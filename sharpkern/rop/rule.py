@@ -53,9 +53,8 @@ class Rule:
 
     def pull_back(self, g: Any, wanted: tuple[Any, ...]) -> tuple[Any, ...]:
         """Return ``backward(g)`` for some arguments, given like ``needs``; None for the others."""
-        nothing: tuple[Any, ...] = (None,) * len(wanted)
-        if not any(any(want) if isinstance(want, list) else want for want in wanted):
-            return nothing
+        if not any_of(wanted):
+            return (None,) * len(wanted)
         needs = self.needs
         try:
             if self.separable:
@@ -122,6 +121,11 @@ def inner(a: Tensor, b: Tensor) -> Tensor:
     if a.dtype.itemsize < 4:
         a, b = a.float(), b.float()
     return torch.linalg.vecdot(a, b).double()
+
+
+def any_of(needs: tuple[Any, ...]) -> bool:
+    """Whether anything is needed, of an entry for each argument like ``Rule.needs``."""
+    return any(any(need) if isinstance(need, list) else need for need in needs)
 
 
 def _only(result: Any, want: Any) -> Any:
