@@ -25,6 +25,7 @@ aten = torch.ops.aten
 LARGE = 1 << 22  # logits from which chunks pay: their tangents no longer fit into a cache
 _CHUNK = 1 << 21  # logits in a chunk, for all k together
 _PARTS = 8  # at least as many chunks
+_ROWS = 256  # but no smaller chunks: W, dW and d(gW) pass through memory once a chunk; 16 rows take three times as long
 _RESHAPES = {aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints}
 
 
@@ -77,18 +78,19 @@ class LinearCrossEntropy(Rule):
         x, w = self.linear.x, self.linear.w
         k = next(d for d in (self.dx, self.dw, self.db) if d is not None).shape[0]
         dgx = x.new_empty(k, *x.shape) if self.needs[0] else None
-        dgw = self.out(1, (k, *w.shape), x).zero_() if self.needs[1] else None
+        dgw = self.out(1, (k, *w.shape), x) if self.needs[1] else None
         dgb = self.out(2, (k, w.shape[0]), x).zero_() if self.needs[2] else None
         for rows in self._chunks(k):
             dx = None if self.dx is None else self.dx[:, rows]
             dgz = self.loss.curve(self._logits_tangent(rows, dx, k), rows)
             gz = self.loss.slope(rows).mul_(self.per_row[rows])
             if dgx is not None:
-                part = torch.matmul(dgz, w, out=dgx[:, rows]) if k == 1 else dgx[:, rows].copy_(dgz @ w)
+                part = dgx[:, rows]
+                torch.matmul(dgz, w, out=part) if k == 1 else part.copy_(dgz @ w)
                 if self.dw is not None:
-                    part += gz @ self.dw
+                    part.baddbmm_(gz.expand(k, *gz.shape), self.dw)
             if dgw is not None:
-                dgw.baddbmm_(dgz.mT, x[rows].expand(k, *x[rows].shape))
+                dgw.baddbmm_(dgz.mT, x[rows].expand(k, *x[rows].shape), beta=float(rows.start > 0))
                 if dx is not None:
                     dgw.baddbmm_(gz.mT.expand(k, *gz.mT.shape), dx)
             if dgb is not None:
@@ -111,7 +113,7 @@ class LinearCrossEntropy(Rule):
     def _chunks(self, k: int) -> Iterator[slice]:
         """Split the tokens."""
         tokens, classes = len(self.linear.x), len(self.linear.w)
-        size = max(1, min(-(-tokens // _PARTS), _CHUNK // (k * classes)))
+        size = max(_ROWS, min(-(-tokens // _PARTS), _CHUNK // (k * classes)))
         return (slice(start, min(start + size, tokens)) for start in range(0, tokens, size))
 
     def _logits_tangent(self, rows: slice, dx: Tensor | None, k: int) -> Tensor:
