@@ -29,13 +29,14 @@ def series(result: dict[str, Any]) -> Series:
     for entry in result["entries"]:
         seconds = entry.get("seconds", {})
         base = seconds.get(entry.get("base"))
+        length = f" {entry['steps']} steps" if "steps" in entry else ""  # the first steps of a run cost more
         for name, times in seconds.items():
             if base is None or name == entry["base"]:
                 continue
             logs = sorted(math.log(a / b) for a, b in zip(times, base, strict=True))
             quarter = len(logs) // 4
             spread = (logs[-1 - quarter] - logs[quarter]) / 1.35  # quartiles to a standard deviation
-            found[f"{entry['question']} {where(entry)}", name] = (
+            found[f"{entry['question']} {where(entry)}{length}", name] = (
                 statistics.median(logs), 1.25 * spread / math.sqrt(len(logs)),
             )  # fmt: skip
     return found

@@ -64,6 +64,14 @@ def test_noise_within_a_run_is_taken_from_its_rounds():
     assert not regress.compare(run(4, noise=0.6), run(5, noise=0.6, slow=1.05))[0]
 
 
+def test_training_runs_of_different_length_are_not_compared():
+    short, long = run(0), run(1, slow=2.0)
+    for result, steps in ((short, 4), (long, 40)):
+        for entry in result["entries"]:
+            entry["steps"] = steps
+    assert regress.compare(short, long) == ([], [], 0)
+
+
 def test_exit_code(tmp_path, capsys):
     for name, result in (("old", run(0)), ("same", run(1)), ("slow", run(2, slow=1.5))):
         (tmp_path / name).write_text(json.dumps(result))
