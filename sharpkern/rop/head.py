@@ -24,7 +24,7 @@ from .step import NOTHING, Step, flat_slots
 aten = torch.ops.aten
 LARGE = 1 << 22  # logits from which chunks pay: their tangents no longer fit into a cache
 _CHUNK = 1 << 21  # logits in a chunk, for all k together
-_PARTS = 8  # at least as many chunks
+_PARTS = 8  # at least as many chunks, where each then has _ROWS tokens
 _ROWS = 256  # but no smaller chunks: W, dW and d(gW) pass through memory once a chunk; 16 rows take three times as long
 _RESHAPES = {aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints}
 
