@@ -1,6 +1,10 @@
 // sharpkern._C: addresses and sizes in, nothing else. sharpkern/kernels/native.py turns tensors into addresses.
 #include <pybind11/pybind11.h>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
@@ -118,11 +122,20 @@ static void bind_activation(py::module_& m, const std::string& suffix, const Act
   }, release());
 }
 
+// Advice only: where the system does not follow it, nothing changes.
+static void use_huge_pages(Address address, Address bytes) {
+#ifdef __linux__
+  const Address page = Address(2) << 20, first = (address + page - 1) / page * page, last = (address + bytes) / page * page;
+  if (last > first) madvise(at<void>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
+
 PYBIND11_MODULE(_C, m) {
   m.doc() = "CPU kernels on raw addresses, see the headers in csrc; CUDA kernels, if built, are in .cuda";
   m.def("level", [] { return TABLE.level; });
   // os.environ.get takes longer than a small kernel; os.environ writes through to here
   m.def("forced_backend", []() -> const char* { return std::getenv("SHARPKERN_BACKEND"); });
+  m.def("use_huge_pages", &use_huge_pages);
   bind<float>(m, "f32", TABLE.f32);
   bind<double>(m, "f64", TABLE.f64);
   bind_norm<float>(m, "f32", NORM.f32);

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from .kernels.memory import empty
+
 
 class Layout:
     """Where each parameter lies in a flat vector: the order of ``named_parameters()``, no gaps.
@@ -35,7 +37,7 @@ class Layout:
 
     def empty(self, k: int) -> Tensor:
         """Return memory for k vectors, ``[k, n]``."""
-        return torch.empty(k, self.n, dtype=self.dtype, device=self.device)
+        return empty(k, self.n, self.dtype, self.device)
 
     def views(self, block: Tensor) -> Iterator[Tensor]:
         """View each parameter's part of a ``[k, n]`` block as ``[k, *shape]``."""

@@ -9,24 +9,26 @@ import torch
 from torch import Tensor
 
 from .. import kernels
+from ..kernels.memory import empty
 from .common import EigenResult, SymmetricOperator, check_finite, multiply, random_rows, rounding_level
 
-_COLUMNS = 1 << 22  # turned at a time in a restart
+_TURNED_BYTES = 1 << 20  # at a time in a restart on the CPU, in cache
 
 
 class Workspace:
     """Named blocks of vectors that a solver asks for again and again: fresh memory costs a page fault per 4 KiB."""
 
     def __init__(self, op: SymmetricOperator) -> None:
-        self._empty = torch.empty(0, op.n, dtype=op.dtype, device=op.device)
+        self._kind = op.n, op.dtype, op.device
         self._blocks: dict[str, Tensor] = {}
 
     def rows(self, name: str, count: int, *, keep: int = 0) -> Tensor:
         """Return ``[at least count, n]``, whose first ``keep`` rows hold what they held."""
-        block = self._blocks.get(name, self._empty)
-        if len(block) < count:
-            new = self._empty.new_empty(count, self._empty.shape[1])
-            new[:keep] = block[:keep]
+        block = self._blocks.get(name)
+        if block is None or len(block) < count:
+            new = empty(count, *self._kind)
+            if block is not None:
+                new[:keep] = block[:keep]
             self._blocks[name] = block = new
         return block
 
@@ -131,9 +133,10 @@ class Basis:
         """Keep only the span of some Ritz vectors; their products are known."""
         kept = Y.t() @ self.T[: self.size, : self.size] @ Y
         C = Y.t().contiguous().to(self.Q.device)
+        limit = _TURNED_BYTES if self.op.device.type == "cpu" else 64 * _TURNED_BYTES
+        width = max(limit // (self.size * self.Q.element_size()), 1)
         for block in (self.Q, self.W):  # in place, a range of columns at a time
-            for start in range(0, self.op.n, _COLUMNS):
-                columns = block[: self.size, start : start + _COLUMNS]
+            for columns in block[: self.size].split(width, dim=1):
                 columns[: len(C)] = kernels.combine(C, columns.contiguous())
         self.size = Y.shape[1]
         self.T[: self.size, : self.size] = kept

@@ -111,6 +111,12 @@ def level() -> str:
     return "none" if _C is None else str(_C.level())
 
 
+def use_huge_pages(t: Tensor) -> None:
+    """Advise the system to back t, not yet written to, with pages of 2 MiB (Linux)."""
+    if _C is not None:
+        _C.use_huge_pages(t.data_ptr(), t.nbytes)
+
+
 def norm_tangent(
     s: Standardised, w: Tensor | None, dx: Tensor | None, dw: Tensor | None, db: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:

@@ -77,11 +77,11 @@ class ReplayedProgram:
 
     def hvp(self, block: Tensor) -> Tensor:
         """See ``Program.hvp``."""
-        return self._product("hvp", self.program.hvp, block, torch.empty_like(block))
+        return self._product("hvp", self.program.hvp, block, self.program.layout.empty(len(block)))
 
     def ggn(self, block: Tensor) -> Tensor:
         """See ``Program.ggn``."""
-        return self._product("ggn", self.program.ggn, block, torch.empty_like(block))
+        return self._product("ggn", self.program.ggn, block, self.program.layout.empty(len(block)))
 
     def quadratic_form(self, block: Tensor, *, gauss_newton: bool = False) -> Tensor:
         """See ``Program.quadratic_form``."""

@@ -1,0 +1,41 @@
+"""Large blocks of vectors are on huge pages, small ones are left to malloc."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from sharpkern.kernels import native
+from sharpkern.kernels.memory import empty
+
+
+def flags(address: int) -> list[str]:
+    """Return the kernel's flags of the mapping that holds an address."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        head = line.split()[0]
+        if "-" in head and not head.endswith(":"):
+            start, stop = (int(part, 16) for part in head.split("-"))
+            inside = start <= address < stop
+        elif inside and head == "VmFlags:":
+            return line.split()[1:]
+    raise AssertionError(f"no mapping holds {address:#x}")
+
+
+@pytest.mark.skipif(sys.platform != "linux" or native.REASON is not None, reason="advice is Linux's, by compiled code")
+def test_a_large_block_is_advised_and_a_small_one_is_not() -> None:
+    large = empty(3, 5_000_000, torch.float32, torch.device("cpu"))
+    assert "hg" in flags(large[1].data_ptr())
+    small = empty(1, 5_000_000, torch.float32, torch.device("cpu"))
+    assert "hg" not in flags(small[0, 2_500_000:].data_ptr())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_block_holds_what_is_written(dtype: torch.dtype) -> None:
+    block = empty(2, 6_000_001, dtype, torch.device("cpu"))
+    values = torch.randn(2, 6_000_001, dtype=dtype)
+    assert torch.equal(block.copy_(values), values)
+    assert empty(0, 7, dtype, torch.device("cpu")).shape == (0, 7)
