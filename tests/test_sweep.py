@@ -259,6 +259,11 @@ def free(cells: Path) -> bool:
     return True
 
 
+def heed_interrupts() -> None:
+    """Undo what a shell does to background jobs, such as these tests: they, and all they start, ignore SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_interrupted_and_killed_sweep_ends_with_the_same_table(tmp_path: Path) -> None:
     text = BASE.format(steps=10) + (
         "[sweep]\nlr_unit = '1/sharpness'\n"
@@ -269,7 +274,9 @@ def test_interrupted_and_killed_sweep_ends_with_the_same_table(tmp_path: Path) -
     command = [sys.executable, "-m", "sharpkern.cli", "sweep", str(path), "--out", str(killed), "--processes", "2"]
     for number in (signal.SIGINT, signal.SIGKILL):
         seen = sum(p.stat().st_size for p in killed.glob("cells/*/metrics.jsonl"))
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts
+        )
         while process.poll() is None and sum(p.stat().st_size for p in killed.glob("cells/*/metrics.jsonl")) == seen:
             time.sleep(0.01)
         time.sleep(random.uniform(0.0, 1.5))
