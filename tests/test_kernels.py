@@ -47,7 +47,10 @@ def test_power_step_agrees_with_its_definition(
     V = torch.nn.functional.normalize(torch.randn(k, n, dtype=torch.float64), dim=1).to(dtype)
     noise = torch.randn(k, n, dtype=dtype)
     HV = 3 * V + (1e-4 * noise / n**0.5 if nearly_converged else noise)
-    theta, residual, following = kernels.power_step(V, HV)
+    out = torch.full_like(V, float("nan"))
+    theta, residual, following = kernels.power_step(V, HV, out)
+    assert following is out
+    assert torch.equal(following, kernels.power_step(V, HV)[2])
     v, h = V.double(), HV.double()
     want = torch.stack([(a * b).sum() for a, b in zip(v, h, strict=True)])
     rest = torch.stack([(b - t * a).norm() for a, b, t in zip(v, h, want, strict=True)])

@@ -144,7 +144,9 @@ def test_power_step_agrees_with_its_definition(
     noise = torch.randn(k, n, dtype=dtype)
     HV = 3 * V + (1e-4 * noise / n**0.5 if nearly_converged else noise)
     HV[0] *= k == 1  # a zero product of several
-    theta, residual, following = cuda.power_step(guard.put(V), guard.put(HV))
+    out = guard.put(torch.full_like(V, float("nan")))
+    theta, residual, following = cuda.power_step(guard.put(V), guard.put(HV), out)
+    assert following is out
     for got, want, ulps in zip(
         (theta, residual, following), reference.power_step(V, HV), (64, 1e4 * n**0.5, 2), strict=True
     ):

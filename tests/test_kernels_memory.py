@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from sharpkern import kernels
 from sharpkern.kernels import native
 from sharpkern.kernels.memory import empty
 
@@ -25,10 +26,14 @@ def flags(address: int) -> list[str]:
 
 
 @pytest.mark.skipif(native.REASON is not None, reason="the advice is given by compiled code")
+@pytest.mark.skipif(bool(native.forced_backend()), reason="only the CPU backend's results are")
 @pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="this system has no huge pages")
 def test_a_large_block_is_advised_and_a_small_one_is_not() -> None:
     large = empty(3, 5_000_000, torch.float32, torch.device("cpu"))
     assert "hg" in flags(large[1].data_ptr())
+    block = torch.randn(2, 5_000_000)
+    for result in (kernels.power_step(block, block)[2], kernels.combine(torch.eye(2).double(), block)):
+        assert "hg" in flags(result[1].data_ptr())
     small = empty(1, 5_000_000, torch.float32, torch.device("cpu"))
     assert "hg" not in flags(small[0, 2_500_000:].data_ptr())
 

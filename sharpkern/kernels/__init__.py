@@ -39,7 +39,7 @@ def gram(V: Tensor, W: Tensor) -> Tensor:
     return choose("gram", V).gram(V, W)
 
 
-def power_step(V: Tensor, HV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def power_step(V: Tensor, HV: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Rayleigh quotients, residual norms and next iterates of k unit vectors, in one call.
 
         theta_i = v_i . Hv_i      r_i = |Hv_i - theta_i v_i|      v_i <- Hv_i / |Hv_i|
@@ -47,6 +47,7 @@ def power_step(V: Tensor, HV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Args:
         V: ``[k, n]``, rows of length 1.
         HV: ``[k, n]``; row i is ``H v_i``.
+        out: ``[k, n]`` like V, neither V nor HV; allocated if None.
 
     Returns:
         theta ``[k]`` float64, r ``[k]`` float64 (both in the units of H), and the next block ``[k, n]`` like V. A zero
@@ -65,7 +66,9 @@ def power_step(V: Tensor, HV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     _check_blocks("HV", HV, V)
     if V.shape != HV.shape:
         raise ValueError(f"HV must match V ({list(V.shape)}), got {list(HV.shape)}.")
-    return choose("power_step", V).power_step(V, HV)
+    if out is not None:
+        _check_like("out", out, V.shape, V)
+    return choose("power_step", V).power_step(V, HV, out)
 
 
 def combine(C: Tensor, V: Tensor, out: Tensor | None = None) -> Tensor:

@@ -48,13 +48,13 @@ def gram(V: Tensor, W: Tensor) -> Tensor:
     return out
 
 
-def power_step(V: Tensor, HV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def power_step(V: Tensor, HV: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """See ``kernels.power_step``."""
     k, n = V.shape
     sums = V.new_empty(2, k, dtype=torch.float64)
-    theta, residual, following = sums[0], sums[1], torch.empty_like(V)
-    _call("power_step", V, V, HV, k, n, theta, residual, following, _workspace("power_step", V, k, n))
-    return theta, residual, following
+    theta, residual, out = sums[0], sums[1], torch.empty_like(V) if out is None else out
+    _call("power_step", V, V, HV, k, n, theta, residual, out, _workspace("power_step", V, k, n))
+    return theta, residual, out
 
 
 def combine(C: Tensor, V: Tensor, out: Tensor | None = None) -> Tensor:

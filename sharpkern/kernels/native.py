@@ -60,6 +60,19 @@ def _function(kernel: str, dtype: torch.dtype) -> Any:
     return getattr(_C, f"{kernel}_f64" if dtype == torch.float64 else f"{kernel}_f32")
 
 
+_ALWAYS_FRESH = 32 << 20  # bytes, from which glibc's malloc maps new pages at each call
+
+
+def on_huge_pages(block: Tensor) -> Tensor:
+    """Advise the system (Linux) to back a large block, not yet written to, with pages of 2 MiB.
+
+    Touching 4 KiB pages for the first time takes six times longer.
+    """
+    if _C is not None and block.nbytes >= _ALWAYS_FRESH:
+        _C.use_huge_pages(block.data_ptr(), block.nbytes)
+    return block
+
+
 def gram(V: Tensor, W: Tensor) -> Tensor:
     """See ``kernels.gram``."""
     (k, n), m = V.shape, W.shape[0]
@@ -68,19 +81,20 @@ def gram(V: Tensor, W: Tensor) -> Tensor:
     return out
 
 
-def power_step(V: Tensor, HV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def power_step(V: Tensor, HV: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """See ``kernels.power_step``."""
     k, n = V.shape
     theta = torch.empty(k, dtype=torch.float64)
-    residual, following = torch.empty_like(theta), torch.empty_like(V)  # views of one allocation would cost more
-    _call("power_step", V, V, HV, k, n, theta, residual, following, torch.get_num_threads())
-    return theta, residual, following
+    residual = torch.empty_like(theta)  # views of one allocation would cost more
+    out = on_huge_pages(torch.empty_like(V)) if out is None else out
+    _call("power_step", V, V, HV, k, n, theta, residual, out, torch.get_num_threads())
+    return theta, residual, out
 
 
 def combine(C: Tensor, V: Tensor, out: Tensor | None = None) -> Tensor:
     """See ``kernels.combine``."""
     (m, k), n = C.shape, V.shape[1]
-    out = V.new_empty(m, n) if out is None else out
+    out = on_huge_pages(V.new_empty(m, n)) if out is None else out
     _call("combine", V, C, m, k, V, n, out, torch.get_num_threads())
     return out
 
@@ -92,7 +106,7 @@ def orthonormalise(V: Tensor) -> Tensor:
 
 def scale(V: Tensor, d: Tensor, out: Tensor | None = None) -> Tensor:
     """See ``kernels.scale``."""
-    out = torch.empty_like(V) if out is None else out
+    out = on_huge_pages(torch.empty_like(V)) if out is None else out
     _call("scale", V, V, *V.shape, d, out, torch.get_num_threads())
     return out
 
@@ -101,7 +115,7 @@ def inv_sqrt_adam(
     v: Tensor, *, bias_correction2: float, eps: float, factor: float, out: Tensor | None = None
 ) -> Tensor:
     """See ``kernels.inv_sqrt_adam``."""
-    out = torch.empty_like(v) if out is None else out
+    out = on_huge_pages(torch.empty_like(v)) if out is None else out
     _call("inv_sqrt_adam", v, v, v.numel(), bias_correction2, eps, factor, out, torch.get_num_threads())
     return out
 
@@ -109,12 +123,6 @@ def inv_sqrt_adam(
 def level() -> str:
     """Return the instruction level in use: v2, v3, v4 (x86-64) or any."""
     return "none" if _C is None else str(_C.level())
-
-
-def use_huge_pages(t: Tensor) -> None:
-    """Advise the system to back t, not yet written to, with pages of 2 MiB (Linux)."""
-    if _C is not None:
-        _C.use_huge_pages(t.data_ptr(), t.nbytes)
 
 
 def norm_tangent(

@@ -57,14 +57,14 @@ def gram(V: Tensor, W: Tensor) -> Tensor:
     return V.double() @ W.double().t()
 
 
-def power_step(V: Tensor, HV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def power_step(V: Tensor, HV: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """``theta = v.Hv``, ``residual = |Hv - theta v|``, ``v <- Hv / |Hv|`` for each row; a zero row stays zero."""
     v, h = V.double(), HV.double()
     theta = (v * h).sum(1)
     residual = torch.linalg.vector_norm(h - theta[:, None] * v, dim=1)
     norm = torch.linalg.vector_norm(h, dim=1)
-    following = torch.where(norm[:, None] > 0, h / norm[:, None], 0.0)
-    return theta, residual, following.to(V.dtype)
+    following = torch.where(norm[:, None] > 0, h / norm[:, None], 0.0).to(V.dtype)
+    return theta, residual, following if out is None else out.copy_(following)
 
 
 def combine(C: Tensor, V: Tensor, out: Tensor | None = None) -> Tensor:
