@@ -20,7 +20,7 @@ from tracking_runs import HELD_OUT_SEEDS, TUNING_SEEDS, Moment, replay, runs
 
 from sharpkern.eigen import EigenResult, WarmLanczos, lanczos, lobpcg
 
-Solver = Callable[[Moment], tuple[float, float, int]]  # -> value, residual norm, products
+Solver = Callable[[Moment], tuple[float, float, int]]  # -> value, error bound, products
 
 
 class R(WarmLanczos):
@@ -95,7 +95,7 @@ CONTENDERS: dict[str, Callable[[float], Solver]] = {
 
 
 def _told(result: EigenResult) -> tuple[float, float, int]:
-    return float(result.eigenvalues[0]), float(result.residual_norms[0]), result.matvecs
+    return float(result.eigenvalues[0]), float(result.error_bounds[0]), result.matvecs
 
 
 @dataclass
@@ -122,10 +122,10 @@ def measure(names: list[str], tol: float, seeds: tuple[int, ...]) -> dict[str, l
                 truth = float(now.truth[0])
                 for name, solve in solvers.items():
                     start = time.perf_counter()
-                    value, residual, products = solve(now)
+                    value, bound, products = solve(now)
                     seconds[name] += time.perf_counter() - start
                     rounding = 3e-5 * abs(truth)  # of float32 products
-                    rows[name].append((products, abs(value / truth - 1), abs(value - truth) <= residual + rounding))
+                    rows[name].append((products, abs(value / truth - 1), abs(value - truth) <= bound + rounding))
             for name in names:
                 products, error, covered = torch.tensor(rows[name], dtype=torch.float64).T
                 label = f"{run.spec.name}, {series}, seed {run.spec.seed}"

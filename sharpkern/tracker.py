@@ -38,8 +38,9 @@ class Record:
         lr: learning rate of the optimizer's first group, as it was when the step was tracked.
         grad_norm: Euclidean norm of the gradient.
         sharpness: largest algebraic eigenvalue of the Hessian.
-        sharpness_error: at a measured step the residual norm: an eigenvalue lies this close to ``sharpness``. Else an
-            estimate: that of the last measured step, and by how much the sharpness has probably moved since.
+        sharpness_error: at a measured step the residual norm (of the two largest Ritz pairs, where they are closer
+            than twice ``tol``) and rounding: an eigenvalue lies this close to ``sharpness``. Else an estimate: that of
+            the last measured step, and by how much the sharpness has probably moved since.
         preconditioned_sharpness: largest eigenvalue of P^-1 H for an adaptive optimizer, else None.
         preconditioned_sharpness_error: likewise.
         threshold: kappa / lr: training is stable on a quadratic while the (preconditioned) sharpness is below it.
@@ -346,7 +347,7 @@ class _Curvature:
     value: float = 0.0
     seen: int = 0  # step of the value
     speed: float = _FIRST_SPEED
-    residual: float = 0.0
+    error_bound: float = 0.0  # of the last solve
     shortfall: float = 0.0  # of the last solve's start, relative to the value it found
     eigenvalues: tuple[float, ...] = ()
     overlaps: tuple[float, ...] | None = None
@@ -358,7 +359,7 @@ class _Curvature:
             cosines = kernels.gram(result.eigenvectors, self.vectors)
             self.overlaps = tuple(torch.linalg.vector_norm(cosines, dim=1).clamp(max=1.0).tolist())
         self.eigenvalues = tuple(result.eigenvalues.tolist())
-        self.vectors, self.residual = result.eigenvectors, float(result.residual_norms[0])
+        self.vectors, self.error_bound = result.eigenvectors, float(result.error_bounds[0])
         self.shortfall = 1 - self.solver.start_value / self.eigenvalues[0] if self.eigenvalues[0] else 0.0
         self._see(self.eigenvalues[0], step)
         return result
@@ -384,8 +385,8 @@ class _Curvature:
         return abs(self.value / self.eigenvalues[0] - 1) if self.eigenvalues[0] else 0.0
 
     def doubt(self, step: int) -> float:
-        """Return the residual norm, and what may have changed since the solve."""
-        return self.residual + abs(self.value - self.eigenvalues[0]) + self.drift(step) * abs(self.value)
+        """Return the solve's error bound, and what may have changed since."""
+        return self.error_bound + abs(self.value - self.eigenvalues[0]) + self.drift(step) * abs(self.value)
 
     def state_dict(self) -> dict[str, Any]:
         state = {name: value for name, value in vars(self).items() if name != "solver"}

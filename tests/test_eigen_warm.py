@@ -149,3 +149,34 @@ def test_budget_and_wrong_arguments() -> None:
         WarmLanczos(0)
     with pytest.raises(ValueError, match="at most n = 3, got 4"):
         WarmLanczos(4).step(Dense(A[:3, :3]))
+
+
+def test_where_two_eigenvalues_are_closer_than_the_tolerance_the_bound_is_of_both() -> None:
+    solver = WarmLanczos(2, tol=0.01)
+    for A in turning(6, 0.02, 60, 2.0, 1.99, 1.5):
+        result = solver.step(Dense(A))
+        V, theta = result.eigenvectors, result.eigenvalues
+        r = torch.linalg.vector_norm(V @ A - theta[:, None] * V, dim=1)
+        rounding = 10 * torch.finfo(F64).eps * float(theta[0])
+        assert float(result.error_bounds[0]) == pytest.approx(math.hypot(*r.tolist()) + rounding, abs=1e-12)
+        assert float(result.error_bounds[1]) == pytest.approx(float(r[1]) + rounding, abs=1e-12)
+
+
+def test_the_bound_covers_an_unresolved_top_whose_residual_does_not() -> None:
+    Q = torch.linalg.qr(torch.randn(60, 60, dtype=F64))[0]
+    values, solver = with_top(2.0, 1.98, 1.0, n=60), WarmLanczos(tol=0.01)
+    order = values.argsort(descending=True)
+    (first, second), rest = Q[:, order[:2]].T, Q[:, order[2]]
+    solver.step(Dense(Q * values @ Q.T))
+    # the top is now half of the second Ritz vector, whose other half is below the first
+    A = Q * torch.where(values > 1.0, 0.0, values) @ Q.T
+    up, down = (second + rest) / 2**0.5, (second - rest) / 2**0.5
+    A = (
+        A
+        - torch.outer(rest, A @ rest)
+        + sum(v * torch.outer(u, u) for v, u in ((2.0, first), (2.01, up), (1.95, down)))
+    )
+    result = solver.step(Dense((A + A.T) / 2))
+    missing = 2.01 - float(result.eigenvalues[0])
+    assert float(result.residual_norms[0]) < 0.9 * missing
+    assert missing <= float(result.error_bounds[0]) <= 0.05

@@ -8,6 +8,7 @@ has the algorithm on one page, with what it costs and how often it fails.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -87,7 +88,8 @@ class WarmLanczos:
             at_most: products, where this step may not have ``max_matvecs``.
 
         Returns:
-            An ``EigenResult``; ``converged`` says that each residual norm is at most ``tol * |theta|``.
+            An ``EigenResult``; ``converged`` says that each residual norm is at most ``tol * |theta|``. Where the
+            next Ritz value is closer than twice ``tol``, an error bound is the norm of both residuals.
 
         Raises:
             ValueError: the operator's products have a wrong shape, or k is above n.
@@ -140,7 +142,22 @@ class WarmLanczos:
         reason = reason_of(within, norms, theta[:k], self.tol, most)
         result = basis.result(theta, Y, list(range(k)), norms, done=within, reason=reason, gaps=False)
         self._remember(basis, theta, Y, result.eigenvectors, sentinel=sentinel)
-        return result
+        return replace(result, error_bounds=self._bounds(basis, theta, Y, norms) + rounding)
+
+    def _bounds(self, basis: Basis, theta: Tensor, Y: Tensor, norms: Tensor) -> Tensor:
+        """Return the residual norms; of a pair and the next one together, where they are closer than twice ``tol``.
+
+        A residual of ``tol`` cannot tell two such eigenvalues apart: it may be small at the lower one.
+        """
+        k = self.k
+        following = torch.zeros_like(norms)
+        following[:-1] = norms[1:]
+        close = torch.zeros_like(norms, dtype=torch.bool)
+        seen = min(k, len(theta) - 1)  # pairs with a next one
+        close[:seen] = theta[:seen] - theta[1 : seen + 1] < 2 * self.tol * theta[:seen].abs()
+        if close[k - 1]:
+            following[k - 1] = basis.residuals(theta[k : k + 1], Y[:, k : k + 1])[1][0]
+        return torch.where(close, torch.hypot(norms, following), norms)
 
     def _guards(self, first: bool, *, near: bool) -> list[str]:
         """Return the vectors to multiply besides, last one first."""
