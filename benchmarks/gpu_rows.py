@@ -24,6 +24,7 @@ from sharpkern import kernels
 from sharpkern.kernels import norm, pointwise, reference, softmax
 from sharpkern.kernels.dispatch import choose
 from sharpkern.kernels.linear import dual_gemm
+from sharpkern.kernels.precision import tf32_products
 from sharpkern.rop.attention import Blocked
 
 Row = dict[str, Any]
@@ -133,6 +134,22 @@ def products(device: torch.device, full: bool) -> Iterator[Row]:
     """Products against gradients."""
     for name in ("mlp", "cnn", "gpt") if full else ("overhead",):
         yield _product_row(f"HVP, {name}", WORKLOADS[name](), device, full, ">= 0.5 HVPs per gradient", "gradient")
+
+
+def tf32(device: torch.device, full: bool) -> Iterator[Row]:
+    """Tangent sweeps that round to TF32, against float32, and by how much they are off."""
+    model, loss_fn, batch = WORKLOADS["mlp" if full else "overhead"]()
+    H = sk.HessianOperator(model.to(device), loss_fn, _to(batch, device))
+    v = torch.randn(H.n, device=device)
+
+    def rounded() -> Tensor:
+        with tf32_products():
+            return H.matvec(v)
+
+    error = _error(rounded(), H.matvec(v))
+    times = seconds({"TF32": rounded, "float32": lambda: H.matvec(v)}, device, full)
+    value = min(times["float32"]) / min(times["TF32"])
+    yield row("HVP in TF32, mlp", ">= 1x of float32", value, value >= 1, error, 5e-3, times)
 
 
 def waits(device: torch.device, full: bool) -> Iterator[Row]:  # noqa: ARG001
@@ -322,5 +339,5 @@ def rows_and_numbers(device: torch.device, full: bool) -> Iterator[Row]:
 
 
 MEASUREMENTS: tuple[Callable[[torch.device, bool], Iterator[Row]], ...] = (
-    launch_bound, gemms, attention, vectors, rows_and_numbers, products, waits,
+    launch_bound, gemms, attention, vectors, rows_and_numbers, products, tf32, waits,
 )  # fmt: skip

@@ -58,7 +58,7 @@ def main(seeds: list[int]) -> None:
         panel.set_yscale("log", base=2)
         panel.set_xticks(WARMUPS, [str(w) for w in WARMUPS])
         panel.set(title=title, xlabel="warmup steps", ylabel="lr target × λ₀", ylim=(0.7, 1500))
-        panel.legend(fontsize=9, loc="upper left")
+        panel.legend(fontsize=9, loc="lower right")
     save(made, "boundary")
 
 

@@ -16,6 +16,7 @@ from .budget import Budget, Status
 from .dataset import DatasetHessian
 from .eigen import EigenResult, WarmLanczos
 from .eigen import certify as certificate_of
+from .kernels.precision import tf32_products
 from .measure import gradients_of
 from .operators import HessianOperator, NonFiniteLossError, PreconditionedOperator
 from .preconditioning import is_adaptive, preconditioner
@@ -24,6 +25,9 @@ from .warmup import stability_threshold
 _CERTIFY_FAILURE = 0.01
 _FIRST_SPEED = 0.05  # relative change of the sharpness per step, until it has been seen to change
 _FORGET = 0.7
+_TINY = torch.finfo(torch.float64).tiny
+_ROUNDING_EVERY = 32  # solves
+_TF32_TOL = 0.005  # ten times TF32's rounding of a number: below, residuals would be mostly rounding
 
 _Tracked = HessianOperator | DatasetHessian | PreconditionedOperator
 
@@ -101,9 +105,13 @@ class SharpnessTracker:
         probe: a fixed batch whose Hessian is tracked instead of that of the step's own batch, for one more gradient
             per measured step. The sharpness of a part of the data is not that of the whole: it reads higher.
         loader: batches whose mean Hessian is tracked, exactly: see ``DatasetHessian`` for the cost.
+        tf32: let the products of all solves but the first round float32 factors to TF32 on a GPU (sums stay float32).
+            What this changes is measured on the Ritz vector, at the first solve and every 32, for two products, and
+            added to ``Record.sharpness_error``. Loss and gradients keep torch's own setting.
 
     Raises:
-        ValueError: an argument out of range, probe and loader together; the optimizer lacks a trainable parameter.
+        ValueError: an argument out of range, probe and loader together, tf32 with tol below 0.005; the optimizer lacks
+            a trainable parameter.
 
     Cost per measured step: a gradient and 2 to 10 Hessian-vector products; twice that for adaptive optimizers, whose
     preconditioned sharpness is tracked besides.
@@ -122,9 +130,12 @@ class SharpnessTracker:
         budget: float | None = None,
         probe: Any = None,
         loader: Iterable[Any] | None = None,
+        tf32: bool = False,
     ) -> None:
         if not 0 < tol < 1:
             raise ValueError(f"tol must lie between 0 and 1, got {tol}.")
+        if tf32 and tol < _TF32_TOL:
+            raise ValueError(f"tol must be at least {_TF32_TOL} with tf32=True, whose rounding is 0.0005; got {tol}.")
         if every < 1 or k < 1 or max_matvecs < k:
             raise ValueError(f"need every >= 1, k >= 1 and max_matvecs >= k, got {every}, {k} and {max_matvecs}.")
         if budget is not None and not budget > 0:
@@ -133,7 +144,7 @@ class SharpnessTracker:
             raise ValueError("give probe or loader, not both.")
         self.model, self.loss_fn, self.optimizer = model, loss_fn, optimizer
         self.tol, self.every, self.max_matvecs, self.k = tol, every, max_matvecs, k
-        self.probe, self.loader = probe, loader
+        self.probe, self.loader, self.tf32 = probe, loader, tf32
         self.hessian: HessianOperator | None = None
         self._tracked: HessianOperator | DatasetHessian | None = None
         self._generator = torch.Generator().manual_seed(0)
@@ -175,7 +186,7 @@ class SharpnessTracker:
                 at_most = min(self.max_matvecs, max(self.k, self._budget.products))
             operators = self._operators(gradients)
             for name, operator in operators.items():
-                curvature = self._curvatures.setdefault(name, _Curvature(self._solver()))
+                curvature = self._curvatures.setdefault(name, _Curvature(self._solver(), self.tf32))
                 if status == "bounded":
                     curvature.bound(operator, step)
                     continue
@@ -185,7 +196,7 @@ class SharpnessTracker:
                     matvecs += certificate.matvecs
                     upper, extra = certificate.upper, certificate.vector[None]
                 result = curvature.solve(operator, step, extra, at_most)
-                matvecs += result.matvecs
+                matvecs += result.matvecs + curvature.measure_rounding(operator)
                 converged = converged and result.converged
             if self._budget is not None and self._budget.started:
                 self._budget.spent(time.perf_counter() - start, matvecs, self._deciding().shortfall)
@@ -332,7 +343,7 @@ class SharpnessTracker:
         """Restore ``state_dict()``'s result."""
         self._steps = state["steps"]
         self._generator.set_state(state["generator"])
-        self._curvatures = {name: _Curvature(self._solver()) for name in state["curvatures"]}
+        self._curvatures = {name: _Curvature(self._solver(), self.tf32) for name in state["curvatures"]}
         for name, curvature in self._curvatures.items():
             curvature.load_state_dict(state["curvatures"][name])
         if self._budget is not None and state["budget"] is not None:
@@ -344,17 +355,22 @@ class _Curvature:
     """One tracked operator: its solver, and what was last seen."""
 
     solver: WarmLanczos
+    tf32: bool = False
     value: float = 0.0
     seen: int = 0  # step of the value
     speed: float = _FIRST_SPEED
     error_bound: float = 0.0  # of the last solve
+    rounding: float = 0.0  # of its products by TF32, relative to the value
+    solves: int = 0
     shortfall: float = 0.0  # of the last solve's start, relative to the value it found
     eigenvalues: tuple[float, ...] = ()
     overlaps: tuple[float, ...] | None = None
     vectors: Tensor | None = field(default=None, repr=False)  # [k, n]
 
     def solve(self, operator: Any, step: int, extra: Tensor | None, at_most: int | None) -> EigenResult:
-        result = self.solver.step(operator, extra, at_most)
+        with tf32_products(on=self.tf32 and self.solves > 0):  # the first one asks for a tenth of tol
+            result = self.solver.step(operator, extra, at_most)
+        self.solves += 1
         if self.vectors is not None:
             cosines = kernels.gram(result.eigenvectors, self.vectors)
             self.overlaps = tuple(torch.linalg.vector_norm(cosines, dim=1).clamp(max=1.0).tolist())
@@ -364,10 +380,23 @@ class _Curvature:
         self._see(self.eigenvalues[0], step)
         return result
 
+    def measure_rounding(self, operator: Any) -> int:
+        """Compare both precisions on the Ritz vector, at times; return the products spent."""
+        if not self.tf32 or (self.solves - 1) % _ROUNDING_EVERY:
+            return 0
+        assert self.vectors is not None
+        exact = operator.matvec(self.vectors[0])
+        with tf32_products():
+            rounded = operator.matvec(self.vectors[0])
+        self.rounding = float(torch.linalg.vector_norm(rounded - exact)) / max(abs(self.value), _TINY)
+        return 2
+
     def bound(self, operator: Any, step: int) -> None:
         """Take the Rayleigh quotient of the last vector; it misses what the vector has turned since."""
         assert self.vectors is not None
-        self._see(float(operator.quadratic_form(self.vectors[0])), step)
+        with tf32_products(on=self.tf32):
+            value = float(operator.quadratic_form(self.vectors[0]))
+        self._see(value, step)
 
     def _see(self, value: float, step: int) -> None:
         if self.value:
@@ -385,11 +414,12 @@ class _Curvature:
         return abs(self.value / self.eigenvalues[0] - 1) if self.eigenvalues[0] else 0.0
 
     def doubt(self, step: int) -> float:
-        """Return the solve's error bound, and what may have changed since."""
-        return self.error_bound + abs(self.value - self.eigenvalues[0]) + self.drift(step) * abs(self.value)
+        """Return the solve's error bound, its rounding, and what may have changed since."""
+        rounding = self.rounding * abs(self.value)
+        return self.error_bound + rounding + abs(self.value - self.eigenvalues[0]) + self.drift(step) * abs(self.value)
 
     def state_dict(self) -> dict[str, Any]:
-        state = {name: value for name, value in vars(self).items() if name != "solver"}
+        state = {name: value for name, value in vars(self).items() if name not in ("solver", "tf32")}
         return state | {"solver": self.solver.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ from problems import PROBLEMS, Problem, double, hessian_times
 from torch import Tensor
 
 import sharpkern as sk
+from sharpkern.kernels.precision import tf32_products
 from sharpkern.rop import tape
 
 pytestmark = [
@@ -63,6 +64,20 @@ def test_products_follow_vectors_parameters_and_batches(name: str) -> None:
         H.refresh(batch)
     assert not H.fallback_ops
     assert isinstance(H._engine._recordings["hvp", 1], tape.CUDAGraph)
+
+
+def test_tf32_is_only_in_its_block() -> None:
+    truth = double(PROBLEMS["mlp"]())
+    H, V = operator(on_gpu(truth)), torch.randn(1, operator(truth).n, dtype=torch.float64)
+    want, v = hessian_times(truth, V)[0], V[0].float().cuda()
+
+    def off() -> float:
+        return float((H.matvec(v).cpu() - want).norm() / want.norm())
+
+    for _ in range(2):
+        with tf32_products():
+            assert 1e-5 <= off() <= 1e-2
+        assert off() <= 1e-5
 
 
 def waits(call: Callable[[], object]) -> int:

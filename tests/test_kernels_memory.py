@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,14 +29,20 @@ def flags(address: int) -> list[str]:
 @pytest.mark.skipif(native.REASON is not None, reason="the advice is given by compiled code")
 @pytest.mark.skipif(bool(native.forced_backend()), reason="only the CPU backend's results are")
 @pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="this system has no huge pages")
-def test_a_large_block_is_advised_and_a_small_one_is_not() -> None:
+def test_large_blocks_and_large_results_are_advised() -> None:
     large = empty(3, 5_000_000, torch.float32, torch.device("cpu"))
     assert "hg" in flags(large[1].data_ptr())
     block = torch.randn(2, 5_000_000)
     for result in (kernels.power_step(block, block)[2], kernels.combine(torch.eye(2).double(), block)):
         assert "hg" in flags(result[1].data_ptr())
-    small = empty(1, 5_000_000, torch.float32, torch.device("cpu"))
-    assert "hg" not in flags(small[0, 2_500_000:].data_ptr())
+
+
+def test_small_blocks_are_not_advised(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(native, "_C", SimpleNamespace(use_huge_pages=lambda _address, size: asked.append(size)))
+    empty(2, 4 << 20, torch.float32, torch.device("cpu"))
+    empty(1, 4 << 20, torch.float32, torch.device("cpu"))
+    assert asked == [32 << 20]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

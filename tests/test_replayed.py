@@ -8,6 +8,7 @@ from problems import PROBLEMS, Problem, double, hessian_times, loss_and_gradient
 from torch import Tensor, nn
 
 import sharpkern as sk
+from sharpkern.kernels.precision import tf32_products
 from sharpkern.rop import replayed, tape
 from sharpkern.rop.memory import Pool
 
@@ -52,6 +53,15 @@ def test_blocks_of_large_activations_are_multiplied_one_vector_at_a_time(monkeyp
     V = torch.randn(H.n, 3, dtype=H.dtype)
     torch.testing.assert_close(H.quadratic_form(V), (V * (H @ V)).sum(0), rtol=1e-10, atol=1e-10)
     assert {key for key in recordings(H) if isinstance(key, tuple)} == {("hvp", 1), ("quadratic_form False", 1)}
+
+
+def test_each_precision_has_its_own_recording() -> None:
+    problem = double(PROBLEMS["mlp"]())
+    H = operator(problem)
+    agree(H, problem)
+    with tf32_products():  # of no effect on the CPU
+        agree(H, problem)
+    assert {("hvp", 1), ("hvp, TF32", 1)} <= recordings(H).keys()
 
 
 def test_parameters_that_move_in_memory_are_noticed() -> None:

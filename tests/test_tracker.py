@@ -11,6 +11,7 @@ from problems import relative as error
 from torch import nn
 
 import sharpkern as sk
+from sharpkern.kernels.precision import within_tf32_products
 
 
 def optimizer_of(name: str, model: nn.Module) -> torch.optim.Optimizer:
@@ -354,3 +355,44 @@ def test_twin_adopts_a_step_and_carries_the_next_like_a_tracker_of_its_own(name:
     own = trackers[2].step(problem.batch)
     assert own.status == "carried"
     assert trackers[1].carry(own.loss, own.grad_norm) == own
+
+
+def rounded_to_tf32(t: torch.Tensor) -> torch.Tensor:
+    """Keep ten bits after the point, as TF32 does."""
+    return ((t.float().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32).to(t.dtype)
+
+
+def test_tf32_rounding_is_measured_and_part_of_the_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A product that rounds its vector where a GPU would round all factors."""
+    problem = double(mlp())
+    product, modes = sk.HessianOperator._product, []
+
+    def rounding(self: sk.HessianOperator, block: torch.Tensor) -> torch.Tensor:
+        modes[-1] += ("T" if within_tf32_products() else "f") * len(block)
+        return product(self, rounded_to_tf32(block) if within_tf32_products() else block)
+
+    monkeypatch.setattr(sk.HessianOperator, "_product", rounding)
+    optimizer = optimizer_of("sgd", problem.model)
+    tracker = sk.SharpnessTracker(problem.model, problem.loss_fn, optimizer, tol=0.005, tf32=True)
+    for step in range(1, 37):
+        modes.append("")
+        dense = dense_hessian(problem) if step in (1, 2, 20, 33, 36) else None
+        rec = tracker.step(problem.batch)
+        assert rec.matvecs == len(modes[-1])
+        # all of the first solve is exact; a comparison ends the first step and the 33rd
+        assert modes[-1].strip("f") == "T" if step == 1 else modes[-1].count("f") == (step == 33)
+        (curvature,) = tracker._curvatures.values()
+        if dense is not None:
+            assert abs(rec.sharpness - float(torch.linalg.eigvalsh(dense)[-1])) <= rec.sharpness_error
+        if step in (1, 33):
+            v = curvature.vectors[0]
+            rounding_error = float((dense @ (rounded_to_tf32(v) - v)).norm())
+            assert curvature.rounding * rec.sharpness == pytest.approx(rounding_error, rel=1e-6)
+        assert rec.sharpness_error >= curvature.rounding * rec.sharpness > 1e-5 * rec.sharpness
+        optimizer.step()
+
+
+def test_tf32_needs_a_tolerance_above_its_rounding() -> None:
+    problem = double(mlp())
+    with pytest.raises(ValueError, match=r"tol must be at least 0.005 with tf32=True.*got 0.001"):
+        sk.SharpnessTracker(*problem[:2], optimizer_of("sgd", problem.model), tol=0.001, tf32=True)

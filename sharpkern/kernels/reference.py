@@ -95,7 +95,7 @@ def orthonormalise(V: Tensor) -> Tensor:
     Q, R = torch.linalg.qr(torch.where(length > 0, v / length, 0.0).t())
     if (rank := rank_of(R, V.dtype)) < V.shape[0]:
         raise RankError(rank, V.shape[0])
-    return (Q * R.diagonal().sign()).t().to(V.dtype).contiguous()
+    return ((Q * R.diagonal().sign()).t() + 0.0).to(V.dtype).contiguous()  # -0 becomes 0
 
 
 def rank_of(factor: Tensor, dtype: torch.dtype) -> int:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import triton_attention_kernels as kernels
 from .dispatch import interpreted
+from .precision import allows_tf32
 from .reference import Heads
 
 ROWS = 32  # of a program of row_sums
@@ -182,4 +183,4 @@ def _precision(dtype: torch.dtype) -> str:
         return "interpreted"
     if dtype != torch.float32:
         return "16-bit"
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    return "tf32" if allows_tf32() else "ieee"

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .dispatch import interpreted
+from .precision import allows_tf32
 
 
 class Tiles(NamedTuple):
@@ -66,9 +67,7 @@ def tiles(k: int, M: int, N: int, dtype: torch.dtype, copied: bool) -> Tiles:
 
 def precision(dtype: torch.dtype) -> str:
     """Return the ``input_precision`` of ``tl.dot``: TF32 exactly where torch's own products use it."""
-    # unlike allow_tf32, this can be read whichever of torch's interfaces the user has set the precision with
-    allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if allowed and dtype == torch.float32 and not interpreted() else "ieee"
+    return "tf32" if dtype == torch.float32 and not interpreted() and allows_tf32() else "ieee"
 
 
 @triton.jit

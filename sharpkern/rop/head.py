@@ -95,6 +95,8 @@ class LinearCrossEntropy(Rule):
                     dgw.baddbmm_(gz.mT.expand(k, *gz.mT.shape), dx)
             if dgb is not None:
                 dgb += dgz.sum(1)
+        if dgx is not None:
+            dgx = dgx.view(k, *self.logits_shape[:-1], x.shape[1])
         return dgx, dgw, dgb, None, None
 
     def second_order(self, dargs: tuple[Any, ...], g: Tensor) -> Tensor:

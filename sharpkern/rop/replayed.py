@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels.precision import within_tf32_products
 from .memory import Pool
 from .program import Program
 from .tape import NotReplayableError, Recording, record
@@ -90,6 +91,9 @@ class ReplayedProgram:
         return self._product(f"quadratic_form {gauss_newton}", form, block, total)
 
     def _product(self, name: str, sweep: Callable[[Tensor, Tensor], None], block: Tensor, result: Tensor) -> Tensor:
+        name = (
+            f"{name}, TF32" if within_tf32_products() else name
+        )  # a CUDA graph keeps the precision it was captured in
         for part, out in zip(block.split(self._at_once), result.split(self._at_once), strict=True):
             self._run((name, len(part)), sweep, [part], [out])
         return result

@@ -1,0 +1,41 @@
+"""Whether float32 products may be rounded to TF32: torch's own setting, or TF32 for a while."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+_inside = 0  # blocks of tf32_products
+
+
+def allows_tf32() -> bool:
+    """Return torch's present setting for matrix products on a GPU."""
+    # unlike allow_tf32, this can be read whichever of torch's interfaces the user has set the precision with
+    return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
+
+
+def within_tf32_products() -> bool:
+    """Whether a ``tf32_products`` block is being run; asking torch takes 5 us."""
+    return _inside > 0
+
+
+@contextmanager
+def tf32_products(on: bool = True) -> Iterator[None]:
+    """Let float32 matrix products and convolutions on a GPU round their factors to TF32 within the block."""
+    global _inside  # noqa: PLW0603
+    if not on:
+        yield
+        return
+    settings = torch.backends.cuda.matmul, torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    before = [setting.fp32_precision for setting in settings]
+    _inside += 1
+    try:
+        for setting in settings:
+            setting.fp32_precision = "tf32"
+        yield
+    finally:
+        _inside -= 1
+        for setting, precision in zip(settings, before, strict=True):
+            setting.fp32_precision = precision
