@@ -72,7 +72,8 @@ def compare(parameterisation: str, seed: int, warmup: int, batch: Batch) -> floa
         run = trained(model, optimizer, _Watched(schedule, rates), batch, STEPS)
         losses.append(statistics.fmean(run[-10:]))
     reached = next(t for t, lr in enumerate(rates, 1) if lr >= target)
-    predicted = max(1, math.ceil(warmup * (1 - schedule.lr_init[0] / target)))
+    exactly = warmup * (1 - schedule.lr_init[0] / target)
+    predicted = max(1, math.ceil(exactly - 1e-6))  # it may be a whole number, but for rounding
     print(
         f"{parameterisation}, seed {seed}, warmup {warmup}: starts at {schedule.lr_init[0] * initial:.2f}/λ₀ "
         f"({schedule.forward_passes} forward passes), target reached at step {reached}, predicted {predicted}; final "
