@@ -91,9 +91,8 @@ class ReplayedProgram:
         return self._product(f"quadratic_form {gauss_newton}", form, block, total)
 
     def _product(self, name: str, sweep: Callable[[Tensor, Tensor], None], block: Tensor, result: Tensor) -> Tensor:
-        name = (
-            f"{name}, TF32" if within_tf32_products() else name
-        )  # a CUDA graph keeps the precision it was captured in
+        if within_tf32_products():  # a CUDA graph keeps the precision that it was captured in
+            name = f"{name}, TF32"
         for part, out in zip(block.split(self._at_once), result.split(self._at_once), strict=True):
             self._run((name, len(part)), sweep, [part], [out])
         return result

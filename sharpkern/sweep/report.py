@@ -148,7 +148,7 @@ class _Report:
              "viridis_r", lambda c: self.of(c, "best_test_loss")),
             ("T_reach", "T_reach", "Steps to the target when warmup of the same slope starts at the critical learning "
              "rate, found at initialisation by forward passes.", ".0f", "cividis_r", lambda c: self.of(c, "T_reach")),
-            ("T_save", "T_save", "Warmup steps saved by that, less the search's forward passes, two to a step.", ".0f",
+            ("T_save", "T_save", "Warmup steps saved by that, less the search's forward passes, two to a step.", "z.0f",
              "cividis", lambda c: self.of(c, "T_save")),
         ]  # fmt: skip
         for file, title, note, form, colours, value in kinds:
