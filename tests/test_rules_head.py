@@ -79,6 +79,12 @@ def test_products_agree_with_double_backward(small: None, model: dict, options: 
         H.refresh()
 
 
+def test_tangents_have_the_shapes_that_other_rules_expect(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiled kernels see addresses and sizes; the reference would refuse, or broadcast, a wrong shape."""
+    monkeypatch.setenv("SHARPKERN_BACKEND", "reference")
+    test_products_agree_with_double_backward(small, {}, {}, 3)
+
+
 @pytest.mark.parametrize("frozen", ["head.weight", "head.bias", "inner.weight"])
 def test_parts_that_do_not_move(small: None, frozen: str) -> None:
     tokens = torch.randint(0, CLASSES, (2, 7))

@@ -31,6 +31,8 @@ def forced_backend() -> str | None:
 if _C is not None:
     forced_backend = _C.forced_backend
 
+_ALWAYS_FRESH = 32 << 20  # bytes, from which glibc's malloc maps new pages at each call
+
 Recorder = Callable[[Any, tuple[Any, ...], tuple[Any, ...]], None]
 _recorders: list[Recorder] = []
 
@@ -58,9 +60,6 @@ def _call(kernel: str, x: Tensor, *arguments: float | Tensor | None) -> None:
 @functools.cache
 def _function(kernel: str, dtype: torch.dtype) -> Any:
     return getattr(_C, f"{kernel}_f64" if dtype == torch.float64 else f"{kernel}_f32")
-
-
-_ALWAYS_FRESH = 32 << 20  # bytes, from which glibc's malloc maps new pages at each call
 
 
 def on_huge_pages(block: Tensor) -> Tensor:
