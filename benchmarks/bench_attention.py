@@ -21,7 +21,7 @@ from interleave import interleave, ratio
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sharpkern.rop.attention import Blocked, Kept
+from sharpkern.rop.rules.attention import Blocked, Kept
 
 WIDTH = 64
 Product = Callable[[], tuple[Tensor | None, ...]]

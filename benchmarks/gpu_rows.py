@@ -25,7 +25,7 @@ from sharpkern.kernels import norm, pointwise, reference, softmax
 from sharpkern.kernels.dispatch import choose
 from sharpkern.kernels.linear import dual_gemm
 from sharpkern.kernels.precision import tf32_products
-from sharpkern.rop.attention import Blocked
+from sharpkern.rop.rules.attention import Blocked
 
 Row = dict[str, Any]
 ROUNDS = 7

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from . import kernels
-from .autograd import AutogradProgram
 from .flat import Layout, trainable
 from .preconditioning import Preconditioner
 from .rop import (
@@ -24,6 +23,7 @@ from .rop import (
     UnsupportedOpError,
     export,
 )
+from .rop.double_backward import AutogradProgram
 
 
 class NonFiniteLossError(RuntimeError):

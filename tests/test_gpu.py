@@ -14,7 +14,7 @@ from torch import Tensor
 
 import sharpkern as sk
 from sharpkern.kernels.precision import tf32_products
-from sharpkern.rop import tape
+from sharpkern.rop.recording import tape
 
 pytestmark = [
     pytest.mark.gpu,

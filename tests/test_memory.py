@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import sharpkern as sk
-from sharpkern.rop.memory import Pool
+from sharpkern.rop.recording.pool import Pool
 
 DTYPES = [torch.float32, torch.float64, torch.int64, torch.bool, torch.bfloat16]
 

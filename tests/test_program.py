@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import sharpkern as sk
-from sharpkern.autograd import AutogradProgram
 from sharpkern.rop import ReplayedProgram
+from sharpkern.rop.double_backward import AutogradProgram
 
 
 class Wrapped(nn.Module):

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 import sharpkern as sk
 from sharpkern.kernels.precision import tf32_products
-from sharpkern.rop import replayed, tape
-from sharpkern.rop.memory import Pool
+from sharpkern.rop.recording import replayed, tape
+from sharpkern.rop.recording.pool import Pool
 
 
 def agree(H: sk.HessianOperator, problem: Problem, k: int = 1) -> None:

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import sharpkern as sk
-from sharpkern.rop import attention
-from sharpkern.rop.attention import Attention
+from sharpkern.rop.rules import attention
+from sharpkern.rop.rules.attention import Attention
 
 
 @pytest.fixture(autouse=True, params=["kept", "blocked"])

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from rule_truth import check, check_op, double_backward
 
 from sharpkern.rop import UnsupportedOpError
-from sharpkern.rop.conv import Convolution
+from sharpkern.rop.rules.conv import Convolution
 
 aten = torch.ops.aten
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}

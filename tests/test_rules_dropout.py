@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sharpkern.operators import HessianOperator
 from sharpkern.rop import FunctionalLoss, Program, export
-from sharpkern.rop.dropout import Dropout
+from sharpkern.rop.rules.dropout import Dropout
 
 aten = torch.ops.aten
 

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sharpkern as sk
-from sharpkern.rop import head
+from sharpkern.rop.rules import head
 
 TOKENS, WIDTH, CLASSES = 24, 6, 11
 

@@ -12,7 +12,7 @@ from test_rules_views import times_place
 from torch import Tensor, nn
 
 from sharpkern.rop import UnsupportedModelError, UnsupportedOpError
-from sharpkern.rop.indexing import Embedding, Gather, Index, IndexPut, IndexSelect, ScatterTo
+from sharpkern.rop.rules.indexing import Embedding, Gather, Index, IndexPut, IndexSelect, ScatterTo
 
 aten = torch.ops.aten
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from rule_truth import check, check_op, double_backward
 from torch import Tensor
 
-from sharpkern.rop.linear import AddMM, Linear, MatMul
+from sharpkern.rop.rules.linear import AddMM, Linear, MatMul
 
 aten = torch.ops.aten
 SUBSETS = [active for size in (1, 2, 3) for active in combinations(range(3), size)]

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from rule_truth import check, check_op, double_backward
 from torch import Tensor
 
-from sharpkern.rop.loss import MSE, BinaryCrossEntropy, CrossEntropy
-from sharpkern.rop.softmax import LogSoftmax, Softmax
+from sharpkern.rop.rules.loss import MSE, BinaryCrossEntropy, CrossEntropy
+from sharpkern.rop.rules.softmax import LogSoftmax, Softmax
 
 TRUTH = {"truth": double_backward}
 SHAPES = {"[N, C]": (6, 4), "[C]": (4,), "[N, C, d]": (2, 4, 3), "[N, C, d, e]": (2, 4, 2, 3)}

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from rule_truth import check, check_op, double_backward
 from torch import Tensor
 
-from sharpkern.rop.norm import BatchNorm, GroupNorm, LayerNorm, RMSNorm
+from sharpkern.rop.rules.norm import BatchNorm, GroupNorm, LayerNorm, RMSNorm
 
 TRUTH = {"truth": double_backward}  # jvp(jacrev) of layer norm is silently wrong in torch 2.13
 

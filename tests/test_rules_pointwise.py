@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from rule_truth import check, check_op, curved, positive, within_one
 from torch import Tensor
 
-from sharpkern.rop.pointwise import Unary
+from sharpkern.rop.rules.pointwise import Unary
 
 aten = torch.ops.aten
 

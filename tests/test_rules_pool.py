@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from rule_truth import check_op, double_backward
 
-from sharpkern.rop.pool import AdaptiveAvgPool, AdaptiveMaxPool, AvgPool, MaxPool1d, MaxPool2d, MaxPool3d
+from sharpkern.rop.rules.pool import AdaptiveAvgPool, AdaptiveMaxPool, AvgPool, MaxPool1d, MaxPool2d, MaxPool3d
 
 aten = torch.ops.aten
 PIXELS = (7, 6, 5)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from rule_truth import check, check_op, double_backward, positive
 from torch import Tensor
 
-from sharpkern.rop.reduce import Extremum, Norm, Ranked, Variance
+from sharpkern.rop.rules.reduce import Extremum, Norm, Ranked, Variance
 
 aten = torch.ops.aten
 

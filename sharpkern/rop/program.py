@@ -16,9 +16,9 @@ from torch import Tensor, fx
 
 from ..flat import Layout
 from .export import Graph
-from .fallback import Fallback
-from .head import fuse_head
 from .rule import RULES, any_of
+from .rules.fallback import Fallback
+from .rules.head import fuse_head
 from .step import NOTHING, Step, call, flat_slots, is_slot, step_of
 
 aten = torch.ops.aten

@@ -14,8 +14,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import sharpkern as sk
 from sharpkern.kernels import triton_embedding, triton_linear
-from sharpkern.rop import tape
-from sharpkern.rop.memory import Pool
+from sharpkern.rop.recording import tape
+from sharpkern.rop.recording.pool import Pool
 
 Loss = Callable[[Mapping[str, Tensor], Any], Tensor]
 

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..rule import RULES, Rule, inner
+from ..step import NOTHING, Step, flat_slots
 from .linear import Linear
 from .loss import CrossEntropy
-from .rule import RULES, Rule, inner
-from .step import NOTHING, Step, flat_slots
 
 aten = torch.ops.aten
 LARGE = 1 << 22  # logits from which chunks pay: their tangents no longer fit into a cache

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..rule import LinearInArgs, Op, Rule, rule
 from .fallback import Fallback
-from .rule import LinearInArgs, Op, Rule, rule
 
 aten = torch.ops.aten
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels.softmax import softmax_backward_tangent, softmax_jacobian
-from .rule import Rule, rule
+from ...kernels.softmax import softmax_backward_tangent, softmax_jacobian
+from ..rule import Rule, rule
 
 aten = torch.ops.aten
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .rule import LinearInArgs, Rule, align, reduce_to, rule
+from ..rule import LinearInArgs, Rule, align, reduce_to, rule
 
 aten = torch.ops.aten
 

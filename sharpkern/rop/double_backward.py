@@ -18,9 +18,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .flat import Layout, flatten
-from .rop import UnsupportedOpError
-from .rop.export import tensors_of
+from ..flat import Layout, flatten
+from . import UnsupportedOpError
+from .export import tensors_of
 
 _WRONG = {"_weight_norm", "_weight_norm_interface"}
 

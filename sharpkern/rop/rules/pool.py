@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .rule import LinearInArgs, fold, rule
+from ..rule import LinearInArgs, fold, rule
 
 aten = torch.ops.aten
 

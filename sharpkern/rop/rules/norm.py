@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels.norm import CENTRED, FIXED, RMS, Standardised, norm_backward_tangent, norm_tangent
-from .rule import Rule, rule
+from ...kernels.norm import CENTRED, FIXED, RMS, Standardised, norm_backward_tangent, norm_tangent
+from ..rule import Rule, rule
 
 aten = torch.ops.aten
 

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..rule import Rule, fold, inner, rule
 from .fallback import UnsupportedOpError
-from .rule import Rule, fold, inner, rule
 
 aten = torch.ops.aten
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.func import jvp, vjp
 
-from .rule import Op, Rule
+from ..rule import Op, Rule
 
 
 class UnsupportedOpError(RuntimeError):

@@ -13,9 +13,9 @@ import math
 import torch
 from torch import Tensor
 
-from ..kernels.attention import attention, attention_backward, attention_backward_tangent, attention_tangent
+from ...kernels.attention import attention, attention_backward, attention_backward_tangent, attention_tangent
+from ..rule import Rule, align, reduce_to, rule
 from .fallback import UnsupportedOpError
-from .rule import Rule, align, reduce_to, rule
 
 aten = torch.ops.aten
 Cotangents = tuple[Tensor | None, Tensor | None, Tensor | None]

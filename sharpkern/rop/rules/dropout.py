@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .rule import LinearInArgs, rule
+from ..rule import LinearInArgs, rule
 
 aten = torch.ops.aten
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .rule import LinearInArgs, Op, reduce_to, rule
+from ..rule import LinearInArgs, Op, reduce_to, rule
 
 aten = torch.ops.aten
 

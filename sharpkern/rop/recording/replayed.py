@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels.precision import within_tf32_products
-from .memory import Pool
-from .program import Program
+from ...kernels.precision import within_tf32_products
+from ..program import Program
+from .pool import Pool
 from .tape import NotReplayableError, Recording, record
 
 _MOST_VECTORS = 16  # at once: bounds the memory of tangents, which grows with their number

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernels.softmax import softmax_jacobian
+from ...kernels.softmax import softmax_jacobian
+from ..rule import Rule, align, reduce_to, rule
 from .fallback import UnsupportedOpError
-from .rule import Rule, align, reduce_to, rule
 
 aten = torch.ops.aten
 NONE, MEAN, SUM = 0, 1, 2

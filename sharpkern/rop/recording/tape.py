@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..kernels import native
-from ..kernels.dispatch import interpreted
-from .memory import Pool
+from ...kernels import native
+from ...kernels.dispatch import interpreted
+from .pool import Pool
 
 aten = torch.ops.aten
 _MAX_BYTES = 1 << 30  # of a pool; above that, calls are long enough not to need it

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels.embedding import embedding, embedding_backward, fused
+from ...kernels.embedding import embedding, embedding_backward, fused
+from ..rule import LinearInArgs, align, rule
 from .arithmetic import Kind
 from .fallback import UnsupportedOpError
-from .rule import LinearInArgs, align, rule
 
 aten = torch.ops.aten
 

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..kernels.pointwise import activation_curvature, activation_slope, slope_product
+from ...kernels.pointwise import activation_curvature, activation_slope, slope_product
+from ..rule import RULES, LinearInArgs, Rule, inner, rule
 from .fallback import UnsupportedOpError
-from .rule import RULES, LinearInArgs, Rule, inner, rule
 
 aten = torch.ops.aten
 Derivative = Callable[..., Tensor]

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels.linear import dual_gemm, fused
-from .rule import Rule, align, inner, reduce_to, rule
+from ...kernels.linear import dual_gemm, fused
+from ..rule import Rule, align, inner, reduce_to, rule
 
 aten = torch.ops.aten
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..rule import LinearInArgs, rule
 from .arithmetic import Kind
-from .rule import LinearInArgs, rule
 
 aten = torch.ops.aten
 

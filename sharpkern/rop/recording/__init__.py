@@ -1,0 +1,1 @@
+"""Sweeps recorded once and replayed on fixed memory."""
