@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from workloads import cnn, gpt, mlp, wrn
 
-from sharpkern.kernels import native
+from sharpkern.kernels.cpu import native
 from sharpkern.rop import LossModule, Program, export
 
 SMALL = {

@@ -2,7 +2,7 @@
 #pragma once
 #include <cstdint>
 
-enum Activation { GELU = 0, GELU_TANH = 1, SILU = 2 };  // kernels/native.py counts the same way
+enum Activation { GELU = 0, GELU_TANH = 1, SILU = 2 };  // kernels/cpu/native.py counts the same way
 
 template <class T>
 struct ActivationKernels {

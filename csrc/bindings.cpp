@@ -1,4 +1,4 @@
-// sharpkern._C: addresses and sizes in, nothing else. sharpkern/kernels/native.py turns tensors into addresses.
+// sharpkern._C: addresses and sizes in, nothing else. sharpkern/kernels/cpu/native.py turns tensors into addresses.
 #include <pybind11/pybind11.h>
 
 #ifdef __linux__

@@ -10,7 +10,7 @@ from importlib import metadata, util
 import torch
 
 from . import __version__, kernels
-from .kernels import native
+from .kernels.cpu import native
 
 
 def report() -> list[str]:

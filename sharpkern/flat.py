@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from .kernels.memory import empty
+from .kernels.cpu.huge_pages import empty
 
 
 class Layout:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from sharpkern.kernels import native
+from sharpkern.kernels.cpu import native
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sharpkern.kernels import attention as kernels
-from sharpkern.kernels import blocked_attention
+from sharpkern.kernels.cpu import blocked_attention
 
 ROWS, HEADS = 8, 3  # of the tests' blocks
 # heads, T, S, d, e: one of all; blocks not full, full, and full with a rest; T above and below S; e != d

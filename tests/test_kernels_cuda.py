@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from sharpkern import kernels
-from sharpkern.kernels import cuda, dispatch, native, reference
+from sharpkern.kernels import cuda, dispatch, reference
+from sharpkern.kernels.cpu import native
 
 ROOT = Path(__file__).parents[1]
 GPU = [

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from sharpkern import kernels
-from sharpkern.kernels import native
-from sharpkern.kernels.memory import empty
+from sharpkern.kernels.cpu import native
+from sharpkern.kernels.cpu.huge_pages import empty
 
 
 def flags(address: int) -> list[str]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import kernels
-from ..kernels.memory import empty
+from ..kernels.cpu.huge_pages import empty
 from .common import EigenResult, SymmetricOperator, check_finite, multiply, random_rows, rounding_level
 
 _TURNED_BYTES = 1 << 20  # at a time in a restart on the CPU, in cache

@@ -17,7 +17,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .dispatch import choose
-from .reference import Heads as Heads
+from .saved import Heads as Heads
 
 
 def attention(

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import native
 from .cholesky_qr import cholesky_qr
+from .cpu import native
 
 try:
     from .. import _C

@@ -10,25 +10,26 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import blocked_attention, cuda, native, reference
+from . import cuda, reference
+from .cpu import blocked_attention, native
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")  # fastest first; the last always fits
 # The kernels that have a Triton version, and the module it is in.
 _TRITON = {
-    "attention": "triton_attention",
-    "attention_backward": "triton_attention",
-    "attention_backward_tangent": "triton_attention",
-    "attention_tangent": "triton_attention",
-    "dual_gemm": "triton_linear",
-    "embedding": "triton_embedding",
-    "embedding_backward": "triton_embedding",
-    "norm_backward_tangent": "triton_norm",
-    "norm_tangent": "triton_norm",
-    "slope_product": "triton_pointwise",
-    "activation_slope": "triton_pointwise",
-    "activation_curvature": "triton_pointwise",
-    "softmax_backward_tangent": "triton_softmax",
-    "softmax_jacobian": "triton_softmax",
+    "attention": "attention",
+    "attention_backward": "attention",
+    "attention_backward_tangent": "attention",
+    "attention_tangent": "attention",
+    "dual_gemm": "linear",
+    "embedding": "embedding",
+    "embedding_backward": "embedding",
+    "norm_backward_tangent": "norm",
+    "norm_tangent": "norm",
+    "slope_product": "pointwise",
+    "activation_slope": "pointwise",
+    "activation_curvature": "pointwise",
+    "softmax_backward_tangent": "softmax",
+    "softmax_jacobian": "softmax",
 }
 # The kernels whose CPU version is plain torch in blocks: it serves other devices and dtypes too.
 _BLOCKED = ("attention", "attention_backward", "attention_backward_tangent", "attention_tangent")
@@ -117,7 +118,7 @@ def interpreted() -> bool:
 
 def _module(backend: str, kernel: str) -> ModuleType:
     if backend == "triton":
-        return importlib.import_module(f"{__package__}.{_TRITON[kernel]}")
+        return importlib.import_module(f"{__package__}.triton.{_TRITON[kernel]}")
     if backend == "cpu" and kernel in _BLOCKED:
         return blocked_attention
     return {"cuda": cuda, "cpu": native, "reference": reference}[backend]
@@ -126,7 +127,7 @@ def _module(backend: str, kernel: str) -> ModuleType:
 @functools.cache
 def _no_triton(module: str) -> str | None:
     try:
-        importlib.import_module(f"{__package__}.{module}")
+        importlib.import_module(f"{__package__}.triton.{module}")
     except ImportError as error:
         return f"Triton is missing ({error}): pip install triton"
     return None

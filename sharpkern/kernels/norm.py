@@ -14,10 +14,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from .dispatch import choose
-from .reference import CENTRED as CENTRED
-from .reference import FIXED as FIXED
-from .reference import RMS as RMS
-from .reference import Standardised as Standardised
+from .saved import CENTRED as CENTRED
+from .saved import FIXED as FIXED
+from .saved import RMS as RMS
+from .saved import Standardised as Standardised
 
 
 def norm_tangent(

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from offline import CHIPS, check
 
-from sharpkern.kernels import triton_attention
-from sharpkern.kernels import triton_attention_kernels as kernels
+from sharpkern.kernels.triton import attention as triton_attention
+from sharpkern.kernels.triton import attention_kernels as kernels
 
 FLOAT32 = {"lse", "m", "D", "dD", "mask"}
 INTEGERS = {"tangents", "B", "T", "S", "mb", "mt", "ms"}

@@ -7,7 +7,7 @@ import torch
 from launches import check_launches
 from offline import CHIPS
 
-from sharpkern.kernels import triton_embedding
+from sharpkern.kernels.triton import embedding as triton_embedding
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

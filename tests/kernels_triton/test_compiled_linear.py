@@ -8,8 +8,8 @@ from launches import check_launches
 from offline import CHIPS
 from torch import Tensor
 
-from sharpkern.kernels import triton_linear
-from sharpkern.kernels.triton_linear import CONFIGURATIONS, dual_gemm, tiles
+from sharpkern.kernels.triton import linear as triton_linear
+from sharpkern.kernels.triton.linear import CONFIGURATIONS, dual_gemm, tiles
 
 # M, N of calls that choose each configuration
 SIZES = {"large": (4096, 4096), "medium": (256, 256), "few rows": (16, 1024), "few columns": (1024, 16)}

@@ -7,8 +7,8 @@ import torch
 from launches import check_launches
 from offline import CHIPS
 
-from sharpkern.kernels import triton_norm
-from sharpkern.kernels.reference import CENTRED, Standardised
+from sharpkern.kernels.saved import CENTRED, Standardised
+from sharpkern.kernels.triton import norm as triton_norm
 
 KERNELS = ("_tangent", "_row_sums", "_backward_tangent")
 # rows, D, groups, inner

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from offline import CHIPS, check
 
-from sharpkern.kernels import triton_pointwise
+from sharpkern.kernels.triton import pointwise as triton_pointwise
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

@@ -7,7 +7,7 @@ import torch
 from launches import check_launches
 from offline import CHIPS
 
-from sharpkern.kernels import triton_softmax
+from sharpkern.kernels.triton import softmax as triton_softmax
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from sharpkern.kernels import attention as contract
-from sharpkern.kernels import reference, triton_attention
+from sharpkern.kernels import reference
+from sharpkern.kernels.triton import attention as triton_attention
 
 INF = math.inf
 # of the largest number of a result; 16 bits: results, o and do are rounded, and on a GPU P and its like too

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sharpkern.kernels import reference, triton_embedding
+from sharpkern.kernels import reference
+from sharpkern.kernels.triton import embedding as triton_embedding
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SIZES = [(1, 1, 1), (7, 63, 7), (7, 7, 130), (63, 65, 1), (65, 130, 65)]  # rows, tokens, D

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sharpkern.kernels import reference, triton_linear
+from sharpkern.kernels import reference
+from sharpkern.kernels.triton import linear as triton_linear
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = (  # k, M, N, K, L

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from sharpkern.kernels import reference, triton_norm
-from sharpkern.kernels.reference import CENTRED, FIXED, RMS, Standardised
+from sharpkern.kernels import reference
+from sharpkern.kernels.saved import CENTRED, FIXED, RMS, Standardised
+from sharpkern.kernels.triton import norm as triton_norm
 
 MODES = (FIXED, RMS, CENTRED)
 NEEDS = ((True, True, True), (True, False, False), (False, True, False), (False, False, True))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sharpkern.kernels import reference, triton_pointwise
+from sharpkern.kernels import reference
+from sharpkern.kernels.triton import pointwise as triton_pointwise
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

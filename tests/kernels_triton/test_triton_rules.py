@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import sharpkern as sk
-from sharpkern.kernels import triton_embedding, triton_linear
+from sharpkern.kernels.triton import embedding as triton_embedding
+from sharpkern.kernels.triton import linear as triton_linear
 from sharpkern.rop.recording import tape
 from sharpkern.rop.recording.pool import Pool
 

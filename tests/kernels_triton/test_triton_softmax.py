@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sharpkern.kernels import reference, triton_softmax
+from sharpkern.kernels import reference
+from sharpkern.kernels.triton import softmax as triton_softmax
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

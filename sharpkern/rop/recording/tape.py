@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ...kernels import native
+from ...kernels.cpu import native
 from ...kernels.dispatch import interpreted
 from .pool import Pool
 

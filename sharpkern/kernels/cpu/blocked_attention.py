@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .reference import Heads
+from ..saved import Heads
 
 ROWS = 128  # queries of a block: causal blocks reach that far over the diagonal
 ELEMENTS = 1 << 19  # scores of a block, over its heads: a few such blocks fit into the caches

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cholesky_qr import cholesky_qr
-from .reference import Standardised
+from ..cholesky_qr import cholesky_qr
+from ..saved import Standardised
 
 try:
-    from .. import _C
+    from ... import _C
 except ImportError as error:
     _C = None
     REASON: str | None = f"the compiled module is missing ({error}): reinstall with a C++ compiler present"

@@ -1,4 +1,4 @@
-"""Triton version of ``kernels.attention``: launches the kernels of ``triton_attention_kernels``.
+"""Triton version of ``kernels.attention``: launches the kernels of ``attention_kernels``.
 
 No atomics: the sums over queries and over keys are kernels of their own, so the same input gives the same bits. The
 plain backward sweep is the tangent of the backward sweep with nothing of q, k, v moving and g in place of dg, so the
@@ -13,10 +13,10 @@ import torch
 import triton
 from torch import Tensor
 
-from . import triton_attention_kernels as kernels
-from .dispatch import interpreted
-from .precision import allows_tf32
-from .reference import Heads
+from ..dispatch import interpreted
+from ..precision import allows_tf32
+from ..saved import Heads
+from . import attention_kernels as kernels
 
 ROWS = 32  # of a program of row_sums
 OPTIONS = {"num_warps": 4, "num_stages": 1, "maxnreg": 255}  # ptxas else spills a little for occupancy

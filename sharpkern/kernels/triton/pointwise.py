@@ -8,8 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 # Torch's own passes: they run once per parameter value, not once per product.
-from .reference import activation_curvature as activation_curvature
-from .reference import activation_slope as activation_slope
+from ..reference import activation_curvature as activation_curvature
+from ..reference import activation_slope as activation_slope
 
 BLOCK = 1024
 

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .reference import FIXED, Standardised
+from ..saved import FIXED, Standardised
 
 # The longest (padded) rows that are held in registers, of which a block has 65536, with the backward tangent's eight
 # tiles. Rows whose numbers do not come in 16s need an address for each number, not for each four.

@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .dispatch import interpreted
-from .precision import allows_tf32
+from ..dispatch import interpreted
+from ..precision import allows_tf32
 
 
 class Tiles(NamedTuple):

@@ -1,0 +1,1 @@
+"""Kernels on the CPU: compiled C++, and attention in blocks of plain torch."""
