@@ -20,8 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from workloads import cnn, gpt, mlp, wrn
 
+from sharpkern.curvature.losses import LossModule
 from sharpkern.kernels.cpu import native
-from sharpkern.rop import LossModule, Program, export
+from sharpkern.rop import Program, export
 
 SMALL = {
     "mlp": lambda: mlp(width=128, batch=64),

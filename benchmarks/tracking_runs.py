@@ -20,10 +20,11 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 import sharpkern as sk
+from sharpkern.curvature.operators import HessianOperator
+from sharpkern.curvature.parameters import gradients_of
+from sharpkern.curvature.preconditioned import PreconditionedOperator
 from sharpkern.eigen import SymmetricOperator, lanczos
-from sharpkern.measure import gradients_of
-from sharpkern.operators import HessianOperator, PreconditionedOperator
-from sharpkern.preconditioning import Preconditioner
+from sharpkern.optimizers.preconditioner import Preconditioner
 from sharpkern.train.models import FCN
 
 TUNING_SEEDS, HELD_OUT_SEEDS = (0,), (101, 102)

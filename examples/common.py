@@ -15,7 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 import sharpkern as sk
-from sharpkern.operators import NonFiniteLossError
+from sharpkern.curvature.losses import NonFiniteLossError
 from sharpkern.train.data import load
 from sharpkern.train.losses import half_mean_squares
 from sharpkern.train.models import FCN

@@ -12,11 +12,18 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from .auditing import AuditReport as AuditReport
-    from .auditing import audit as audit
-    from .critical import CriticalLR as CriticalLR
-    from .critical import critical_learning_rate as critical_learning_rate
-    from .dataset import DatasetHessian as DatasetHessian
+    from .curvature.audit import AuditReport as AuditReport
+    from .curvature.audit import audit as audit
+    from .curvature.dataset import DatasetHessian as DatasetHessian
+    from .curvature.losses import NonFiniteLossError as NonFiniteLossError
+    from .curvature.operators import GGNOperator as GGNOperator
+    from .curvature.operators import HessianOperator as HessianOperator
+    from .curvature.parameters import flatten as flatten
+    from .curvature.parameters import unflatten as unflatten
+    from .curvature.preconditioned import PreconditionedOperator as PreconditionedOperator
+    from .curvature.sharpness import Sharpness as Sharpness
+    from .curvature.sharpness import preconditioned_sharpness as preconditioned_sharpness
+    from .curvature.sharpness import sharpness as sharpness
     from .dynamics import Catapult as Catapult
     from .dynamics import EdgeOfStability as EdgeOfStability
     from .dynamics import Outcome as Outcome
@@ -33,35 +40,28 @@ if TYPE_CHECKING:
     from .eigen import lanczos as lanczos
     from .eigen import lobpcg as lobpcg
     from .eigen import power_iteration as power_iteration
-    from .flat import flatten as flatten
-    from .flat import unflatten as unflatten
-    from .measure import Sharpness as Sharpness
-    from .measure import preconditioned_sharpness as preconditioned_sharpness
-    from .measure import sharpness as sharpness
-    from .operators import GGNOperator as GGNOperator
-    from .operators import HessianOperator as HessianOperator
-    from .operators import NonFiniteLossError as NonFiniteLossError
-    from .operators import PreconditionedOperator as PreconditionedOperator
-    from .optim import GIAdam as GIAdam
-    from .optim import dead_units as dead_units
-    from .optim import optimizer_norms as optimizer_norms
-    from .persistent import PersistentCatapultLR as PersistentCatapultLR
-    from .preconditioning import Preconditioner as Preconditioner
-    from .preconditioning import preconditioner as preconditioner
+    from .optimizers.gi_adam import GIAdam as GIAdam
+    from .optimizers.norms import dead_units as dead_units
+    from .optimizers.norms import optimizer_norms as optimizer_norms
+    from .optimizers.preconditioner import Preconditioner as Preconditioner
+    from .optimizers.preconditioner import preconditioner as preconditioner
+    from .optimizers.threshold import stability_threshold as stability_threshold
     from .rop import UnsupportedOpError as UnsupportedOpError
-    from .suggest import WarmupSuggestion as WarmupSuggestion
-    from .suggest import suggest_warmup as suggest_warmup
-    from .tracker import Record as Record
-    from .tracker import SharpnessTracker as SharpnessTracker
-    from .warmup import WarmupLR as WarmupLR
-    from .warmup import stability_threshold as stability_threshold
-    from .warmup import steps_saved as steps_saved
-    from .warmup import steps_to_target as steps_to_target
+    from .tracking.record import Record as Record
+    from .tracking.tracker import SharpnessTracker as SharpnessTracker
+    from .warmup.critical import CriticalLR as CriticalLR
+    from .warmup.critical import critical_learning_rate as critical_learning_rate
+    from .warmup.formulas import steps_saved as steps_saved
+    from .warmup.formulas import steps_to_target as steps_to_target
+    from .warmup.persistent import PersistentCatapultLR as PersistentCatapultLR
+    from .warmup.schedule import WarmupLR as WarmupLR
+    from .warmup.suggest import WarmupSuggestion as WarmupSuggestion
+    from .warmup.suggest import suggest_warmup as suggest_warmup
 
 _HOME = {
-    "auditing": ("AuditReport", "audit"),
-    "critical": ("CriticalLR", "critical_learning_rate"),
-    "dataset": ("DatasetHessian",),
+    "curvature.audit": ("AuditReport", "audit"),
+    "warmup.critical": ("CriticalLR", "critical_learning_rate"),
+    "curvature.dataset": ("DatasetHessian",),
     "dynamics": (
         "Catapult",
         "EdgeOfStability",
@@ -75,16 +75,22 @@ _HOME = {
         "training_outcome",
     ),
     "eigen": ("Certificate", "EigenResult", "certify", "lanczos", "lobpcg", "power_iteration"),
-    "flat": ("flatten", "unflatten"),
-    "measure": ("Sharpness", "preconditioned_sharpness", "sharpness"),
-    "operators": ("GGNOperator", "HessianOperator", "NonFiniteLossError", "PreconditionedOperator"),
-    "optim": ("GIAdam", "dead_units", "optimizer_norms"),
-    "persistent": ("PersistentCatapultLR",),
-    "preconditioning": ("Preconditioner", "preconditioner"),
+    "curvature.parameters": ("flatten", "unflatten"),
+    "curvature.sharpness": ("Sharpness", "preconditioned_sharpness", "sharpness"),
+    "curvature.losses": ("NonFiniteLossError",),
+    "curvature.operators": ("GGNOperator", "HessianOperator"),
+    "curvature.preconditioned": ("PreconditionedOperator",),
+    "optimizers.gi_adam": ("GIAdam",),
+    "optimizers.norms": ("dead_units", "optimizer_norms"),
+    "warmup.persistent": ("PersistentCatapultLR",),
+    "optimizers.preconditioner": ("Preconditioner", "preconditioner"),
     "rop": ("UnsupportedOpError",),
-    "suggest": ("WarmupSuggestion", "suggest_warmup"),
-    "tracker": ("Record", "SharpnessTracker"),
-    "warmup": ("WarmupLR", "stability_threshold", "steps_saved", "steps_to_target"),
+    "warmup.suggest": ("WarmupSuggestion", "suggest_warmup"),
+    "tracking.record": ("Record",),
+    "tracking.tracker": ("SharpnessTracker",),
+    "optimizers.threshold": ("stability_threshold",),
+    "warmup.schedule": ("WarmupLR",),
+    "warmup.formulas": ("steps_saved", "steps_to_target"),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 __all__ = sorted(_MODULE_OF)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import sharpkern as sk
-from sharpkern.rop import LossModule
+from sharpkern.curvature.losses import LossModule
 
 
 class Problem(NamedTuple):

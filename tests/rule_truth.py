@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import jacrev, jvp
 
-from sharpkern.rop import FunctionalLoss, Program, export
+from sharpkern.curvature.losses import FunctionalLoss
+from sharpkern.rop import Program, export
 from sharpkern.rop.rule import RULES, Rule
 
 Loss = Callable[[Mapping[str, Tensor], Any], Tensor]

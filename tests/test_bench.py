@@ -159,7 +159,7 @@ def test_the_readme_table_is_made_from_the_run(tmp_path):
 
 
 def test_the_suite_is_found_in_a_checkout_only(tmp_path, monkeypatch):
-    from sharpkern import bench
+    from sharpkern.cli import bench
 
     assert bench.find().is_file()
     monkeypatch.setattr(bench, "__file__", str(tmp_path / "site" / "sharpkern" / "bench.py"))

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from sharpkern.budget import Budget
+from sharpkern.tracking.budget import Budget
 
 
 def ready(fraction: float = 0.25, operators: int = 1) -> Budget:

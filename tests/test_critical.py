@@ -14,7 +14,7 @@ from problems import PROBLEMS
 from torch import Tensor, nn
 
 import sharpkern as sk
-from sharpkern.critical import next_update
+from sharpkern.optimizers.next_update import next_update
 from sharpkern.train.data import load
 from sharpkern.train.losses import half_mean_squares
 from sharpkern.train.models import FCN

@@ -1,4 +1,4 @@
-"""Imports point downwards only: docs/design.md, section Layers."""
+"""Imports point downwards only, inside a folder too: docs/design.md, section Layers."""
 
 from __future__ import annotations
 
@@ -8,57 +8,85 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "sharpkern"
-# Lowest first. A module may import from its own layer and from every one below it.
-LAYERS = [
-    {"flat", "kernels"},
-    {"rop", "preconditioning"},
-    {"operators", "dataset"},
-    {"eigen"},
-    {"measure", "optim", "critical", "warmup", "persistent", "suggest", "dynamics", "budget", "tracker", "auditing"},
-    {"train"},
-    {"sweep"},
-    {"bench", "cli", "doctor"},
-]
-LAYER_OF = {name: level for level, names in enumerate(LAYERS) for name in names}
+# Lowest first: a folder imports from the folders above its line, a module from the modules before it in its row.
+LAYERS = {
+    "kernels": "saved reference cholesky_qr cpu.native cpu.huge_pages cpu.blocked_attention cuda precision dispatch "
+    "vectors attention embedding linear norm pointwise softmax triton.attention_kernels triton.attention "
+    "triton.embedding triton.linear triton.norm triton.pointwise triton.softmax",
+    "rop": "layout rule step rules.fallback rules.arithmetic rules.attention rules.conv rules.dropout rules.indexing "
+    "rules.linear rules.loss rules.norm rules.pointwise rules.pool rules.reduce rules.selection rules.softmax "
+    "rules.views rules.head export program recording.pool recording.tape recording.replayed double_backward",
+    "eigen": "common basis certificate krylov locally_optimal power warm",
+    "optimizers": "norms gi_adam threshold preconditioner next_update",
+    "curvature": "losses parameters base operators dataset preconditioned sharpness audit",
+    "dynamics": "",
+    "tracking": "budget record followed tracker",
+    "warmup": "formulas critical schedule persistent trials suggest_text suggest",
+    "train": "cifar idx text config metrics models batched checkpoint data moments plots summary losses loop",
+    "sweep": "grid collect diagrams run report stacked groups executors",
+    "cli": "doctor bench __main__",
+}
+ORDER = [f"{folder}.{name}" if name else folder for folder, row in LAYERS.items() for name in row.split() or [""]]
 EIGEN_MAY_IMPORT = {"eigen", "kernels"}  # a solver sees an operator's n, dtype, device, matmat; not the operators
 FILES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")
+IDS = [str(path.relative_to(PACKAGE)) for path in FILES]
 
 
-def family(path: Path) -> str:
-    """The first component below the package: rop/linear.py -> rop, eigen.py -> eigen."""
-    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+def module_of(path: Path) -> str:
+    """Name a file below the package: rop/linear.py is rop.linear, rop/__init__.py is rop."""
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
 
 
-def imported(path: Path) -> set[str]:
-    """Families of this package that a file imports, late imports inside functions included."""
+MODULES = {module_of(path): path for path in FILES}
+
+
+def rank(module: str) -> int:
+    """Place of a module in the order; a package stands with its last module."""
+    if module in ORDER:
+        return ORDER.index(module)
+    return max(i for i, name in enumerate(ORDER) if name.startswith(f"{module}."))
+
+
+def imports(path: Path) -> list[tuple[str, str]]:
+    """List what a file imports of this package, as (module, name); late imports inside functions included."""
     package = ["sharpkern", *path.relative_to(PACKAGE).parts[:-1]]
-    found = set()
+    found = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
+            found += [(alias.name, "") for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
-            module = ".".join([*base, *([node.module] if node.module else [])])
-            names = [f"{module}.{alias.name}" for alias in node.names] if module else []
-        else:
-            continue
-        found |= {name.split(".")[1] for name in names if name.startswith("sharpkern.")}
-    return found & LAYER_OF.keys()
+            found += [(".".join([*base, *filter(None, [node.module])]), alias.name) for alias in node.names]
+    below = [(module.partition(".")[2], name) for module, name in found if module.partition(".")[0] == "sharpkern"]
+    joined = [(f"{module}.{name}".strip("."), module, name) for module, name in below]
+    return [(whole, "") if whole in MODULES else (module, name) for whole, module, name in joined]
 
 
-def test_every_module_has_a_layer() -> None:
-    assert {family(path) for path in FILES} == LAYER_OF.keys()
+def test_every_module_has_its_place() -> None:
+    packages = {module_of(path) for path in FILES if path.name == "__init__.py"}
+    assert sorted(set(MODULES) - packages) == sorted(ORDER), "LAYERS must name every module once"
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+@pytest.mark.parametrize("path", FILES, ids=IDS)
 def test_imports_point_down(path: Path) -> None:
-    own = family(path)
-    above = {name for name in imported(path) if LAYER_OF[name] > LAYER_OF[own]}
-    assert not above, f"{path.name} ({own}) imports {sorted(above)}, which lie above it"
-    if own == "eigen":
-        assert imported(path) <= EIGEN_MAY_IMPORT
+    own = module_of(path)
+    targets = {module for module, _ in imports(path) if module}
+    above = {module for module in targets if rank(module) > rank(own)}
+    assert not above, f"{own} imports {sorted(above)}, which stand after it in LAYERS"
+    if own.startswith("eigen"):
+        assert {module.split(".")[0] for module in targets} <= EIGEN_MAY_IMPORT
+
+
+@pytest.mark.parametrize("path", FILES, ids=IDS)
+def test_private_names_stay_in_their_module(path: Path) -> None:
+    private = [f"{module}.{name}" for module, name in imports(path) if name.startswith("_") and name not in PUBLIC]
+    assert not private, f"{module_of(path)} imports private names: {private}"
+
+
+PUBLIC = {"_C", "__version__"}
 
 
 def test_upward_import_would_be_seen() -> None:
-    assert {"operators", "eigen"} <= imported(PACKAGE / "measure.py")
-    assert "kernels" in imported(PACKAGE / "rop" / "rules" / "norm.py")
+    assert {"curvature.operators", "eigen"} <= {module for module, _ in imports(PACKAGE / "curvature" / "sharpness.py")}
+    assert "kernels.norm" in {module for module, _ in imports(PACKAGE / "rop" / "rules" / "norm.py")}
+    assert rank("kernels") < rank("rop.layout") < rank("rop.program") < rank("rop") < rank("curvature.operators")

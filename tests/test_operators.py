@@ -23,7 +23,7 @@ from problems import relative as error
 from torch import nn
 
 import sharpkern as sk
-from sharpkern.measure import gradients_of
+from sharpkern.curvature.parameters import gradients_of
 
 
 @pytest.fixture(params=PROBLEMS)

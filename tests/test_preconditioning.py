@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import sharpkern as sk
-from sharpkern.preconditioning import is_adaptive
+from sharpkern.optimizers.preconditioner import is_adaptive
 
 SHAPES = [(3, 5), (7,), (), (2, 1, 4)]
 Make = Callable[[list[nn.Parameter]], torch.optim.Optimizer]

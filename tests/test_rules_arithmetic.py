@@ -9,7 +9,8 @@ import torch
 from rule_truth import check, check_op, curved, double_backward, positive
 from torch import Tensor, nn
 
-from sharpkern.rop import FunctionalLoss, Program, export
+from sharpkern.curvature.losses import FunctionalLoss
+from sharpkern.rop import Program, export
 
 aten = torch.ops.aten
 

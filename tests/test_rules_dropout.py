@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from rule_truth import double_backward, product
 from torch import Tensor, nn
 
-from sharpkern.operators import HessianOperator
-from sharpkern.rop import FunctionalLoss, Program, export
+from sharpkern.curvature.losses import FunctionalLoss
+from sharpkern.curvature.operators import HessianOperator
+from sharpkern.rop import Program, export
 from sharpkern.rop.rules.dropout import Dropout
 
 aten = torch.ops.aten

@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from sharpkern import cli
-from sharpkern.optim import dead_units
+from sharpkern.optimizers.norms import dead_units
 from sharpkern.sweep import stacked
 from sharpkern.sweep.executors import run_sweep
 from sharpkern.sweep.grid import Cell, Sweep, read_sweep
 from sharpkern.sweep.groups import groups, run_group
 from sharpkern.sweep.run import Outcome, run_cell
-from sharpkern.tracker import Record
+from sharpkern.tracking.record import Record
 from sharpkern.train.batched import FCNStack
 from sharpkern.train.config import DataConfig, ModelConfig, TrackingConfig, TrainConfig
 from sharpkern.train.loop import Run

@@ -160,7 +160,7 @@ def test_certifying_leads_out_of_a_wrong_eigenvector() -> None:
     tracker = sk.SharpnessTracker(model, nn.MSELoss(), optimizer, tol=0.1)
     y = torch.randn(5, 1).double()
     tracker.step((x, y))
-    curvature = tracker._curvatures["sharpness"]
+    curvature = tracker._followed["sharpness"]
     state = curvature.solver.state_dict()
     second = torch.eye(5, dtype=torch.float64)[1:2]
     curvature.solver.load_state_dict(state | {"_block": second, "_next": second[0], "_theta": 2 / 5 * 2.8**2})
@@ -187,11 +187,11 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 0.0
-        monkeypatch.setattr("sharpkern.tracker.time.perf_counter", lambda: self.now)
+        monkeypatch.setattr("sharpkern.tracking.tracker.time.perf_counter", lambda: self.now)
         for owner, name, seconds in (
             (sk.HessianOperator, "refresh", 1.0),
             (sk.HessianOperator, "_product", 1.7),
-            (sk.HessianOperator, "_form", 0.8),
+            (sk.HessianOperator, "form_rows", 0.8),
         ):
             monkeypatch.setattr(owner, name, self._slow(getattr(owner, name), seconds))
 
@@ -237,7 +237,7 @@ def test_bounded_steps_report_the_rayleigh_quotient_of_the_last_vector(monkeypat
             bounded += 1
             assert rec.sharpness == pytest.approx(float(vector @ dense @ vector), rel=1e-9)
             assert rec.sharpness <= float(torch.linalg.eigvalsh(dense)[-1]) * (1 + 1e-9)
-        vector = tracker._curvatures["sharpness"].vectors[0]
+        vector = tracker._followed["sharpness"].vectors[0]
     assert bounded >= 5
 
 
@@ -381,7 +381,7 @@ def test_tf32_rounding_is_measured_and_part_of_the_error(monkeypatch: pytest.Mon
         assert rec.matvecs == len(modes[-1])
         # all of the first solve is exact; a comparison ends the first step and the 33rd
         assert modes[-1].strip("f") == "T" if step == 1 else modes[-1].count("f") == (step == 33)
-        (curvature,) = tracker._curvatures.values()
+        (curvature,) = tracker._followed.values()
         if dense is not None:
             assert abs(rec.sharpness - float(torch.linalg.eigvalsh(dense)[-1])) <= rec.sharpness_error
         if step in (1, 33):

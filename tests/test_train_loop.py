@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import sharpkern as sk
-from sharpkern.operators import NonFiniteLossError
+from sharpkern.curvature.losses import NonFiniteLossError
 from sharpkern.train import checkpoint, metrics
 from sharpkern.train.config import DataConfig, ModelConfig, OptimizerConfig, TrainConfig, to_toml
 from sharpkern.train.loop import Run, batch_at

@@ -24,8 +24,8 @@ from torch import Tensor
 from workloads import Workload
 
 import sharpkern as sk
+from sharpkern.curvature.parameters import gradients_of
 from sharpkern.eigen import lobpcg
-from sharpkern.measure import gradients_of
 
 from . import Effort
 from .cold import RIVAL

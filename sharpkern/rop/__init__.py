@@ -1,8 +1,6 @@
 """Pearlmutter's R-operator as a program: export, four sweeps, one rule per op."""
 
 from . import rules as rules
-from .export import FunctionalLoss as FunctionalLoss
-from .export import LossModule as LossModule
 from .export import UnsupportedModelError as UnsupportedModelError
 from .export import export as export
 from .program import Program as Program

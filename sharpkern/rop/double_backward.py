@@ -18,9 +18,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..flat import Layout, flatten
-from . import UnsupportedOpError
 from .export import tensors_of
+from .layout import Layout
+from .rules.fallback import UnsupportedOpError
 
 _WRONG = {"_weight_norm", "_weight_norm_interface"}
 
@@ -79,7 +79,7 @@ class AutogradProgram:
 
     def _flat(self, parts: Sequence[Tensor | None]) -> Tensor:
         filled = [torch.zeros_like(p) if g is None else g for g, p in zip(parts, self.layout.tensors, strict=True)]
-        return flatten(filled).to(self.layout.dtype)
+        return torch.cat([t.reshape(-1) for t in filled]).to(self.layout.dtype)
 
     def backward(self) -> None:
         """Nothing: ``forward`` has done it."""

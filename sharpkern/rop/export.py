@@ -31,52 +31,10 @@ class UnsupportedModelError(RuntimeError):
     """The model cannot be exported to a program of ATen ops; the message names the construct."""
 
 
-class LossModule(nn.Module):
-    """Model and loss as one module: ``(inputs, targets)`` or a dict batch in, loss and model outputs out."""
-
-    def __init__(self, model: nn.Module, loss_fn: Callable[..., Tensor]) -> None:
-        super().__init__()
-        self.model = model
-        self.loss_fn = loss_fn
-
-    def forward(self, batch: Any) -> tuple[Tensor, list[Tensor]]:
-        """Return the scalar loss and every tensor of the model's output."""
-        output = self.output(batch)
-        return self.loss(output, batch), tensors_of(output)
-
-    def output(self, batch: Any) -> Any:
-        """Run the model alone."""
-        inputs = batch if isinstance(batch, Mapping) else batch[0]
-        if isinstance(inputs, Mapping):
-            return self.model(**inputs)
-        return self.model(*inputs) if isinstance(inputs, tuple | list) else self.model(inputs)
-
-    def loss(self, output: Any, batch: Any) -> Tensor:
-        """Run the loss alone: on (output, targets), or on (output, batch) for a dict batch."""
-        return self.loss_fn(output, batch if isinstance(batch, Mapping) else batch[1])
-
-
 def tensors_of(output: Any) -> list[Tensor]:
     """List the tensors of a model's output (a tensor, or a nest of tuples, lists and mappings)."""
     leaves = pytree.tree_leaves(dict(output) if isinstance(output, Mapping) else output)
     return [t for t in leaves if isinstance(t, Tensor)]
-
-
-class FunctionalLoss(nn.Module):
-    """A loss of named parameters and a batch, without a module: ``loss_fn(params, batch)``.
-
-    ``values`` are parameters that share the memory of the tensors given.
-    """
-
-    def __init__(self, params: Mapping[str, Tensor], loss_fn: Callable[..., Tensor]) -> None:
-        super().__init__()
-        self.names = list(params)
-        self.values = nn.ParameterList(list(params.values()))
-        self.loss_fn = loss_fn
-
-    def forward(self, batch: Any) -> tuple[Tensor, list[Tensor]]:
-        """Return the scalar loss; there is no model output."""
-        return self.loss_fn(dict(zip(self.names, self.values, strict=True)), batch), []
 
 
 @dataclass

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ..flat import Layout
 from .export import Graph
+from .layout import Layout
 from .rule import RULES, any_of
 from .rules.fallback import Fallback
 from .rules.head import fuse_head

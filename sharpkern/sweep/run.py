@@ -87,7 +87,7 @@ def begin(cell: Cell) -> Run:
 
 def train(cell: Cell, run: Run) -> dict[str, Any]:
     """Train a run to its end, and return the cell's result."""
-    from ..operators import NonFiniteLossError
+    from ..curvature.losses import NonFiniteLossError
 
     try:
         for _ in run.steps():
@@ -126,8 +126,8 @@ def _initial_sharpness(config: TrainConfig) -> float:
     """Return a network's mean sharpness over its first batches: found once a process, for all cells that share it."""
     from torch import Generator
 
+    from ..curvature.operators import HessianOperator
     from ..eigen import lanczos
-    from ..operators import HessianOperator
     from ..train.data import load
 
     d = config.data
@@ -144,9 +144,9 @@ def _initial_sharpness(config: TrainConfig) -> float:
 
 def _critical(config: TrainConfig, data: Dataset) -> dict[str, Any]:
     """Find the critical learning rate at initialisation, and what warmup would gain by starting there."""
-    from ..critical import critical_learning_rate
     from ..train.loop import build_optimizer
-    from ..warmup import steps_saved, steps_to_target
+    from ..warmup.critical import critical_learning_rate
+    from ..warmup.formulas import steps_saved, steps_to_target
 
     model, loss_fn, (batch,) = _start(config, data, 1)
     o = config.optimizer

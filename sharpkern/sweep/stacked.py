@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..operators import NonFiniteLossError
-from ..tracker import Record, SharpnessTracker
+from ..curvature.losses import NonFiniteLossError
+from ..tracking.record import Record
+from ..tracking.tracker import SharpnessTracker
 from ..train.batched import FCNStack, stacked_losses
 from ..train.loop import Run, batch_at, evaluated_at
 from ..train.losses import loss_targets

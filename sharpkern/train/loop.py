@@ -9,10 +9,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..operators import NonFiniteLossError
-from ..optim import GIAdam, dead_units, optimizer_norms
-from ..tracker import Record, SharpnessTracker
-from ..warmup import WarmupLR
+from ..curvature.losses import NonFiniteLossError
+from ..optimizers.gi_adam import GIAdam
+from ..optimizers.norms import dead_units, optimizer_norms
+from ..tracking.record import Record
+from ..tracking.tracker import SharpnessTracker
+from ..warmup.schedule import WarmupLR
 from . import checkpoint
 from .config import TrainConfig, to_toml
 from .data import Dataset, load

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..curvature.operators import HessianOperator
+from ..curvature.parameters import gradients_of
+from ..curvature.preconditioned import PreconditionedOperator
 from ..eigen import lanczos
-from ..measure import gradients_of
-from ..operators import HessianOperator, PreconditionedOperator
-from ..optim import GIAdam
-from ..preconditioning import preconditioner
+from ..optimizers.gi_adam import GIAdam
+from ..optimizers.preconditioner import preconditioner
 from .metrics import Row
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from . import kernels
+from .. import kernels
 
 Gradients = Literal["next"] | Mapping[Tensor, Tensor] | None
 

@@ -19,7 +19,7 @@ def find(start: Path | None = None) -> Path:
         FileNotFoundError: neither is there.
     """
     here = Path.cwd() if start is None else start
-    for root in (Path(__file__).parents[1], here, *here.parents):
+    for root in (Path(__file__).parents[2], here, *here.parents):
         if (root / SCRIPT).is_file() and (root / "sharpkern").is_dir():
             return root / SCRIPT
     raise FileNotFoundError(

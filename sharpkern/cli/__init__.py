@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 if TYPE_CHECKING:
-    from .train.config import TrainConfig
-    from .train.metrics import Row
+    from ..train.config import TrainConfig
+    from ..train.metrics import Row
 
 USAGE = """usage: sharpkern COMMAND [OPTIONS]
 
@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
         print(USAGE)
         return OK if arguments else USER_ERROR
     if arguments[0] == "--version":
-        from . import __version__
+        from .. import __version__
 
         print(__version__)
         return OK
@@ -100,7 +100,7 @@ def _parse(command: str, description: str, arguments: list[str]) -> tuple[TrainC
         import tyro
     except ImportError as error:
         raise ValueError("the command line needs its extra: pip install 'sharpkern[train]'.") from error
-    from .train.config import PRESETS, TrainConfig, from_toml
+    from ..train.config import PRESETS, TrainConfig, from_toml
 
     rest, sources = _take(arguments, ("--preset", "--config", "--resume"))
     base = TrainConfig()
@@ -181,8 +181,8 @@ def _train(arguments: list[str]) -> int:
         "--data-dir is short for --data.dir, --text-file for --data.text-file."
     )
     config, folder = _parse("train", description, arguments)
-    from .operators import NonFiniteLossError
-    from .train.loop import Run
+    from ..curvature.losses import NonFiniteLossError
+    from ..train.loop import Run
 
     run = Run(config, resume=folder is not None)
     print(f"data: {run.data.note}, {len(run.data.train_inputs)} training examples; run folder: {config.out}")
@@ -227,13 +227,13 @@ def _state(row: Row) -> str:
 
 def _report(config: TrainConfig) -> None:
     """Write and print the summary; draw the plot."""
-    from .train.metrics import read
+    from ..train.metrics import read
 
     rows: list[Row] = read(config.out / "metrics.jsonl")
     if not any(row.get("loss") is not None for row in rows):
         return
-    from .train.plots import plot_run
-    from .train.summary import catapults_of, summarise
+    from ..train.plots import plot_run
+    from ..train.summary import catapults_of, summarise
 
     lines = summarise(rows)
     (config.out / "summary.txt").write_text("\n".join(lines) + "\n")
@@ -264,9 +264,9 @@ def _sweep(arguments: list[str]) -> int:
     given = parser.parse_args(arguments)
     if given.processes is not None and given.processes < 1:
         raise ValueError(f"--processes must be at least 1, got {given.processes}.")
-    from .sweep import executors
-    from .sweep.collect import result_of, table
-    from .sweep.grid import read_sweep
+    from ..sweep import executors
+    from ..sweep.collect import result_of, table
+    from ..sweep.grid import read_sweep
 
     sweep = read_sweep(given.file, given.out)
     done = sum(result_of(cell) is not None for cell in sweep.cells)
@@ -327,7 +327,7 @@ def _report_sweep(arguments: list[str]) -> int:
     parser.add_argument("folder", type=Path, help="of a sweep")
     parser.add_argument("--partial", action="store_true", help="although some cells are not finished")
     given = parser.parse_args(arguments)
-    from .sweep.report import write_report
+    from ..sweep.report import write_report
 
     print(f"report: {write_report(given.folder, partial=given.partial)}")
     return OK
@@ -356,11 +356,11 @@ def _suggest(arguments: list[str]) -> int:
     probe_steps = _number("--probe-steps", own, int)
     import torch
 
-    from .suggest import suggest_warmup
-    from .train.data import load
-    from .train.loop import batch_at, build_model, build_optimizer
-    from .train.losses import build_loss, loss_targets
-    from .train.moments import draw_second_moment
+    from ..train.data import load
+    from ..train.loop import batch_at, build_model, build_optimizer
+    from ..train.losses import build_loss, loss_targets
+    from ..train.moments import draw_second_moment
+    from ..warmup.suggest import suggest_warmup
 
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -395,10 +395,10 @@ def _number(name: str, given: dict[str, str], kind: type) -> Any:
 def _audit(arguments: list[str]) -> int:
     description = "Check the Hessian-vector products of the model, loss and data that the same options would train."
     config, _ = _parse("audit", description, arguments)
-    from .auditing import audit
-    from .train.data import load
-    from .train.loop import batch_at, build_model
-    from .train.losses import build_loss, loss_targets
+    from ..curvature.audit import audit
+    from ..train.data import load
+    from ..train.loop import batch_at, build_model
+    from ..train.losses import build_loss, loss_targets
 
     d = config.data
     data = load(d.name, data_dir=d.dir, text_file=d.text_file, context=d.context, limit=d.limit)
@@ -407,7 +407,3 @@ def _audit(arguments: list[str]) -> int:
     report = audit(build_model(config, data), build_loss(config), tuple(t[:size] for t in batch))
     print("\n".join(report.lines))
     return OK if report.ok else FAILED
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -5,82 +5,29 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import kernels
+from ..curvature.dataset import DatasetHessian
+from ..curvature.losses import NonFiniteLossError
+from ..curvature.operators import HessianOperator
+from ..curvature.parameters import gradients_of
+from ..curvature.preconditioned import PreconditionedOperator
+from ..eigen import WarmLanczos
+from ..eigen import certify as certificate_of
+from ..optimizers.preconditioner import is_adaptive, preconditioner
+from ..optimizers.threshold import stability_threshold
 from .budget import Budget, Status
-from .dataset import DatasetHessian
-from .eigen import EigenResult, WarmLanczos
-from .eigen import certify as certificate_of
-from .kernels.precision import tf32_products
-from .measure import gradients_of
-from .operators import HessianOperator, NonFiniteLossError, PreconditionedOperator
-from .preconditioning import is_adaptive, preconditioner
-from .warmup import stability_threshold
+from .followed import Followed
+from .record import Record
 
 _CERTIFY_FAILURE = 0.01
-_FIRST_SPEED = 0.05  # relative change of the sharpness per step, until it has been seen to change
-_FORGET = 0.7
-_TINY = torch.finfo(torch.float64).tiny
-_ROUNDING_EVERY = 32  # solves
 _TF32_TOL = 0.005  # ten times TF32's rounding of a number: below, residuals would be mostly rounding
 
 _Tracked = HessianOperator | DatasetHessian | PreconditionedOperator
-
-
-@dataclass(frozen=True)
-class Record:
-    """One training step as the tracker saw it, before the update.
-
-    Attributes:
-        step: 1 for the first step.
-        loss: at the parameters before the update, on the step's batch.
-        lr: learning rate of the optimizer's first group, as it was when the step was tracked.
-        grad_norm: Euclidean norm of the gradient.
-        sharpness: largest algebraic eigenvalue of the Hessian.
-        sharpness_error: at a measured step the residual norm (of the two largest Ritz pairs, where they are closer
-            than twice ``tol``) and rounding: an eigenvalue lies this close to ``sharpness``. Else an estimate: that of
-            the last measured step, and by how much the sharpness has probably moved since.
-        preconditioned_sharpness: largest eigenvalue of P^-1 H for an adaptive optimizer, else None.
-        preconditioned_sharpness_error: likewise.
-        threshold: kappa / lr: training is stable on a quadratic while the (preconditioned) sharpness is below it.
-            Infinite when lr is 0; None for an optimizer without a known threshold.
-        ratio: (preconditioned) sharpness / threshold; above 1 is beyond the edge of stability.
-        matvecs: Hessian-vector products spent at this step.
-        status: "measured": solved to ``tol``, or ``converged`` is False. "bounded": the Rayleigh quotient of the last
-            measured vector, a lower bound. "carried": the last value.
-        converged: every solve of this step reached ``tol``.
-        eigenvalues: the k largest of the Hessian, or of P^-1 H for an adaptive optimizer; of the last measured step.
-        overlaps: for each of their vectors, the length of its projection onto the span of those of the measured step
-            before; None at the first. Small ones mark a crossing, or a cluster, whose single vectors mean nothing.
-        upper: with ``certify``: the (preconditioned) sharpness is below this, but with probability 0.01; else None.
-    """
-
-    step: int
-    loss: float
-    lr: float
-    grad_norm: float
-    sharpness: float
-    sharpness_error: float
-    preconditioned_sharpness: float | None
-    preconditioned_sharpness_error: float | None
-    threshold: float | None
-    ratio: float | None
-    matvecs: int
-    status: Status
-    converged: bool
-    eigenvalues: tuple[float, ...]
-    overlaps: tuple[float, ...] | None
-    upper: float | None
-
-    @property
-    def measured(self) -> bool:
-        """Whether the sharpness was solved for at this step."""
-        return self.status == "measured"
 
 
 class SharpnessTracker:
@@ -151,7 +98,7 @@ class SharpnessTracker:
         self._steps = 0
         self._budget = None if budget is None else Budget(budget, tol)
         self._left_at: float | None = None  # clock at the end of the last step
-        self._curvatures: dict[str, _Curvature] = {}
+        self._followed: dict[str, Followed] = {}
         try:
             stability_threshold(optimizer)
             self._adaptive, self._has_threshold = is_adaptive(optimizer), True
@@ -186,7 +133,7 @@ class SharpnessTracker:
                 at_most = min(self.max_matvecs, max(self.k, self._budget.products))
             operators = self._operators(gradients)
             for name, operator in operators.items():
-                curvature = self._curvatures.setdefault(name, _Curvature(self._solver(), self.tf32))
+                curvature = self._followed.setdefault(name, Followed(self._solver(), self.tf32))
                 if status == "bounded":
                     curvature.bound(operator, step)
                     continue
@@ -218,7 +165,7 @@ class SharpnessTracker:
         Raises:
             RuntimeError: nothing has been measured yet.
         """
-        if not self._curvatures:
+        if not self._followed:
             raise RuntimeError("nothing to carry: the first step must be tracker.step(batch).")
         self._steps += 1
         return self._record(loss, grad_norm, 0, "carried", converged=True, upper=None)
@@ -251,7 +198,7 @@ class SharpnessTracker:
         return WarmLanczos(self.k, self.tol, self.max_matvecs, self._generator)
 
     def _choose(self, step: int, own_seconds: float, *, certify: bool) -> Status:
-        if certify or not self._curvatures:
+        if certify or not self._followed:
             return "measured"
         if (step - 1) % self.every:
             return "carried"
@@ -265,7 +212,7 @@ class SharpnessTracker:
         """Time a product and a form, now that their sweeps are recorded; return the products spent on it."""
         products, product_seconds, form_seconds = 0, 0.0, 0.0
         for name, operator in operators.items():
-            curvature = self._curvatures[name]
+            curvature = self._followed[name]
             curvature.bound(operator, step)  # records
             times = [time.perf_counter()]
             curvature.bound(operator, step)
@@ -295,9 +242,9 @@ class SharpnessTracker:
             operators["preconditioned_sharpness"] = PreconditionedOperator(self._tracked, P)
         return operators
 
-    def _deciding(self) -> _Curvature:
+    def _deciding(self) -> Followed:
         """Return the curvature that the threshold is about."""
-        return self._curvatures["preconditioned_sharpness" if self._adaptive else "sharpness"]
+        return self._followed["preconditioned_sharpness" if self._adaptive else "sharpness"]
 
     def _threshold_and_ratio(self) -> tuple[float | None, float | None]:
         if not self._has_threshold:
@@ -309,7 +256,7 @@ class SharpnessTracker:
         self, loss: float, grad_norm: float, matvecs: int, status: Status, *, converged: bool, upper: float | None
     ) -> Record:
         threshold, ratio = self._threshold_and_ratio()
-        sharpness, preconditioned = (self._curvatures.get(n) for n in ("sharpness", "preconditioned_sharpness"))
+        sharpness, preconditioned = (self._followed.get(n) for n in ("sharpness", "preconditioned_sharpness"))
         assert sharpness is not None
         return Record(
             step=self._steps,
@@ -334,7 +281,7 @@ class SharpnessTracker:
         """Return what a resumed run needs to continue identically: tensors and plain Python only."""
         return {
             "steps": self._steps,
-            "curvatures": {name: c.state_dict() for name, c in self._curvatures.items()},
+            "followed": {name: c.state_dict() for name, c in self._followed.items()},
             "budget": None if self._budget is None else self._budget.state_dict(),
             "generator": self._generator.get_state(),
         }
@@ -343,85 +290,8 @@ class SharpnessTracker:
         """Restore ``state_dict()``'s result."""
         self._steps = state["steps"]
         self._generator.set_state(state["generator"])
-        self._curvatures = {name: _Curvature(self._solver(), self.tf32) for name in state["curvatures"]}
-        for name, curvature in self._curvatures.items():
-            curvature.load_state_dict(state["curvatures"][name])
+        self._followed = {name: Followed(self._solver(), self.tf32) for name in state["followed"]}
+        for name, curvature in self._followed.items():
+            curvature.load_state_dict(state["followed"][name])
         if self._budget is not None and state["budget"] is not None:
             self._budget.load_state_dict(state["budget"])
-
-
-@dataclass
-class _Curvature:
-    """One tracked operator: its solver, and what was last seen."""
-
-    solver: WarmLanczos
-    tf32: bool = False
-    value: float = 0.0
-    seen: int = 0  # step of the value
-    speed: float = _FIRST_SPEED
-    error_bound: float = 0.0  # of the last solve
-    rounding: float = 0.0  # of its products by TF32, relative to the value
-    solves: int = 0
-    shortfall: float = 0.0  # of the last solve's start, relative to the value it found
-    eigenvalues: tuple[float, ...] = ()
-    overlaps: tuple[float, ...] | None = None
-    vectors: Tensor | None = field(default=None, repr=False)  # [k, n]
-
-    def solve(self, operator: Any, step: int, extra: Tensor | None, at_most: int | None) -> EigenResult:
-        with tf32_products(on=self.tf32 and self.solves > 0):  # the first one asks for a tenth of tol
-            result = self.solver.step(operator, extra, at_most)
-        self.solves += 1
-        if self.vectors is not None:
-            cosines = kernels.gram(result.eigenvectors, self.vectors)
-            self.overlaps = tuple(torch.linalg.vector_norm(cosines, dim=1).clamp(max=1.0).tolist())
-        self.eigenvalues = tuple(result.eigenvalues.tolist())
-        self.vectors, self.error_bound = result.eigenvectors, float(result.error_bounds[0])
-        self.shortfall = 1 - self.solver.start_value / self.eigenvalues[0] if self.eigenvalues[0] else 0.0
-        self._see(self.eigenvalues[0], step)
-        return result
-
-    def measure_rounding(self, operator: Any) -> int:
-        """Compare both precisions on the Ritz vector, at times; return the products spent."""
-        if not self.tf32 or (self.solves - 1) % _ROUNDING_EVERY:
-            return 0
-        assert self.vectors is not None
-        exact = operator.matvec(self.vectors[0])
-        with tf32_products():
-            rounded = operator.matvec(self.vectors[0])
-        self.rounding = float(torch.linalg.vector_norm(rounded - exact)) / max(abs(self.value), _TINY)
-        return 2
-
-    def bound(self, operator: Any, step: int) -> None:
-        """Take the Rayleigh quotient of the last vector; it misses what the vector has turned since."""
-        assert self.vectors is not None
-        with tf32_products(on=self.tf32):
-            value = float(operator.quadratic_form(self.vectors[0]))
-        self._see(value, step)
-
-    def _see(self, value: float, step: int) -> None:
-        if self.value:
-            speed = abs(value / self.value - 1) / max(1, step - self.seen)
-            self.speed = _FORGET * self.speed + (1 - _FORGET) * speed
-        self.value, self.seen = value, step
-
-    def drift(self, step: int) -> float:
-        """Estimate the relative change since the value was seen."""
-        return self.speed * (step - self.seen)
-
-    @property
-    def turned(self) -> float:
-        """The relative change of the Rayleigh quotient since the solve."""
-        return abs(self.value / self.eigenvalues[0] - 1) if self.eigenvalues[0] else 0.0
-
-    def doubt(self, step: int) -> float:
-        """Return the solve's error bound, its rounding, and what may have changed since."""
-        rounding = self.rounding * abs(self.value)
-        return self.error_bound + rounding + abs(self.value - self.eigenvalues[0]) + self.drift(step) * abs(self.value)
-
-    def state_dict(self) -> dict[str, Any]:
-        state = {name: value for name, value in vars(self).items() if name not in ("solver", "tf32")}
-        return state | {"solver": self.solver.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.solver.load_state_dict(state["solver"])
-        vars(self).update({name: value for name, value in state.items() if name != "solver"})

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .critical import critical_learning_rate, probe_loss
-from .warmup import set_rates
+from .schedule import set_rates
 
 
 class PersistentCatapultLR:

@@ -9,8 +9,8 @@ from importlib import metadata, util
 
 import torch
 
-from . import __version__, kernels
-from .kernels.cpu import native
+from .. import __version__, kernels
+from ..kernels.cpu import native
 
 
 def report() -> list[str]:

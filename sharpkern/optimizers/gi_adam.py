@@ -1,14 +1,15 @@
-"""GI-Adam: Adam whose second moment starts from a gradient instead of zero; and what shows that Adam is failing."""
+"""GI-Adam: Adam whose second moment starts from a gradient instead of zero."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.optimizer import ParamsT
+
+from .norms import total_norm
 
 
 class GIAdam(torch.optim.Adam):
@@ -133,66 +134,7 @@ class GIAdam(torch.optim.Adam):
             super()._init_group(group, [], [], [], [], [], [])
         if self.v0 == "random":
             drawn = {p: torch.randn_like(g) for p, g in first.items()}
-            scale = _norm(list(first.values())) / (_norm(list(drawn.values())) or 1.0)
+            scale = total_norm(list(first.values())) / (total_norm(list(drawn.values())) or 1.0)
             first = {p: z.mul_(scale) for p, z in drawn.items()}
         for p, g in first.items():
             self.state[p]["exp_avg_sq"].copy_(g).square_()
-
-
-def optimizer_norms(optimizer: torch.optim.Optimizer) -> dict[str, float]:
-    """Return the norms that tell a failing Adam: a spike of ``g`` inflates ``v`` for about ``1 / (1 - b2)`` steps.
-
-    Args:
-        optimizer: any; the moments are those of Adam and its like, RMSprop, and SGD with momentum. Only read.
-
-    Returns:
-        Euclidean norms over all parameters: "theta" parameters, "g" gradients in ``p.grad``, "m" first moment, "v"
-        second moment (of squares, without a root). 0 for what is missing.
-
-    Source: Kalra and Barkeshli, Why warmup the learning rate? (2024), on Adam's training failures.
-
-    >>> w = nn.Parameter(torch.tensor([3.0, 4.0]))
-    >>> optimizer_norms(torch.optim.Adam([w]))
-    {'theta': 5.0, 'g': 0.0, 'm': 0.0, 'v': 0.0}
-    """
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    states = [optimizer.state.get(p, {}) for p in params]
-    found = {
-        "theta": [p.detach() for p in params],
-        "g": [p.grad for p in params],
-        "m": [s.get("exp_avg", s.get("momentum_buffer")) for s in states],
-        "v": [s.get("exp_avg_sq", s.get("square_avg")) for s in states],
-    }
-    return {name: _norm([t for t in tensors if t is not None]) for name, tensors in found.items()}
-
-
-def dead_units(model: nn.Module) -> float:
-    """Return the share of units whose incoming weights all have a gradient of exactly zero.
-
-    A unit is a row of a weight of two or more dimensions, embeddings aside. A ReLU that is off for every example of
-    the batch is one such unit; so is every unit of a layer that no gradient reaches.
-
-    Args:
-        model: after ``backward()`` or ``tracker.step()``; reads ``p.grad``.
-
-    Returns:
-        0 to 1.
-
-    Raises:
-        RuntimeError: no such weight has a gradient.
-
-    >>> layer = nn.Linear(2, 4)
-    >>> layer(torch.ones(1, 2))[0, 0].backward()
-    >>> dead_units(layer)
-    0.75
-    """
-    looked_up = {m.weight for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)}
-    grads = [p.grad for p in model.parameters() if p.ndim >= 2 and p.grad is not None and p not in looked_up]
-    if not grads:
-        raise RuntimeError("no weight has a gradient: run backward() first.")
-    dead = sum(int((g.flatten(1) == 0).all(1).sum()) for g in grads)
-    return dead / sum(len(g) for g in grads)
-
-
-def _norm(tensors: list[Tensor]) -> float:
-    return math.sqrt(sum(float(torch.linalg.vector_norm(t, dtype=torch.float64)) ** 2 for t in tensors))

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .operators import HessianOperator, _Parametrised
+from .base import ParameterOperator
+from .operators import HessianOperator
 
 
-class DatasetHessian(_Parametrised):
+class DatasetHessian(ParameterOperator):
     """The exact Hessian over all batches of a loader: each product runs through them, primal sweeps included.
 
     Args:
@@ -53,11 +54,11 @@ class DatasetHessian(_Parametrised):
             self._hessian.refresh(batch)
             yield float(_examples(batch)) if self.reduction == "mean" else 1.0
 
-    def _apply(self, block: Tensor) -> Tensor:
-        return self._total(lambda: self._hessian._apply(block))
+    def apply_rows(self, block: Tensor) -> Tensor:
+        return self._total(lambda: self._hessian.apply_rows(block))
 
-    def _form(self, block: Tensor) -> Tensor:
-        return self._total(lambda: self._hessian._form(block))
+    def form_rows(self, block: Tensor) -> Tensor:
+        return self._total(lambda: self._hessian.form_rows(block))
 
     def _total(self, term: Callable[[], Tensor]) -> Tensor:
         total, weights = None, 0.0

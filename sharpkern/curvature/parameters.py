@@ -2,48 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from .kernels.cpu.huge_pages import empty
-
-
-class Layout:
-    """Where each parameter lies in a flat vector: the order of ``named_parameters()``, no gaps.
-
-    A tensor that has two names (tied weights) appears once, under its first name.
-    """
-
-    def __init__(self, params: Mapping[str, Tensor]) -> None:
-        self.names = list(params)
-        self.tensors = list(params.values())
-        self.shapes = [t.shape for t in self.tensors]
-        self.offsets = [0]
-        for t in self.tensors:
-            self.offsets.append(self.offsets[-1] + t.numel())
-        self.n = self.offsets[-1]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of flat vectors: float64 when every parameter is, else float32."""
-        return torch.float64 if all(t.dtype == torch.float64 for t in self.tensors) else torch.float32
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the parameters."""
-        return self.tensors[0].device
-
-    def empty(self, k: int) -> Tensor:
-        """Return memory for k vectors, ``[k, n]``."""
-        return empty(k, self.n, self.dtype, self.device)
-
-    def views(self, block: Tensor) -> Iterator[Tensor]:
-        """View each parameter's part of a ``[k, n]`` block as ``[k, *shape]``."""
-        k = block.shape[0]
-        for start, stop, shape in zip(self.offsets, self.offsets[1:], self.shapes, strict=False):
-            yield block[:, start:stop].view(k, *shape)
+from ..rop.layout import Layout
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -95,3 +60,46 @@ def unflatten(v: Tensor, model: nn.Module | Mapping[str, Tensor]) -> dict[str, T
     if v.shape != (layout.n,):
         raise ValueError(f"v must be [{layout.n}] for these {len(layout.names)} parameters, got {list(v.shape)}.")
     return {name: part[0] for name, part in zip(layout.names, layout.views(v[None]), strict=True)}
+
+
+def select_parameters(
+    model: nn.Module | None, params: Mapping[str, Tensor] | Iterable[str] | Iterable[Tensor] | None
+) -> dict[str, Tensor]:
+    """Resolve names, tensors, a dict or None to name -> parameter in the order of ``model.named_parameters()``.
+
+    Raises:
+        ValueError: an unknown name or tensor, or nothing selected.
+    """
+    if model is None:
+        if not isinstance(params, Mapping) or not params:
+            raise ValueError("a functional loss (model=None) needs params: a dict name -> tensor.")
+        return dict(params)
+    everything: dict[str, Tensor] = dict(model.named_parameters())
+    if params is None:
+        chosen: dict[str, Tensor] = dict(trainable(model))
+    else:
+        wanted = list(params.values() if isinstance(params, Mapping) else params)
+        by_id = {id(p): name for name, p in everything.items()}
+        names = {w if isinstance(w, str) else by_id.get(id(w), f"a tensor of shape {list(w.shape)}") for w in wanted}
+        if unknown := names - everything.keys():
+            raise ValueError(f"not among the model's parameters: {sorted(unknown)}. It has {list(everything)}.")
+        chosen = {name: p for name, p in everything.items() if name in names}
+    if not chosen:
+        raise ValueError("no parameter is selected: the model has none with requires_grad=True.")
+    return chosen
+
+
+class _HasGradient(Protocol):
+    """An operator with a gradient, such as ``HessianOperator``."""
+
+    params: dict[str, Tensor]
+
+    @property
+    def gradient(self) -> Tensor:
+        """``[n]``."""
+
+
+def gradients_of(hessian: _HasGradient) -> dict[Tensor, Tensor]:
+    """Map each parameter to its gradient, a view of ``hessian.gradient`` in the parameter's shape."""
+    views = hessian.gradient.split([p.numel() for p in hessian.params.values()])
+    return {p: g.view(p.shape).to(p.dtype) for p, g in zip(hessian.params.values(), views, strict=True)}

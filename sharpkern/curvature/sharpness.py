@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .eigen import EigenResult, lanczos
-from .operators import HessianOperator, PreconditionedOperator
-from .preconditioning import preconditioner
+from ..eigen import EigenResult, lanczos
+from ..optimizers.preconditioner import preconditioner
+from .operators import HessianOperator
+from .parameters import gradients_of
+from .preconditioned import PreconditionedOperator
 
 
 @dataclass(frozen=True)
@@ -116,12 +118,6 @@ def preconditioned_sharpness(
     P = preconditioner(optimizer, gradients=gradients_of(hessian))
     operator = PreconditionedOperator(hessian, P)
     return _top(lanczos(operator, tol=tol, v0=v0, max_matvecs=max_matvecs, generator=generator))
-
-
-def gradients_of(hessian: HessianOperator) -> dict[Tensor, Tensor]:
-    """Map each parameter to its gradient, a view of ``hessian.gradient`` in the parameter's shape."""
-    views = hessian.gradient.split([p.numel() for p in hessian.params.values()])
-    return {p: g.view(p.shape).to(p.dtype) for p, g in zip(hessian.params.values(), views, strict=True)}
 
 
 def _top(result: EigenResult) -> Sharpness:

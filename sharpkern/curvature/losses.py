@@ -1,0 +1,63 @@
+"""Model and loss as one module, the forms of batch that are accepted, and the error of a loss that is not finite."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..rop.export import tensors_of
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss is NaN or infinite. Attributes: ``loss`` (float), ``step`` (int, or None outside training)."""
+
+    def __init__(self, loss: float, step: int | None = None) -> None:
+        self.loss, self.step = loss, step
+        where = "" if step is None else f" at step {step}"
+        super().__init__(
+            f"the loss is {loss}{where}: the learning rate may be too high, or the batch holds bad values."
+        )
+
+
+class LossModule(nn.Module):
+    """Model and loss as one module: ``(inputs, targets)`` or a dict batch in, loss and model outputs out."""
+
+    def __init__(self, model: nn.Module, loss_fn: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.model = model
+        self.loss_fn = loss_fn
+
+    def forward(self, batch: Any) -> tuple[Tensor, list[Tensor]]:
+        """Return the scalar loss and every tensor of the model's output."""
+        output = self.output(batch)
+        return self.loss(output, batch), tensors_of(output)
+
+    def output(self, batch: Any) -> Any:
+        """Run the model alone."""
+        inputs = batch if isinstance(batch, Mapping) else batch[0]
+        if isinstance(inputs, Mapping):
+            return self.model(**inputs)
+        return self.model(*inputs) if isinstance(inputs, tuple | list) else self.model(inputs)
+
+    def loss(self, output: Any, batch: Any) -> Tensor:
+        """Run the loss alone: on (output, targets), or on (output, batch) for a dict batch."""
+        return self.loss_fn(output, batch if isinstance(batch, Mapping) else batch[1])
+
+
+class FunctionalLoss(nn.Module):
+    """A loss of named parameters and a batch, without a module: ``loss_fn(params, batch)``.
+
+    ``values`` are parameters that share the memory of the tensors given.
+    """
+
+    def __init__(self, params: Mapping[str, Tensor], loss_fn: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.names = list(params)
+        self.values = nn.ParameterList(list(params.values()))
+        self.loss_fn = loss_fn
+
+    def forward(self, batch: Any) -> tuple[Tensor, list[Tensor]]:
+        """Return the scalar loss; there is no model output."""
+        return self.loss_fn(dict(zip(self.names, self.values, strict=True)), batch), []

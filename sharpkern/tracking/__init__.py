@@ -1,0 +1,1 @@
+"""Sharpness at every training step."""

@@ -1,0 +1,101 @@
+"""One tracked operator: its solver, and what was last seen of its eigenvalues."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import kernels
+from ..eigen import EigenResult, WarmLanczos
+from ..kernels.precision import tf32_products
+
+_FIRST_SPEED = 0.05  # relative change of the sharpness per step, until it has been seen to change
+
+
+_FORGET = 0.7
+
+
+_TINY = torch.finfo(torch.float64).tiny
+
+
+_ROUNDING_EVERY = 32  # solves
+
+
+@dataclass
+class Followed:
+    """One tracked operator: its solver, and what was last seen."""
+
+    solver: WarmLanczos
+    tf32: bool = False
+    value: float = 0.0
+    seen: int = 0  # step of the value
+    speed: float = _FIRST_SPEED
+    error_bound: float = 0.0  # of the last solve
+    rounding: float = 0.0  # of its products by TF32, relative to the value
+    solves: int = 0
+    shortfall: float = 0.0  # of the last solve's start, relative to the value it found
+    eigenvalues: tuple[float, ...] = ()
+    overlaps: tuple[float, ...] | None = None
+    vectors: Tensor | None = field(default=None, repr=False)  # [k, n]
+
+    def solve(self, operator: Any, step: int, extra: Tensor | None, at_most: int | None) -> EigenResult:
+        with tf32_products(on=self.tf32 and self.solves > 0):  # the first one asks for a tenth of tol
+            result = self.solver.step(operator, extra, at_most)
+        self.solves += 1
+        if self.vectors is not None:
+            cosines = kernels.gram(result.eigenvectors, self.vectors)
+            self.overlaps = tuple(torch.linalg.vector_norm(cosines, dim=1).clamp(max=1.0).tolist())
+        self.eigenvalues = tuple(result.eigenvalues.tolist())
+        self.vectors, self.error_bound = result.eigenvectors, float(result.error_bounds[0])
+        self.shortfall = 1 - self.solver.start_value / self.eigenvalues[0] if self.eigenvalues[0] else 0.0
+        self._see(self.eigenvalues[0], step)
+        return result
+
+    def measure_rounding(self, operator: Any) -> int:
+        """Compare both precisions on the Ritz vector, at times; return the products spent."""
+        if not self.tf32 or (self.solves - 1) % _ROUNDING_EVERY:
+            return 0
+        assert self.vectors is not None
+        exact = operator.matvec(self.vectors[0])
+        with tf32_products():
+            rounded = operator.matvec(self.vectors[0])
+        self.rounding = float(torch.linalg.vector_norm(rounded - exact)) / max(abs(self.value), _TINY)
+        return 2
+
+    def bound(self, operator: Any, step: int) -> None:
+        """Take the Rayleigh quotient of the last vector; it misses what the vector has turned since."""
+        assert self.vectors is not None
+        with tf32_products(on=self.tf32):
+            value = float(operator.quadratic_form(self.vectors[0]))
+        self._see(value, step)
+
+    def _see(self, value: float, step: int) -> None:
+        if self.value:
+            speed = abs(value / self.value - 1) / max(1, step - self.seen)
+            self.speed = _FORGET * self.speed + (1 - _FORGET) * speed
+        self.value, self.seen = value, step
+
+    def drift(self, step: int) -> float:
+        """Estimate the relative change since the value was seen."""
+        return self.speed * (step - self.seen)
+
+    @property
+    def turned(self) -> float:
+        """The relative change of the Rayleigh quotient since the solve."""
+        return abs(self.value / self.eigenvalues[0] - 1) if self.eigenvalues[0] else 0.0
+
+    def doubt(self, step: int) -> float:
+        """Return the solve's error bound, its rounding, and what may have changed since."""
+        rounding = self.rounding * abs(self.value)
+        return self.error_bound + rounding + abs(self.value - self.eigenvalues[0]) + self.drift(step) * abs(self.value)
+
+    def state_dict(self) -> dict[str, Any]:
+        state = {name: value for name, value in vars(self).items() if name not in ("solver", "tf32")}
+        return state | {"solver": self.solver.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.solver.load_state_dict(state["solver"])
+        vars(self).update({name: value for name, value in state.items() if name != "solver"})

@@ -1,0 +1,58 @@
+"""One training step as the tracker saw it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .budget import Status
+
+
+@dataclass(frozen=True)
+class Record:
+    """One training step as the tracker saw it, before the update.
+
+    Attributes:
+        step: 1 for the first step.
+        loss: at the parameters before the update, on the step's batch.
+        lr: learning rate of the optimizer's first group, as it was when the step was tracked.
+        grad_norm: Euclidean norm of the gradient.
+        sharpness: largest algebraic eigenvalue of the Hessian.
+        sharpness_error: at a measured step the residual norm (of the two largest Ritz pairs, where they are closer
+            than twice ``tol``) and rounding: an eigenvalue lies this close to ``sharpness``. Else an estimate: that of
+            the last measured step, and by how much the sharpness has probably moved since.
+        preconditioned_sharpness: largest eigenvalue of P^-1 H for an adaptive optimizer, else None.
+        preconditioned_sharpness_error: likewise.
+        threshold: kappa / lr: training is stable on a quadratic while the (preconditioned) sharpness is below it.
+            Infinite when lr is 0; None for an optimizer without a known threshold.
+        ratio: (preconditioned) sharpness / threshold; above 1 is beyond the edge of stability.
+        matvecs: Hessian-vector products spent at this step.
+        status: "measured": solved to ``tol``, or ``converged`` is False. "bounded": the Rayleigh quotient of the last
+            measured vector, a lower bound. "carried": the last value.
+        converged: every solve of this step reached ``tol``.
+        eigenvalues: the k largest of the Hessian, or of P^-1 H for an adaptive optimizer; of the last measured step.
+        overlaps: for each of their vectors, the length of its projection onto the span of those of the measured step
+            before; None at the first. Small ones mark a crossing, or a cluster, whose single vectors mean nothing.
+        upper: with ``certify``: the (preconditioned) sharpness is below this, but with probability 0.01; else None.
+    """
+
+    step: int
+    loss: float
+    lr: float
+    grad_norm: float
+    sharpness: float
+    sharpness_error: float
+    preconditioned_sharpness: float | None
+    preconditioned_sharpness_error: float | None
+    threshold: float | None
+    ratio: float | None
+    matvecs: int
+    status: Status
+    converged: bool
+    eigenvalues: tuple[float, ...]
+    overlaps: tuple[float, ...] | None
+    upper: float | None
+
+    @property
+    def measured(self) -> bool:
+        """Whether the sharpness was solved for at this step."""
+        return self.status == "measured"

@@ -1,0 +1,1 @@
+"""Learning-rate warmup: schedules, the critical learning rate, and a measured suggestion."""

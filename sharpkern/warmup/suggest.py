@@ -1,0 +1,148 @@
+"""Which warmup a model needs: measured at its initial state, and tried out on copies."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..dynamics import Regime
+from ..optimizers.threshold import stability_threshold
+from .critical import CriticalLR
+from .suggest_text import TRENDS, say_critical, say_largest, say_sharpness, say_start, say_warmup
+from .trials import Probe, Trial, batches_of, holding
+
+
+@dataclass(frozen=True)
+class WarmupSuggestion:
+    """A warmup, and what it rests on. ``print`` it.
+
+    Attributes:
+        sharpness: lambda_0, mean over batches; of ``P^-1 H`` for an adaptive optimizer.
+        critical: eta_c of the first batch, whole; ``critical_lr`` is the median over batches.
+        critical_lr: the smallest learning rate whose first step raises the loss.
+        regime: the natural trend of the sharpness below the threshold.
+        lr_init, warmup_steps, lr_target: recommended, as arguments of ``WarmupLR``; linear.
+        lr_target_max: the largest target that held, in runs this short: the loss stayed below twice the first, and fell
+            at least half as much as in the best run.
+        trials: the runs behind it.
+        evidence: why, a sentence for each of "sharpness", "critical_lr", "regime", "lr_target_max", "lr_target",
+            "lr_init", "warmup_steps", "cost".
+        forward_passes, gradients, matvecs: what it cost, ``matvecs`` in Hessian-vector products.
+    """
+
+    sharpness: float
+    critical: CriticalLR
+    critical_lr: float
+    regime: Regime
+    lr_init: float
+    warmup_steps: int
+    lr_target: float
+    lr_target_max: float
+    trials: list[Trial]
+    evidence: dict[str, str]
+    forward_passes: int
+    gradients: int
+    matvecs: int
+
+    def __str__(self) -> str:
+        return "\n".join(self.evidence.values())
+
+
+def suggest_warmup(
+    model: nn.Module,
+    loss_fn: Callable[..., Tensor],
+    data: Any,
+    optimizer: torch.optim.Optimizer,
+    *,
+    lr_target: float | None = None,
+    probe_steps: int = 64,
+    batches: int = 4,
+) -> WarmupSuggestion:
+    """Measure a model at its present state, and recommend where to start, how long to warm up and how far to go.
+
+    1. Sharpness lambda_0 and critical learning rate eta_c, on a few batches.
+    2. Natural trend: a warmup of a copy from 0 to the threshold ``kappa / lambda_0``, its sharpness tracked.
+    3. Targets eta_c, 2 eta_c, 4 eta_c, ... with the longest warmup, each on a fresh copy, while they hold: the loss
+       stays below twice the first and falls at least half as much as in the best run. The last is ``lr_target_max``.
+       If not even eta_c holds, eta_c / 2, eta_c / 4, ... until two hold.
+    4. For the target, warmups of 1, 4, 16, ... steps; the shortest that holds.
+
+    eta_init is eta_c: a warmup from zero spends steps below it, where no catapult can happen. Where training at eta_c
+    itself does not hold (momentum gathers speed, some transformers), it is a tenth of the target. Model, optimizer and
+    random states are left as they are.
+
+    Args:
+        model: in training mode, at the state to start from; must allow ``copy.deepcopy`` together with the optimizer.
+        loss_fn: ``(output, targets) -> scalar``.
+        data: a ``DataLoader`` or list of batches, gone through again and again; or one batch, a tuple or dict.
+        optimizer: SGD, Adam, AdamW, GIAdam or RMSprop; learning rates are its first group's, the others keep their
+            ratio to it.
+        lr_target: the target that you want; None recommends the one that learnt most.
+        probe_steps: longest warmup tried; a run has a quarter more steps. Longer training may fail later.
+        batches: how many batches lambda_0 and eta_c are measured on.
+
+    Returns:
+        A ``WarmupSuggestion``.
+
+    Raises:
+        TypeError: the optimizer's threshold is not known.
+        ValueError: an argument is out of range, no batch, data that can be read only once, a sharpness that is not
+            positive, a first step that does not descend.
+        NonFiniteLossError: the loss is NaN or infinite at the present state.
+        RuntimeError: no target trained, down to eta_c / 64.
+
+    Cost: 6 to 16 runs of ``1.25 probe_steps`` training steps, a few dozen forward passes, 100 to 600 Hessian-vector
+    products; counted in the result. Memory: one copy of model and optimizer.
+    Source: Kalra and Barkeshli, Why warmup the learning rate? (2024), for eta_init = eta_c, a tenth of the target, and
+    raising T_wrm until spikes are small; the trials and their limits (half, twice) are ours.
+    """
+    if probe_steps < 8 or batches < 1:
+        raise ValueError(f"probe_steps must be at least 8 and batches at least 1, got {probe_steps} and {batches}.")
+    if lr_target is not None and not 0 < lr_target < math.inf:
+        raise ValueError(f"lr_target must be positive and finite, got {lr_target}.")
+    kappa = stability_threshold(optimizer)
+    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    with torch.random.fork_rng(devices):
+        probe = Probe(model, loss_fn, batches_of(data), optimizer, probe_steps)
+        sharpness, gi_adam = probe.sharpness(batches)
+        if sharpness <= 0:
+            raise ValueError(f"the sharpness is {sharpness:.4g}, not positive: train a few steps first.")
+        first, critical = probe.critical(batches, kappa / sharpness)
+        regime = probe.trend(kappa, kappa / sharpness)
+        trials = probe.targets(critical)
+        held = holding(trials)
+        if not held:
+            raise RuntimeError(
+                f"no learning rate from {trials[-1].lr_target:.4g} to {critical:.4g} held for {probe_steps * 5 // 4} "
+                f"steps: check loss and data, or give more probe_steps."
+            )
+        top = max(t.lr_target for t in held)
+        target = max(held, key=lambda t: t.fall).lr_target if lr_target is None else lr_target
+        start = min(critical, target) if trials[0] in held else min(critical, target / 10)
+        warmups = probe.warmups(target, start)
+    all_held = holding([*trials, *warmups])
+    good = [t for t in warmups if t in all_held]
+    chosen = good[0] if good else min(warmups, key=lambda t: t.peak)
+    lr_init = start if chosen.warmup_steps > 1 else target
+    evidence = {
+        "sharpness": say_sharpness(sharpness, gi_adam, kappa, probe, min(batches, probe.seen)),
+        "critical_lr": say_critical(critical, first, sharpness, kappa),
+        "regime": f"Natural trend: {TRENDS[regime.name]} ({regime.name}): {regime.evidence}",
+        "lr_target_max": say_largest(top, trials),
+        "lr_target": f"Recommended target: {target:.4g}"
+        + (", as asked" if lr_target is not None else ", which learnt most")
+        + (f"; it is above the largest sensible one, {top:.4g}." if target > top else "."),
+        "lr_init": say_start(lr_init, target, critical),
+        "warmup_steps": say_warmup(chosen, warmups, bool(good)),
+        "cost": f"Cost: {probe.forward_passes} forward passes, {probe.gradients} gradients, {probe.matvecs} "
+        "Hessian-vector products.",
+    }  # fmt: skip
+    return WarmupSuggestion(
+        sharpness, first, critical, regime, lr_init, chosen.warmup_steps, target, top, [*trials, *warmups], evidence,
+        probe.forward_passes, probe.gradients, probe.matvecs,
+    )  # fmt: skip

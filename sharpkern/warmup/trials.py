@@ -1,0 +1,205 @@
+"""The measurements and short runs behind a warmup suggestion, and what they cost."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from ..curvature.losses import LossModule, NonFiniteLossError
+from ..curvature.operators import HessianOperator
+from ..curvature.parameters import gradients_of, trainable
+from ..curvature.preconditioned import PreconditionedOperator
+from ..dynamics import Regime, classify_regime
+from ..eigen import SymmetricOperator, lanczos
+from ..optimizers.gi_adam import GIAdam
+from ..optimizers.preconditioner import is_adaptive, preconditioner
+from ..tracking.record import Record
+from ..tracking.tracker import SharpnessTracker
+from .critical import CriticalLR, critical_learning_rate
+from .schedule import WarmupLR, set_rates
+
+_DOUBLINGS = 12
+
+
+_SPIKE = 2.0  # a run holds only if its loss stays below so many times the first
+
+
+_HOPELESS = 100.0  # a loss so many times the first ends a run
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A short training run of a copy.
+
+    Attributes:
+        lr_target, lr_init, warmup_steps: its schedule.
+        peak: largest loss over the first loss, both means over a few steps with minibatches; infinite if it diverged.
+        fall: first loss less last loss, over the first: 0 is nothing learnt, 1 everything; negative infinity if it
+            diverged, or was stopped at 100 times the first loss.
+    """
+
+    lr_target: float
+    lr_init: float
+    warmup_steps: int
+    peak: float
+    fall: float
+
+
+@dataclass
+class Probe:
+    """The measurements, and what they cost."""
+
+    model: nn.Module
+    loss_fn: Callable[..., Tensor]
+    data: Iterable[Any]
+    optimizer: torch.optim.Optimizer
+    steps: int
+    forward_passes: int = 0
+    gradients: int = 0
+    matvecs: int = 0
+    seen: int = 0
+    ratios: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        rates = [float(group["lr"]) for group in self.optimizer.param_groups]
+        if rates[0] == 0 and any(rates):
+            raise ValueError(f"the first group's lr is 0 and another's is {max(rates)}: their ratio is unknown.")
+        self.ratios = [1.0 if lr == rates[0] else lr / rates[0] for lr in rates]
+        self.width = 5 if len(list(itertools.islice(self.data, 2))) > 1 else 1  # steps averaged against noise
+
+    def sharpness(self, batches: int) -> tuple[float, float | None]:
+        """Return the mean sharpness over batches, and GI-Adam's of the first if the optimizer is a fresh Adam."""
+        found: list[float] = []
+        gi_adam, hessian = None, None
+        generator = torch.Generator().manual_seed(0)
+        for batch in itertools.islice(self.data, batches):
+            if hessian is None:
+                hessian = HessianOperator(self.model, self.loss_fn, batch)
+            else:
+                hessian.refresh(batch)
+            self.gradients += 1
+            operators: list[SymmetricOperator] = [hessian]
+            if is_adaptive(self.optimizer):
+                gradients = gradients_of(hessian)
+                operators = [PreconditionedOperator(hessian, preconditioner(self.optimizer, gradients=gradients))]
+                if type(self.optimizer) is torch.optim.Adam and not self.optimizer.state and not found:
+                    group = self.optimizer.param_groups[0]
+                    twin = GIAdam(list(gradients), betas=group["betas"], eps=group["eps"])
+                    operators.append(PreconditionedOperator(hessian, preconditioner(twin, gradients=gradients)))
+            results = [lanczos(op, tol=1e-3, max_matvecs=100, generator=generator) for op in operators]
+            self.matvecs += sum(r.matvecs for r in results)
+            found.append(float(results[0].eigenvalues[0]))
+            gi_adam = float(results[1].eigenvalues[0]) if len(results) > 1 else gi_adam
+        self.seen = len(found)
+        return statistics.fmean(found), gi_adam
+
+    def critical(self, batches: int, start: float) -> tuple[CriticalLR, float]:
+        """Return eta_c of the first batch, and the median over batches."""
+        rise = 0.01 if is_adaptive(self.optimizer) else 0.1
+        found: list[CriticalLR] = []
+        for batch in itertools.islice(self.data, batches):
+            found.append(
+                critical_learning_rate(
+                    self.model, self.loss_fn, batch, self.optimizer, start=found[-1] if found else start, rise=rise
+                )
+            )
+            self.forward_passes += found[-1].forward_passes
+            self.gradients += 1
+        median = statistics.median(c.value for c in found)
+        if not 0 < median < math.inf:
+            raise ValueError(f"the critical learning rate is {median}: the optimizer's first step does not descend.")
+        return found[0], median
+
+    def trend(self, kappa: float, top: float) -> Regime:
+        """Warm a copy up from 0 to the threshold, tracking its sharpness."""
+        model, optimizer = copy.deepcopy((self.model, self.optimizer))
+        schedule = WarmupLR(optimizer, [top * ratio for ratio in self.ratios], self.steps)
+        tracker = SharpnessTracker(model, self.loss_fn, optimizer, tol=0.03)
+        records: list[Record] = []
+        for batch in itertools.islice(_endless(self.data), self.steps):
+            try:
+                records.append(tracker.step(batch))
+            except NonFiniteLossError:
+                break
+            optimizer.step()
+            schedule.step()
+        self.gradients += len(records)
+        self.matvecs += sum(r.matvecs for r in records)
+        adaptive = is_adaptive(optimizer)
+        curvature = [r.preconditioned_sharpness if adaptive else r.sharpness for r in records]
+        return classify_regime(curvature, [r.lr for r in records], kappa, smooth=self.width)
+
+    def targets(self, critical: float) -> list[Trial]:
+        """Try targets around eta_c, the first at eta_c without a warmup: doubled while they hold, else halved."""
+        trials = [self.run(critical, critical, 1)]
+        recovers = bool(holding(trials))
+        if not recovers:
+            trials.append(self.run(critical, critical / 10, self.steps))
+        if trials[-1] in holding(trials):
+            while trials[-1] in holding(trials) and trials[-1].lr_target < 2**_DOUBLINGS * critical:
+                target = 2 * trials[-1].lr_target
+                trials.append(self.run(target, critical if recovers else target / 10, self.steps))
+            return trials
+        while len(holding(trials)) < 2 and trials[-1].lr_target > critical / 64:
+            target = trials[-1].lr_target / 2
+            trials.append(self.run(target, target / 10, self.steps))
+        return trials
+
+    def warmups(self, target: float, start: float) -> list[Trial]:
+        """Try ever longer warmups to a target."""
+        if start >= target:
+            return [self.run(target, target, 1)]
+        lengths = [4**k for k in range(20) if 4**k < self.steps]
+        return [self.run(target, start, length) for length in (*lengths, self.steps)]
+
+    def run(self, target: float, start: float, warmup: int) -> Trial:
+        """Train a copy with a warmup of some steps to a target, from ``start``."""
+        model, optimizer = copy.deepcopy((self.model, self.optimizer))
+        module, params = LossModule(model, self.loss_fn), list(trainable(model).values())
+        losses: list[float] = []
+        for t, batch in enumerate(itertools.islice(_endless(self.data), self.steps * 5 // 4), start=1):
+            lr = start + (target - start) * min(1.0, t / warmup)
+            set_rates(optimizer, [lr * ratio for ratio in self.ratios])
+            loss = module(batch)[0]
+            losses.append(float(loss.detach()))
+            self.gradients += 1
+            if not losses[-1] <= losses[0] + (_HOPELESS - 1) * abs(losses[0]):
+                peak = losses[-1] / losses[0] if math.isfinite(losses[-1]) else math.inf
+                return Trial(target, start, warmup, peak, -math.inf)
+            for p, g in zip(params, torch.autograd.grad(loss, params, allow_unused=True), strict=True):
+                p.grad = g
+            optimizer.step()
+        means = [statistics.fmean(losses[i : i + self.width]) for i in range(len(losses) - self.width + 1)]
+        last = statistics.fmean(losses[-max(self.width, self.steps // 8) :])
+        return Trial(target, start, warmup, max(means) / means[0], 1 - last / means[0])
+
+
+def batches_of(data: Any) -> Iterable[Any]:
+    """Turn data into something to go through again and again."""
+    if isinstance(data, tuple | Mapping):
+        return [data]
+    if isinstance(data, Iterator):
+        raise ValueError("data can be read only once: give a list of batches, a DataLoader, or one batch as a tuple.")
+    if not isinstance(data, Iterable) or (not isinstance(data, DataLoader) and not any(True for _ in data)):
+        raise ValueError(f"data must be a DataLoader, a list of batches, or one batch, got {type(data).__name__}.")
+    return data
+
+
+def _endless(data: Iterable[Any]) -> Iterator[Any]:
+    while True:
+        yield from data
+
+
+def holding(trials: list[Trial]) -> list[Trial]:
+    """Return the runs without a spike whose loss fell at least half as much as in the best of them."""
+    calm = [t for t in trials if t.peak <= _SPIKE and t.fall > 0]
+    return [t for t in calm if t.fall >= 0.5 * max(c.fall for c in calm)]
