@@ -13,12 +13,12 @@ LAYERS = {
     "kernels": "saved reference cholesky_qr cpu.native cpu.huge_pages cpu.blocked_attention cuda precision dispatch "
     "vectors attention embedding linear norm pointwise softmax triton.attention_kernels triton.attention "
     "triton.embedding triton.linear triton.norm triton.pointwise triton.softmax",
-    "rop": "layout rule step rules.fallback rules.arithmetic rules.attention rules.conv rules.dropout rules.indexing "
-    "rules.linear rules.loss rules.norm rules.pointwise rules.pool rules.reduce rules.selection rules.softmax "
+    "rop": "layout rule step sandbox rules.fallback rules.arithmetic rules.attention rules.conv rules.dropout "
+    "rules.indexing rules.linear rules.loss rules.norm rules.pointwise rules.pool rules.reduce rules.selection rules.softmax "
     "rules.views rules.head export program recording.pool recording.tape recording.replayed double_backward",
     "eigen": "common basis certificate krylov locally_optimal power warm",
     "optimizers": "norms gi_adam threshold preconditioner next_update",
-    "curvature": "losses parameters base operators dataset preconditioned sharpness audit",
+    "curvature": "losses parameters watch eager gate engines base operators dataset preconditioned sharpness audit",
     "dynamics": "",
     "tracking": "budget record followed tracker",
     "warmup": "formulas critical schedule persistent trials suggest_text suggest",

@@ -6,8 +6,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from ..rop.export import tensors_of
+
+_LEAF = pytree.tree_structure(0)
 
 
 class NonFiniteLossError(RuntimeError):
@@ -28,6 +31,27 @@ class LossModule(nn.Module):
         super().__init__()
         self.model = model
         self.loss_fn = loss_fn
+
+    def accepted(self, batch: Any) -> Any:
+        """Return a batch in one of the forms that are understood; other mappings, such as ``UserDict``, as a dict.
+
+        Raises:
+            ValueError: it is neither a pair nor a mapping.
+        """
+        if isinstance(batch, Mapping):
+            return batch if pytree.tree_structure(batch) != _LEAF else dict(batch)
+        if isinstance(batch, tuple | list) and len(batch) == 2:
+            return batch
+        if isinstance(batch, Tensor):
+            got = f"a tensor of shape {list(batch.shape)}"
+        elif isinstance(batch, tuple | list):
+            got = f"a {type(batch).__name__} of {len(batch)}"
+        else:
+            got = f"a {type(batch).__name__}"
+        raise ValueError(
+            f"batch must be (inputs, targets) or a dict, got {got}. Several inputs go into a tuple of their own, "
+            "((a, b), targets); a model without targets takes (inputs, None)."
+        )
 
     def forward(self, batch: Any) -> tuple[Tensor, list[Tensor]]:
         """Return the scalar loss and every tensor of the model's output."""
@@ -55,9 +79,20 @@ class FunctionalLoss(nn.Module):
     def __init__(self, params: Mapping[str, Tensor], loss_fn: Callable[..., Tensor]) -> None:
         super().__init__()
         self.names = list(params)
+        self.given = list(params.values())
         self.values = nn.ParameterList(list(params.values()))
         self.loss_fn = loss_fn
 
     def forward(self, batch: Any) -> tuple[Tensor, list[Tensor]]:
         """Return the scalar loss; there is no model output."""
         return self.loss_fn(dict(zip(self.names, self.values, strict=True)), batch), []
+
+    def accepted(self, batch: Any) -> Any:
+        """Return the batch: a functional loss takes what it likes."""
+        return batch
+
+    def follow(self) -> None:
+        """Share the memory of the tensors given again, where their ``.data`` was assigned anew."""
+        for value, tensor in zip(self.values, self.given, strict=True):
+            if value.data_ptr() != tensor.data_ptr():
+                value.data = tensor.data

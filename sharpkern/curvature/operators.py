@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -11,10 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..rop import Program, ReplayedProgram, UnsupportedModelError, UnsupportedOpError, export
-from ..rop.double_backward import AutogradProgram
 from ..rop.layout import Layout
 from .base import ParameterOperator
+from .engines import Engines
 from .losses import FunctionalLoss, LossModule, NonFiniteLossError
 from .parameters import select_parameters
 
@@ -32,44 +30,61 @@ class LossCurvature(ParameterOperator):
         *,
         params: Mapping[str, Tensor] | Iterable[str] | Iterable[Tensor] | None = None,
         update_buffers: bool = False,
+        verify: bool = True,
     ) -> None:
         model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
         self.params = select_parameters(model, params)
-        self.module: nn.Module
+        self._selection = params if params is None else list(self.params)
+        self.module: LossModule | FunctionalLoss
         if model is None:
             self.module = FunctionalLoss(self.params, loss_fn)
             self.params = dict(zip(self.params, self.module.values, strict=True))
         else:
             self.module = LossModule(model, loss_fn)
+        self.products = 0
+        self._verify = verify
+        self._start()
+        self.refresh(batch, update_buffers=update_buffers)
+
+    def _start(self) -> None:
+        """Begin anew with the present parameters: their number, dtype and device, and no engine."""
         layout = Layout(self.params)
         self.n, self.dtype, self.device = layout.n, layout.dtype, layout.device
-        self.products = 0
-        self._engines: dict[Any, ReplayedProgram | AutogradProgram] = {}
-        self.refresh(batch, update_buffers=update_buffers)
+        self._engines = Engines(self.module, self.params, keep_outputs=self._needs_outputs, verify=self._verify)
+
+    def _follow_parameters(self) -> None:
+        """Take over parameters that were frozen, unfrozen, replaced or converted since the last refresh."""
+        if isinstance(self.module, FunctionalLoss):
+            self.module.follow()
+            return
+        params = select_parameters(self.module.model, self._selection)
+        same = len(params) == len(self.params) and all(params[k] is p for k, p in self.params.items() if k in params)
+        if not same or list(params) != list(self.params) or Layout(params).dtype != self.dtype:
+            self.params = params
+            self._start()
 
     def refresh(self, batch: Any = None, *, update_buffers: bool = False) -> None:
         """Run the primal sweeps at the present parameter values: new loss, new gradient, new products.
 
-        The model is exported again only for a batch of new shapes or a change between train and eval mode.
+        The model is exported again for a batch of new shapes, another mode (train, eval, autocast), parameters that
+        were frozen, unfrozen or replaced, and for a Python value that its code reads and that has changed; up to 8
+        programs are kept. Every 200 refreshes the program is compared with the eager model again
+        (docs/correctness.md).
 
         Args:
             batch: ``(inputs, targets)`` or a dict; None keeps the last one.
             update_buffers: let the forward pass change the model's buffers (batch-norm statistics), as training does.
 
         Raises:
-            ValueError: the batch is empty or on another device.
+            ValueError: the batch is empty, on another device, or neither a pair nor a mapping; the loss is no scalar.
             NonFiniteLossError: the loss is NaN or infinite.
         """
-        self.batch: Any = self.batch if batch is None else batch
-        batch = self.batch
-        leaves, spec = pytree.tree_flatten(batch)
+        self.batch: Any = self.batch if batch is None else self.module.accepted(batch)
+        leaves, spec = pytree.tree_flatten(self.batch)
         self._inputs = [x for x in leaves if isinstance(x, Tensor)]
+        self._follow_parameters()
         _check_batch(self._inputs, self.device)
-        signature = [(x.shape, x.dtype) if isinstance(x, Tensor) else x for x in leaves]
-        key = (spec, str(signature), tuple(m.training for m in self.module.modules()))
-        if key not in self._engines:
-            self._engines[key] = self._engine_for(batch)
-        self._engine = self._engines[key]
+        self._engine = self._engines.for_batch(leaves, spec)
         self.loss: Tensor = self._engine.forward(self.module, leaves, update_buffers=update_buffers)
         value = float(self.loss)
         if not math.isfinite(value):
@@ -90,26 +105,13 @@ class LossCurvature(ParameterOperator):
             self._gradient = self._engine.gradient()
         return self._gradient
 
-    def _engine_for(self, batch: Any) -> ReplayedProgram | AutogradProgram:
-        try:
-            graph = export(self.module, batch)
-            return ReplayedProgram(Program(graph, self.params, keep_outputs=self._needs_outputs))
-        except UnsupportedOpError:
-            raise
-        except UnsupportedModelError as error:
-            warnings.warn(
-                f"sharpkern: the model does not export, products go through autograd (slower). {error}",
-                stacklevel=5,
-            )
-            return AutogradProgram(self.module, batch, self.params)
-
     @property
     def fallback_ops(self) -> list[str]:
         """Names of the ops without a rule of their own: right, but slow."""
         return self._engine.fallback_ops
 
     def _present_versions(self) -> list[int]:
-        return [t._version for t in (*self.params.values(), *self._inputs)]
+        return [mark for t in (*self.params.values(), *self._inputs) for mark in _marks(t)]
 
     def apply_rows(self, block: Tensor) -> Tensor:
         self._check_fresh()
@@ -141,6 +143,9 @@ class HessianOperator(LossCurvature):
             or a dict (``model(**batch)``).
         params: which parameters: names, tensors, or a dict; None for all with ``requires_grad``.
         update_buffers: let the forward pass change the model's buffers.
+        verify: compare loss, gradient and buffers of the exported program with one eager forward and backward pass, at
+            the first batch and every 200 refreshes; where they differ, double backward takes over, with a warning.
+            False trusts the export.
 
     Attributes:
         loss: 0-d tensor.   gradient: ``[n]``.   params: name -> parameter.   products: products done so far.
@@ -185,13 +190,20 @@ class GGNOperator(LossCurvature):
         batch: Any,
         *,
         params: Mapping[str, Tensor] | Iterable[str] | Iterable[Tensor] | None = None,
+        verify: bool = True,
     ) -> None:
         if model is None:
             raise ValueError("GGNOperator needs a model: a functional loss has no model output.")
-        super().__init__(model, loss_fn, batch, params=params)
+        super().__init__(model, loss_fn, batch, params=params, verify=verify)
 
     def _product(self, block: Tensor) -> Tensor:
         return self._engine.ggn(block)
+
+
+def _marks(t: Tensor) -> tuple[int, int]:
+    """Return what changes with a tensor's values: its version counter, and its address where ``.data`` was assigned."""
+    version = 0 if t.is_inference() else t._version
+    return version, t.data_ptr() if t.layout is torch.strided else 0
 
 
 def _check_batch(inputs: list[Tensor], device: torch.device) -> None:

@@ -1,81 +1,87 @@
-"""The engine for models that do not export: double backward, with the interface of ``rop.Program``.
+"""The second engine: double backward of the whole model, with the interface of ``ReplayedProgram``.
 
-The gradient's graph is kept, so a product is one more backward pass and sees the primal's dropout masks. Of torch's
-ways to a second derivative this is the one whose only silent error is known (weight_norm, refused here):
-``jvp(jacrev)``, ``grad(jvp)`` and ``linearize`` are silently wrong for layer norm or in-place ops
-(docs/correctness.md).
+It takes what the program does not: constructs that do not export, functions with a backward of their own, hooks,
+complex numbers. The gradient's graph is kept, so a product is one more backward pass and sees the primal's dropout
+masks. Of torch's ways to a second derivative this is the one with the fewest silent errors: ``jvp(jacrev)``,
+``grad(jvp)`` and ``linearize`` are wrong for layer norm or in-place ops (docs/correctness.md). Its one known error,
+weight norm, is composed of primitives here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, jvp, vjp
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from .export import tensors_of
+from .export import tensors_of, weight_norm, weight_norm_interface
 from .layout import Layout
 from .rules.fallback import UnsupportedOpError
+from .sandbox import buffers_on_copies, differentiable_checkpoints, kept_random_states, requiring_grad
 
-_WRONG = {"_weight_norm", "_weight_norm_interface"}
 
-
-class AutogradProgram:
+class DoubleBackward:
     """Loss, gradient and products of a module by autograd; one vector of a block after the other.
 
     Args:
         module: a ``LossModule`` or ``FunctionalLoss``.
-        batch: example batch.
+        spec: of the batch, from ``torch.utils._pytree.tree_flatten``.
         params: name -> parameter, the flat order of vectors.
+        others: modules that the loss reaches without containing them; their buffers are kept, too.
+        keep_outputs: keep the graph of the model's outputs too, as ``ggn`` needs it.
 
-    Raises:
-        UnsupportedOpError: the model uses an op whose second derivative torch gets wrong.
+    Memory: the graph of loss and gradient, until the next ``forward``.
     """
 
-    def __init__(self, module: nn.Module, batch: Any, params: Mapping[str, Tensor]) -> None:
-        self.module = module
+    def __init__(
+        self,
+        module: nn.Module,
+        spec: pytree.TreeSpec,
+        params: Mapping[str, Tensor],
+        others: Sequence[nn.Module] = (),
+        *,
+        keep_outputs: bool = False,
+    ) -> None:
+        self.module, self.spec, self.others, self.keep_outputs = module, spec, others, keep_outputs
         self.layout = Layout(params)
-        self.spec = pytree.tree_structure(batch)
-        own = {id(p): name for name, p in module.named_parameters(remove_duplicate=False)}
-        self.names = [own[id(p)] for p in self.layout.tensors]
         self.fallback_ops = ["every op, through autograd"]
-        with _Watch() as seen, torch.no_grad(), _same_random_numbers(), _kept_buffers(module):
-            module(batch)
-        if bad := seen.names & _WRONG:
-            raise UnsupportedOpError(
-                f"the model does not export and uses {sorted(bad)}, whose second derivative is wrong in torch: "
-                "remove the weight normalisation (torch.nn.utils.parametrize.remove_parametrizations) or the "
-                "construct that stops the export."
-            )
 
     def forward(self, module: nn.Module, batch_leaves: Iterable[Any], *, update_buffers: bool = False) -> Tensor:
-        """Run the loss and its gradient at the parameters' present values; see ``rop.Program.forward``."""
-        self.batch = pytree.tree_unflatten(list(batch_leaves), self.spec)
-        self.random = torch.get_rng_state()
-        tensors = self.layout.tensors
-        wanted = [p.requires_grad for p in tensors]
-        for p in tensors:
-            p.requires_grad_(True)
-        try:
-            with (
-                torch.enable_grad(),
-                _kept_buffers(module, keep=not update_buffers),
-                sdpa_kernel(SDPBackend.MATH),
+        """Run the loss and its gradient at the parameters' present values; see ``Program.forward``."""
+        batch = pytree.tree_unflatten(list(batch_leaves), self.spec)
+        with ExitStack() as stack:
+            for context in (
+                requiring_grad(self.layout.tensors),
+                buffers_on_copies([module, *self.others], updated=module if update_buffers else None),
+                differentiable_checkpoints(),
+                sdpa_kernel(SDPBackend.MATH),  # the others have no second derivative
+                _WeightNorm(),
             ):
-                loss: Tensor = module(self.batch)[0]
-                parts = torch.autograd.grad(loss, tensors, create_graph=True, allow_unused=True)
-        finally:
-            for p, flag in zip(tensors, wanted, strict=True):
-                p.requires_grad_(flag)
+                stack.enter_context(context)
+            loss = self._split_at_outputs(batch) if self.keep_outputs else module(batch)[0]
+            parts = torch.autograd.grad(loss, self.layout.tensors, create_graph=True, allow_unused=True)
         # A part without a graph is constant in the parameters: its derivative is zero.
         self.parts = [None if g is None or not g.requires_grad else g for g in parts]
         self._gradient = self._flat([None if g is None else g.detach() for g in parts])
         return loss.detach()
+
+    def _split_at_outputs(self, batch: Any) -> Tensor:
+        """Run model and loss apart, so that the loss's own second derivative can be taken at the outputs."""
+        output = self.module.output(batch)  # type: ignore[operator]
+        self.outputs = [z for z in tensors_of(output) if z.requires_grad]
+        points = {id(z): z.detach().requires_grad_() for z in self.outputs}
+        self.points = list(points.values())
+        apart = pytree.tree_map(lambda t: points.get(id(t), t), output)
+        with kept_random_states({self.layout.device}):  # both see the same noise
+            apart_loss = self.module.loss(apart, batch)  # type: ignore[operator]
+        self.slopes = torch.autograd.grad(apart_loss, self.points, create_graph=True, materialize_grads=True)
+        loss: Tensor = self.module.loss(output, batch)  # type: ignore[operator]
+        return loss
 
     def _flat(self, parts: Sequence[Tensor | None]) -> Tensor:
         filled = [torch.zeros_like(p) if g is None else g for g, p in zip(parts, self.layout.tensors, strict=True)]
@@ -90,105 +96,62 @@ class AutogradProgram:
 
     def hvp(self, block: Tensor) -> Tensor:
         """Multiply the Hessian with k vectors: ``[k, n] -> [k, n]``."""
-        return torch.stack([self._hessian_column(list(v)) for v in zip(*self.layout.views(block), strict=True)])
+        return self._columns(self._hessian_column, block)
+
+    def ggn(self, block: Tensor) -> Tensor:
+        """Multiply the generalised Gauss-Newton matrix with k vectors: ``[k, n] -> [k, n]``."""
+        return self._columns(self._ggn_column, block)
 
     def quadratic_form(self, block: Tensor, *, gauss_newton: bool = False) -> Tensor:
         """Return ``v'Av`` for k vectors ``[k, n]``, from full products; ``[k]`` float64."""
         products = self.ggn(block) if gauss_newton else self.hvp(block)
         return torch.linalg.vecdot(products.double(), block.double())
 
-    def _hessian_column(self, v: list[Tensor]) -> Tensor:
-        pairs = [(g, t.to(g.dtype)) for g, t in zip(self.parts, v, strict=True) if g is not None]
-        if not pairs:
-            return torch.zeros(self.layout.n, dtype=self.layout.dtype, device=self.layout.device)
-        gradients, weights = zip(*pairs, strict=True)
+    def _columns(self, product: Callable[[list[Tensor]], Tensor], block: Tensor) -> Tensor:
         tensors = self.layout.tensors
         try:
-            product = torch.autograd.grad(gradients, tensors, weights, retain_graph=True, allow_unused=True)
+            with requiring_grad(tensors):
+                columns = zip(*self.layout.views(block), strict=True)
+                return torch.stack([product([t.to(p.dtype) for t, p in zip(v, tensors, strict=True)]) for v in columns])
         except (RuntimeError, NotImplementedError) as error:
             raise UnsupportedOpError(
-                f"the model does not export, and autograd cannot differentiate it twice: {str(error).splitlines()[0]}"
+                f"the products go through autograd, which cannot differentiate this model twice: "
+                f"{str(error).splitlines()[0]}"
             ) from error
-        return self._flat(product)
 
-    def ggn(self, block: Tensor) -> Tensor:
-        """Multiply the generalised Gauss-Newton matrix with k vectors: ``[k, n] -> [k, n]``."""
-        with _same_random_numbers(self.random), _kept_buffers(self.module), sdpa_kernel(SDPBackend.MATH):
-            return torch.stack([self._ggn_column(list(v)) for v in zip(*self.layout.views(block), strict=True)])
+    def _hessian_column(self, v: list[Tensor]) -> Tensor:
+        pairs = [(g, t) for g, t in zip(self.parts, v, strict=True) if g is not None]
+        return self._flat(self._pull(pairs) if pairs else [None] * len(v))
 
     def _ggn_column(self, v: list[Tensor]) -> Tensor:
-        module, structure = self.module, None
+        # J v by two pulls: J'u is linear in u, and its derivative along v by u is J v.
+        dummies = [torch.zeros_like(z, requires_grad=True) for z in self.outputs]
+        pulled = torch.autograd.grad(self.outputs, self.layout.tensors, dummies, create_graph=True, allow_unused=True)
+        pairs = [(g, t) for g, t in zip(pulled, v, strict=True) if g is not None]
+        gs, ts = zip(*pairs, strict=True)
+        along = torch.autograd.grad(gs, dummies, ts, materialize_grads=True)
+        curved = self._loss_curvature(along)
+        return self._flat(self._pull(list(zip(self.outputs, curved, strict=True))))
 
-        def outputs(params: dict[str, Tensor]) -> list[Tensor]:
-            nonlocal structure
-            torch.set_rng_state(self.random)
-            structure = functional_call(_OutputOf(module), {f"of.{k}": p for k, p in params.items()}, (self.batch,))
-            return tensors_of(structure)
+    def _loss_curvature(self, along: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Multiply the loss's second derivative by the outputs with a tangent of the outputs."""
+        pairs = [(s, d) for s, d in zip(self.slopes, along, strict=True) if s.requires_grad]
+        if not pairs:  # linear in the outputs
+            return [torch.zeros_like(z) for z in self.points]
+        slopes, tangents = zip(*pairs, strict=True)
+        return torch.autograd.grad(slopes, self.points, tangents, retain_graph=True, materialize_grads=True)
 
-        primals = {name: p.detach() for name, p in zip(self.names, self.layout.tensors, strict=True)}
-        tangents = {name: t.to(primals[name].dtype) for name, t in zip(self.names, v, strict=True)}
-        values, pull = vjp(outputs, primals)  # type: ignore[misc]
-        along = jvp(outputs, (primals,), (tangents,))[1]
-        with torch.enable_grad():
-            points = [z.detach().requires_grad_() for z in values]
-            rest = iter(points)
-            output = pytree.tree_map(lambda t: next(rest) if isinstance(t, Tensor) else t, structure)
-            loss = module.loss(output, self.batch)  # type: ignore[operator]
-            slopes = torch.autograd.grad(loss, points, create_graph=True, materialize_grads=True)
-            inner = sum((s * d).sum() for s, d in zip(slopes, along, strict=True))
-            curved = torch.autograd.grad(inner, points, materialize_grads=True)
-        product = pull(list(curved))[0]
-        return self._flat([product[name] for name in self.names])
+    def _pull(self, pairs: list[tuple[Tensor, Tensor]]) -> Sequence[Tensor | None]:
+        ys, cotangents = zip(*pairs, strict=True)
+        return torch.autograd.grad(ys, self.layout.tensors, cotangents, retain_graph=True, allow_unused=True)
 
 
-class _OutputOf(nn.Module):
-    """A ``LossModule`` whose forward is the model alone."""
+class _WeightNorm(TorchFunctionMode):
+    """Composes weight norm of primitives: torch's own second derivative of it is wrong."""
 
-    def __init__(self, of: nn.Module) -> None:
-        super().__init__()
-        self.of = of
-
-    def forward(self, batch: Any) -> Any:
-        return self.of.output(batch)  # type: ignore[operator]
-
-
-class _Watch(TorchDispatchMode):
-    """Records the names of the ATen ops that run."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: set[str] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ARG002
-        self.names.add(func.overloadpacket.__name__)
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ARG002
+        if func is torch._weight_norm:
+            return weight_norm(*args, **(kwargs or {}))
+        if func is torch._weight_norm_interface:
+            return weight_norm_interface(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
-
-
-class _same_random_numbers:
-    """Run with a given generator state (default: the present one), and put the generator back afterwards."""
-
-    def __init__(self, state: Tensor | None = None) -> None:
-        self.state = state
-
-    def __enter__(self) -> None:
-        self.before = torch.get_rng_state()
-        if self.state is not None:
-            torch.set_rng_state(self.state)
-
-    def __exit__(self, *_: object) -> None:
-        torch.set_rng_state(self.before)
-
-
-class _kept_buffers:
-    """Restore the module's buffers afterwards."""
-
-    def __init__(self, module: nn.Module, *, keep: bool = True) -> None:
-        self.buffers = list(module.buffers()) if keep else []
-
-    def __enter__(self) -> None:
-        self.copies = [b.clone() for b in self.buffers]
-
-    def __exit__(self, *_: object) -> None:
-        with torch.no_grad():
-            for b, copy in zip(self.buffers, self.copies, strict=True):
-                b.copy_(copy)

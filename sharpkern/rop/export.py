@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import io
 import logging
+import operator
+import re
+import traceback
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +21,7 @@ from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
 from .rule import RULES
+from .sandbox import differentiable_checkpoints
 
 aten = torch.ops.aten
 
@@ -25,6 +32,10 @@ _KEEP = {
     aten.lstm.input, aten.lstm.data, aten.gru.input, aten.gru.data,
     aten.rnn_tanh.input, aten.rnn_tanh.data, aten.rnn_relu.input, aten.rnn_relu.data,
 }  # fmt: skip
+
+
+_CHECKS = {aten._linalg_check_errors.default}
+_TORCH, _PACKAGE = (str(Path(file).parent) for file in (torch.__file__, str(Path(__file__).parent)))
 
 
 class UnsupportedModelError(RuntimeError):
@@ -50,6 +61,12 @@ class Graph:
     outputs: list[fx.Node]  # the model's outputs
     mutations: dict[str, fx.Node]  # qualified buffer name -> its value after the forward pass
 
+    @property
+    def rounding(self) -> float:
+        """Machine epsilon of the coarsest floating dtype that the model computes in; its own casts count."""
+        values = [t for node in self.nodes for t in pytree.tree_leaves(node.meta.get("val")) if isinstance(t, Tensor)]
+        return max(torch.finfo(t.dtype).eps for t in values if t.dtype.is_floating_point)
+
 
 def export(module: nn.Module, batch: Any) -> Graph:
     """Export ``module(batch) -> (loss, outputs)``.
@@ -59,22 +76,26 @@ def export(module: nn.Module, batch: Any) -> Graph:
         batch: example batch; its shapes become part of the program.
 
     Raises:
-        UnsupportedModelError: the model has a data-dependent branch or another construct that does not export.
+        UnsupportedModelError: the model has a data-dependent branch or another construct that does not export; the
+            message says where it stands.
         ValueError: the loss is not a scalar of floating dtype.
     """
     with warnings.catch_warnings(), _quiet("torch.export", "torch.fx", "torch._dynamo", "torch._subclasses"):
         warnings.simplefilter("ignore")
         try:
-            exported = torch.export.export(module, (batch,), strict=False)
-            _detach_no_grad_regions(exported.graph_module)
-            exported = exported.run_decompositions(dict(_decompositions()))  # a copy: torch removes entries
+            with contextlib.redirect_stderr(io.StringIO()), differentiable_checkpoints():  # torch prints whole graphs
+                exported = torch.export.export(module, (batch,), strict=False)
+                _detach_no_grad_regions(exported.graph_module)
+                exported = exported.run_decompositions(dict(_decompositions()))  # a copy: torch removes entries
         except Exception as error:  # torch.export has no common base class for what a user's code can trip
-            raise UnsupportedModelError(f"{type(error).__name__}: {_first_sentence(error)}") from error
+            raise UnsupportedModelError(f"{type(error).__name__}: {_first_sentence(error)}{_place(error)}") from error
     return _read(exported, module)
 
 
 def _read(exported: Any, module: nn.Module) -> Graph:
     own = dict(module.named_parameters(remove_duplicate=False))
+    # A closure's parameter arrives as a constant, on the parameter's memory: it is the parameter all the same.
+    captured = {_memory(p): p for p in own.values()}
     graph = Graph([], {}, {}, {}, [], None, [], {})  # type: ignore[arg-type]
     for spec in exported.graph_signature.input_specs:
         if spec.kind == InputKind.PARAMETER:
@@ -83,8 +104,12 @@ def _read(exported: Any, module: nn.Module) -> Graph:
             graph.buffers[spec.arg.name] = spec.target
         elif spec.kind == InputKind.USER_INPUT:
             graph.user_inputs.append(None if isinstance(spec.arg, ConstantArgument) else spec.arg.name)
-        else:
-            graph.constants[spec.arg.name] = exported.constants[spec.target]
+        elif spec.kind != InputKind.TOKEN:
+            constant = exported.constants[spec.target]
+            if (parameter := captured.get(_memory(constant))) is not None:
+                graph.parameters[spec.arg.name] = parameter
+            else:
+                graph.constants[spec.arg.name] = constant
     by_name = {node.name: node for node in exported.graph.nodes}
     user: list[fx.Node] = []
     for out in exported.graph_signature.output_specs:
@@ -92,7 +117,7 @@ def _read(exported: Any, module: nn.Module) -> Graph:
             graph.mutations[out.target] = by_name[out.arg.name]
         elif out.kind == OutputKind.USER_OUTPUT and not isinstance(out.arg, ConstantArgument):
             user.append(by_name[out.arg.name])
-        elif out.kind != OutputKind.USER_OUTPUT:
+        elif out.kind not in (OutputKind.USER_OUTPUT, OutputKind.TOKEN):
             raise UnsupportedModelError(f"the model changes its input or parameter {out.target!r} in place")
     if not user:
         raise ValueError("loss_fn must return a scalar tensor that depends on the model; got a constant.")
@@ -103,20 +128,56 @@ def _read(exported: Any, module: nn.Module) -> Graph:
             f"loss_fn must return a floating scalar, got shape {list(value.shape)} and {value.dtype}: "
             "reduce it, for example with .mean()."
         )
+    dropped: set[fx.Node] = set()
     for node in exported.graph.nodes:
+        if (node.target is torch.ops.higher_order.with_effects and node.args[1] in _CHECKS) or (
+            node.target is operator.getitem and node.args[0] in dropped
+        ):
+            dropped.add(node)
+            continue  # torch 2.14 orders the checks of linear algebra by tokens; a failed one gives numbers not finite
         if isinstance(node.target, torch._ops.HigherOrderOperator):
-            raise UnsupportedModelError(f"the model uses {node.target.name()}, which has no rule")
+            raise UnsupportedModelError(f"the model uses {node.target.name()}, which has no rule{_line(node)}")
+        if _is_complex(node.meta.get("val")):
+            raise UnsupportedModelError(f"the model computes with complex numbers ({node.target}){_line(node)}")
         if node.op == "call_function" and node.meta.get("val") is None:
             continue  # an assertion: no result
         if isinstance(node.meta.get("val"), torch.SymInt | torch.SymBool | torch.SymFloat):
             raise UnsupportedModelError(
                 "the model makes tensors whose size depends on values, as indexing with a boolean mask does: "
-                "torch.where or a masked sum has a fixed size"
+                f"torch.where or a masked sum has a fixed size{_line(node)}"
             )
         if node.op == "get_attr":
             graph.constants[node.name] = _attribute(exported.graph_module, str(node.target))
         graph.nodes.append(node)
     return graph
+
+
+def _memory(t: Any) -> Any:
+    """Return what two tensors on the same memory have in common; an object of its own where there is none."""
+    if not isinstance(t, Tensor) or t.layout is not torch.strided:
+        return object()
+    return t.data_ptr(), t.shape, t.stride(), t.dtype
+
+
+def _is_complex(value: Any) -> bool:
+    return any(isinstance(t, Tensor) and t.is_complex() for t in pytree.tree_leaves(value))
+
+
+def _line(node: fx.Node) -> str:
+    """Say where in the user's code a node comes from."""
+    places = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
+    own = [place for place in places if not _is_torchs(place[0])]
+    return f", at {own[-1][0]}:{own[-1][1]}" if own else ""
+
+
+def _place(error: BaseException) -> str:
+    """Say where in the user's code an error was raised."""
+    own = [frame for frame in traceback.extract_tb(error.__traceback__) if not _is_torchs(frame.filename)]
+    return f", at {own[-1].filename}:{own[-1].lineno}" if own else ""
+
+
+def _is_torchs(file: str) -> bool:
+    return file.startswith((_TORCH, _PACKAGE, "<"))
 
 
 def _attribute(module: nn.Module, path: str) -> Any:
@@ -144,20 +205,21 @@ def _detach_no_grad_regions(graph_module: fx.GraphModule) -> None:
 def _decompositions() -> dict[Any, Callable[..., Any]]:
     """Torch's decompositions for the ops that have neither a rule nor a reason to stay whole."""
     table = {op: fn for op, fn in torch.export.default_decompositions().items() if op not in RULES and op not in _KEEP}
-    table[aten._weight_norm.default] = _weight_norm
-    table[aten._weight_norm_interface.default] = _weight_norm_interface
+    table[aten._weight_norm.default] = weight_norm
+    table[aten._weight_norm_interface.default] = weight_norm_interface
     return table
 
 
-def _weight_norm_interface(v: Tensor, g: Tensor, dim: int = 0) -> tuple[Tensor, Tensor]:
+def weight_norm_interface(v: Tensor, g: Tensor, dim: int = 0) -> tuple[Tensor, Tensor]:
     """Weight normalisation from primitives: torch's own second derivative of this op is wrong."""
     dims = [i for i in range(v.ndim) if i != dim % v.ndim]
     norm = torch.sqrt(torch.sum(v * v, dims, keepdim=True))
     return v * (g / norm), norm
 
 
-def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    return _weight_norm_interface(v, g, dim)[0]
+def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """Weight normalisation, the weight alone."""
+    return weight_norm_interface(v, g, dim)[0]
 
 
 def _first_sentence(error: Exception) -> str:

@@ -213,6 +213,10 @@ class Program:
             loss: Tensor = values[self.loss_slot].clone()
         return loss
 
+    def new_buffers(self) -> dict[str, Tensor]:
+        """Return the buffers that the last ``forward`` changes, by qualified name."""
+        return dict(self._new_buffers)
+
     def update_buffers(self, module: torch.nn.Module) -> None:
         """Write the buffers that the last ``forward`` changed."""
         with torch.no_grad():

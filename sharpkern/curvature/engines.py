@@ -1,0 +1,193 @@
+"""Which engine gives a loss and its products: the exported program, or double backward; and when to ask again.
+
+An engine belongs to what it was made from: shapes of the batch, structure of the modules, Python values that their
+code reads (``watch``). A program is used after the gate has let it pass, and is compared again every ``CHECK_EVERY``
+refreshes.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ..rop import Program, ReplayedProgram, UnsupportedModelError, UnsupportedOpError, export
+from ..rop.double_backward import DoubleBackward
+from .eager import EagerPass, run_eagerly
+from .gate import compare
+from .losses import NonFiniteLossError
+from .watch import Snapshot, changes
+
+CHECK_EVERY = 200  # refreshes between comparisons with the eager model: one gradient in two hundred
+_MOST_ENGINES = 8  # kept, least recently used first to go
+_MOST_EXPORTS = 3  # for changed Python values; a value that changes more often is not for an export
+_SAME = 16.0  # units of rounding within which a value that changed is taken to play no part
+
+Engine = ReplayedProgram | DoubleBackward
+
+
+class Engines:
+    """Makes, checks and keeps the engines of one loss.
+
+    Args:
+        module: a ``LossModule`` or ``FunctionalLoss``.
+        params: name -> parameter.
+        keep_outputs: for products with the generalised Gauss-Newton matrix.
+        verify: compare programs with the eager model; False trusts every export.
+    """
+
+    def __init__(self, module: nn.Module, params: Mapping[str, Tensor], *, keep_outputs: bool, verify: bool) -> None:
+        self.module, self.params, self.keep_outputs, self.verify = module, params, keep_outputs, verify
+        self._kept: OrderedDict[Any, Engine] = OrderedDict()
+        self._snapshot: Snapshot | None = None
+        self._exports = 0  # for changed values alone
+        self._values: dict[Any, dict[str, Any]] = {}  # structure -> values that the last engine was made with
+        self._latest: dict[Any, Engine] = {}
+        self._eager_only = ""  # why no program is made any more
+        self._since = 0
+        self._warned: set[str] = set()
+
+    def __len__(self) -> int:
+        return len({id(engine) for engine in self._kept.values()})
+
+    def for_batch(self, leaves: list[Any], spec: pytree.TreeSpec) -> Engine:
+        """Return the engine for a batch, checked if it is time.
+
+        Raises:
+            ValueError: the loss is no floating scalar or does not depend on the parameters.
+            NonFiniteLossError: the eager loss is NaN or infinite.
+            Exception: whatever the user's own code raises.
+        """
+        if self._snapshot is None or not self._snapshot.holds():
+            self._snapshot = Snapshot(self.module)
+        tensors = tuple((x.shape, x.dtype) if isinstance(x, Tensor) else None for x in leaves)
+        structure = (spec, tensors, self._snapshot.structure)
+        plain = {f"batch leaf {i}": x for i, x in enumerate(leaves) if not isinstance(x, Tensor)}
+        values = self._snapshot.values | plain
+        key = (structure, _hashable(values))
+        self._since += 1
+        engine = self._kept.get(key)
+        if engine is None:
+            engine = self._made(leaves, spec, structure, values)
+        elif self.verify and self._since >= CHECK_EVERY and isinstance(engine, ReplayedProgram):
+            engine = self._checked(engine, leaves, spec)
+        self._keep(key, structure, values, engine)
+        return engine
+
+    def _keep(self, key: Any, structure: Any, values: dict[str, Any], engine: Engine) -> None:
+        self._kept[key] = engine
+        self._kept.move_to_end(key)
+        self._values[structure], self._latest[structure] = values, engine
+        while len(self._kept) > _MOST_ENGINES:
+            (old, *_), _ = self._kept.popitem(last=False)
+            if not any(structure == old for structure, _ in self._kept):
+                self._values.pop(old, None), self._latest.pop(old, None)
+
+    def _made(self, leaves: list[Any], spec: pytree.TreeSpec, structure: Any, values: dict[str, Any]) -> Engine:
+        """Make an engine; where only Python values have changed, first ask whether they play a part."""
+        before = self._values.get(structure)
+        if before is None:
+            return self._built(leaves, spec)
+        names = list(changes(before, values))
+        latest = self._latest[structure]
+        if isinstance(latest, DoubleBackward):
+            return latest
+        eager = self._eager(leaves, spec)
+        if not eager.unseen:
+            verdict = compare(latest, self.module, leaves, spec, self.params, eager)
+            if verdict.agrees and verdict.difference <= _SAME * latest.program.graph.rounding:
+                return latest
+        self._exports += 1
+        if self._exports > _MOST_EXPORTS:
+            self._eager_only = (
+                f"a Python value that it reads changes from step to step ({', '.join(names[:3])}): make it a 0-d "
+                "tensor that is changed in place, or pass it in the batch as a tensor"
+            )
+        return self._built(leaves, spec)
+
+    def _built(self, leaves: list[Any], spec: pytree.TreeSpec) -> Engine:
+        """Export and check, or say why not and take double backward."""
+        eager = self._eager(leaves, spec)
+        reason = self._eager_only or "; ".join(f"it uses {what}" for what in eager.unseen)
+        if not reason:
+            try:
+                return self._program(leaves, spec, eager)
+            except (UnsupportedModelError, UnsupportedOpError) as error:
+                reason = str(error)
+        return self._second_engine(spec, reason)
+
+    def _program(self, leaves: list[Any], spec: pytree.TreeSpec, eager: EagerPass) -> ReplayedProgram:
+        with torch.random.fork_rng([]):
+            graph = export(self.module, pytree.tree_unflatten(leaves, spec))
+            engine = ReplayedProgram(Program(graph, self.params, keep_outputs=self.keep_outputs))
+        self._clear_up(leaves, spec)
+        self._since = 0
+        if self.verify:
+            verdict = compare(engine, self.module, leaves, spec, self.params, eager)
+            if not verdict.agrees:
+                raise UnsupportedModelError(f"the exported program differs from the eager model in {verdict.what}")
+            if engine.fallback_ops:
+                self._try_products(engine)
+        return engine
+
+    def _try_products(self, engine: ReplayedProgram) -> None:
+        """Run a block and a form once: what torch cannot differentiate twice must show before anyone relies on it."""
+        block = engine.program.layout.empty(2).normal_(generator=torch.Generator(engine.program.layout.device))
+        if self.keep_outputs:
+            engine.ggn(block)
+        else:
+            engine.hvp(block)
+        engine.quadratic_form(block, gauss_newton=self.keep_outputs)
+
+    def _checked(self, engine: ReplayedProgram, leaves: list[Any], spec: pytree.TreeSpec) -> Engine:
+        """Compare an engine in use again; make a new one if it no longer agrees."""
+        self._since = 0
+        eager = self._eager(leaves, spec)
+        if not eager.unseen and compare(engine, self.module, leaves, spec, self.params, eager).agrees:
+            return engine
+        return self._built(leaves, spec)
+
+    def _second_engine(self, spec: pytree.TreeSpec, reason: str) -> DoubleBackward:
+        if reason not in self._warned:
+            self._warned.add(reason)
+            warnings.warn(
+                f"sharpkern: this model does not export to a program, products go through autograd (slower, and with "
+                f"the memory of its graph): {reason}.",
+                stacklevel=_outside(),
+            )
+        assert self._snapshot is not None
+        return DoubleBackward(self.module, spec, self.params, self._snapshot.others, keep_outputs=self.keep_outputs)
+
+    def _eager(self, leaves: list[Any], spec: pytree.TreeSpec) -> EagerPass:
+        assert self._snapshot is not None
+        batch = pytree.tree_unflatten(leaves, spec)
+        eager = run_eagerly(self.module, batch, self.params, self._snapshot.others)
+        self._snapshot = Snapshot(self.module)  # a forward pass may have left new values behind
+        if not math.isfinite(float(eager.loss)):
+            raise NonFiniteLossError(float(eager.loss))
+        return eager
+
+    def _clear_up(self, leaves: list[Any], spec: pytree.TreeSpec) -> None:
+        """Run forward hooks on real tensors again: what they keep would otherwise be the export's fake ones."""
+        if any(m._forward_hooks or m._forward_pre_hooks for m in self.module.modules()):
+            self._eager(leaves, spec)
+
+
+def _hashable(values: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple((name, value if value.__hash__ is not None else repr(value)) for name, value in values.items())
+
+
+def _outside() -> int:
+    """Return the stack level of the first frame outside this package, for warnings."""
+    import sys
+
+    level, frame = 1, sys._getframe(1)
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "sharpkern":
+        level, frame = level + 1, frame.f_back  # type: ignore[assignment]
+    return level

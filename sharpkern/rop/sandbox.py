@@ -1,0 +1,114 @@
+"""Run a user's module so that the run leaves no trace: buffers, random states, and checkpoints that differentiate."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils import checkpoint as checkpointing
+
+
+@contextmanager
+def buffers_on_copies(modules: Iterable[nn.Module], *, updated: nn.Module | None = None) -> Iterator[None]:
+    """Let the modules work on copies of their buffers, also where the forward pass binds a buffer anew.
+
+    The originals are neither written nor counted as changed: a graph that saved one of the copies stays valid, which
+    it would not if old values were copied back. Only the buffers of ``updated`` get what the pass left in the copies.
+    """
+    copies: dict[int, Tensor] = {}  # a buffer that two modules share has one copy
+    before: list[tuple[nn.Module, dict[str, Tensor | None]]] = []
+    for module in {id(m): m for root in modules for m in root.modules()}.values():
+        if not module._buffers:
+            continue
+        before.append((module, dict(module._buffers)))
+        for name, b in module._buffers.items():
+            if b is not None:
+                module._buffers[name] = copies.setdefault(id(b), b.detach().clone())
+    to_update = set() if updated is None else {id(m) for m in updated.modules()}
+    try:
+        yield
+    except BaseException:
+        to_update.clear()
+        raise
+    finally:
+        for module, buffers in before:
+            if id(module) in to_update:
+                buffers |= _taken_over(buffers, module._buffers, copies)
+            module._buffers.clear()
+            module._buffers.update(buffers)
+
+
+def _taken_over(
+    originals: dict[str, Tensor | None], left: dict[str, Tensor | None], copies: dict[int, Tensor]
+) -> dict[str, Tensor | None]:
+    """Write what the pass left into the originals; return the buffers that cannot be written in place."""
+    new: dict[str, Tensor | None] = {}
+    for name, value in left.items():
+        original = originals.get(name)
+        if original is None or value is None or value.shape != original.shape or value.dtype != original.dtype:
+            new[name] = value if value is None or value is original else value.detach()
+        elif value is not copies[id(original)] or value._version:  # a clone starts at version 0
+            with torch.no_grad():
+                original.copy_(value)
+    return new
+
+
+@contextmanager
+def kept_random_states(devices: Iterable[torch.device]) -> Iterator[None]:
+    """Put the random states of torch, Python and NumPy back afterwards."""
+    indices = sorted({d.index or 0 for d in devices if d.type == "cuda"})
+    # The generators that user code draws from are the global ones.
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    try:
+        with torch.random.fork_rng(indices):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
+
+
+@contextmanager
+def differentiable_checkpoints() -> Iterator[None]:
+    """Run reentrant checkpoints as non-reentrant ones, which give the same gradient.
+
+    A reentrant one runs under ``no_grad``, so that an export sees no gradient pass it, and torch refuses
+    ``autograd.grad`` through it.
+    """
+
+    def apply(function: Any, preserve_rng_state: bool, *args: Any) -> Any:
+        return checkpointing.checkpoint(function, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state)
+
+    checkpointing.CheckpointFunction.apply = apply  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        del checkpointing.CheckpointFunction.apply  # what it inherits shows again
+
+
+@contextmanager
+def requiring_grad(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Let the tensors require a gradient within the block, with gradients recorded."""
+    frozen = [t for t in tensors if not t.requires_grad]
+    for t in frozen:
+        t.requires_grad_(True)
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        for t in frozen:
+            t.requires_grad_(False)
+
+
+@contextmanager
+def without_trace(modules: Iterable[nn.Module], devices: Iterable[torch.device]) -> Iterator[None]:
+    """Keep buffers and random states as they are, and let reentrant checkpoints be differentiated."""
+    with ExitStack() as stack:
+        stack.enter_context(kept_random_states(devices))
+        stack.enter_context(buffers_on_copies(modules))
+        stack.enter_context(differentiable_checkpoints())
+        yield
