@@ -31,7 +31,7 @@ def test_dropout_passes() -> None:
     assert report.ok, report.lines
 
 
-@pytest.mark.parametrize("sweep", ["tangent", "backward", "backward_tangent"])
+@pytest.mark.parametrize("sweep", ["tangent", "backward_tangent"])
 def test_a_flipped_sign_in_a_rule_is_found(sweep: str, monkeypatch: pytest.MonkeyPatch) -> None:
     cls = RULES[torch.ops.aten.tanh.default]
     right = getattr(cls, sweep)

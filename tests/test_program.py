@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import sharpkern as sk
 from sharpkern.rop import ReplayedProgram
-from sharpkern.rop.double_backward import AutogradProgram
+from sharpkern.rop.double_backward import DoubleBackward
 
 
 class Wrapped(nn.Module):
@@ -227,20 +227,23 @@ def test_recurrent_network_is_right() -> None:
     agrees(Problem(model, F.cross_entropy, (torch.randn(3, 5, 3).double(), torch.randint(0, 2, (3,)))), 1e-9)
 
 
-def test_random_op_without_a_rule_is_refused_by_name() -> None:
-    with pytest.raises(sk.UnsupportedOpError, match="rrelu"):
-        operator(problem_of(nn.RReLU()))
+def test_random_op_without_a_rule_goes_through_autograd_and_keeps_its_noise() -> None:
+    with pytest.warns(UserWarning, match="rrelu"):
+        H = operator(problem_of(nn.RReLU()))
+    dense = H @ torch.eye(H.n, dtype=torch.float64)
+    assert error(dense, dense.T) <= 1e-10
+    assert torch.equal(dense, H @ torch.eye(H.n, dtype=torch.float64))
 
 
 def data_dependent(x: Tensor) -> Tensor:
-    return x.exp() if float(x.sum()) > -1e9 else x.sin()
+    return x.exp() if x.detach().sum().item() > -1e9 else x.sin()
 
 
 def test_model_that_does_not_export_says_so_and_is_right() -> None:
     problem = problem_of(data_dependent)
     with pytest.warns(UserWarning, match="does not export"):
         H = operator(problem)
-    assert isinstance(H._engine, AutogradProgram)
+    assert isinstance(H._engine, DoubleBackward)
     V = torch.randn(3, H.n, dtype=torch.float64)
     assert error(H.matmat(V.t()).t(), hessian_times(problem, V)) <= 1e-10
     assert error(H.gradient, loss_and_gradient(problem)[1].detach()) <= 1e-12
@@ -264,14 +267,19 @@ def test_autograd_engine_keeps_the_dropout_mask() -> None:
     assert error(dense, dense.T) <= 1e-10
 
 
-def test_autograd_engine_refuses_weight_norm() -> None:
-    model = nn.utils.parametrizations.weight_norm(nn.Linear(4, 3))
-    wrapped = Branching(model)
-    with (
-        pytest.warns(UserWarning, match="does not export"),
-        pytest.raises(sk.UnsupportedOpError, match="weight_norm"),
-    ):
-        sk.HessianOperator(wrapped, F.cross_entropy, (torch.randn(5, 4), torch.randint(0, 3, (5,))))
+def test_autograd_engine_composes_weight_norm_of_primitives() -> None:
+    model = nn.utils.parametrizations.weight_norm(nn.Linear(4, 3)).double()
+    batch = torch.randn(5, 4).double(), torch.randint(0, 3, (5,))
+    smooth = sk.HessianOperator(nn.Sequential(model, Exponential()), F.cross_entropy, batch)
+    with pytest.warns(UserWarning, match="does not export"):
+        H = sk.HessianOperator(Branching(model), F.cross_entropy, batch)
+    eye = torch.eye(H.n, dtype=torch.float64)
+    assert error(H @ eye, smooth @ eye) <= 1e-10
+
+
+class Exponential(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.exp()
 
 
 class Branching(nn.Module):

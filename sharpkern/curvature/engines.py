@@ -10,18 +10,19 @@ from __future__ import annotations
 import math
 import warnings
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..rop import Program, ReplayedProgram, UnsupportedModelError, UnsupportedOpError, export
 from ..rop.double_backward import DoubleBackward
+from ..rop.sandbox import restored_buffers, without_trace
 from .eager import EagerPass, run_eagerly
 from .gate import compare
-from .losses import NonFiniteLossError
+from .losses import FunctionalLoss, LossModule, NonFiniteLossError
 from .watch import Snapshot, changes
 
 CHECK_EVERY = 200  # refreshes between comparisons with the eager model: one gradient in two hundred
@@ -42,7 +43,9 @@ class Engines:
         verify: compare programs with the eager model; False trusts every export.
     """
 
-    def __init__(self, module: nn.Module, params: Mapping[str, Tensor], *, keep_outputs: bool, verify: bool) -> None:
+    def __init__(
+        self, module: LossModule | FunctionalLoss, params: Mapping[str, Tensor], *, keep_outputs: bool, verify: bool
+    ) -> None:
         self.module, self.params, self.keep_outputs, self.verify = module, params, keep_outputs, verify
         self._kept: OrderedDict[Any, Engine] = OrderedDict()
         self._snapshot: Snapshot | None = None
@@ -53,8 +56,11 @@ class Engines:
         self._since = 0
         self._warned: set[str] = set()
 
+    def __iter__(self) -> Iterator[Engine]:
+        return iter({id(engine): engine for engine in self._kept.values()}.values())
+
     def __len__(self) -> int:
-        return len({id(engine) for engine in self._kept.values()})
+        return len(list(iter(self)))
 
     def for_batch(self, leaves: list[Any], spec: pytree.TreeSpec) -> Engine:
         """Return the engine for a batch, checked if it is time.
@@ -114,6 +120,9 @@ class Engines:
     def _built(self, leaves: list[Any], spec: pytree.TreeSpec) -> Engine:
         """Export and check, or say why not and take double backward."""
         eager = self._eager(leaves, spec)
+        if self.keep_outputs and isinstance(self.module, LossModule):
+            with without_trace([self.module], {t.device for t in self.params.values()}):
+                self.module.check_outputs(pytree.tree_unflatten(leaves, spec))
         reason = self._eager_only or "; ".join(f"it uses {what}" for what in eager.unseen)
         if not reason:
             try:
@@ -123,7 +132,8 @@ class Engines:
         return self._second_engine(spec, reason)
 
     def _program(self, leaves: list[Any], spec: pytree.TreeSpec, eager: EagerPass) -> ReplayedProgram:
-        with torch.random.fork_rng([]):
+        assert self._snapshot is not None
+        with torch.random.fork_rng([]), restored_buffers(self._snapshot.others):
             graph = export(self.module, pytree.tree_unflatten(leaves, spec))
             engine = ReplayedProgram(Program(graph, self.params, keep_outputs=self.keep_outputs))
         self._clear_up(leaves, spec)

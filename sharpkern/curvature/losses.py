@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -64,6 +65,27 @@ class LossModule(nn.Module):
         if isinstance(inputs, Mapping):
             return self.model(**inputs)
         return self.model(*inputs) if isinstance(inputs, tuple | list) else self.model(inputs)
+
+    def check_outputs(self, batch: Any) -> None:
+        """Check that a generalised Gauss-Newton matrix can be split at the model's output.
+
+        Raises:
+            ValueError: the output holds no tensor that torch's pytree finds, or the loss is one of its tensors.
+        """
+        with torch.no_grad():
+            output = self.output(batch)
+            loss = self.loss(output, batch)
+        tensors = tensors_of(output)
+        if not tensors:
+            raise ValueError(
+                f"GGNOperator finds no tensor in the model's output, a {type(output).__name__}: return a tensor, or a "
+                "tuple, list or dict of tensors (or register the class with torch.utils._pytree)."
+            )
+        if any(loss is t for t in tensors) or (isinstance(output, Mapping) and output.get("loss") is not None):
+            raise ValueError(
+                "the model computes the loss itself, so there is no output to split at: let it return its outputs, "
+                "and compute the loss in loss_fn."
+            )
 
     def loss(self, output: Any, batch: Any) -> Tensor:
         """Run the loss alone: on (output, targets), or on (output, batch) for a dict batch."""

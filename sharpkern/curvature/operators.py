@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from ..rop.layout import Layout
 from .base import ParameterOperator
 from .engines import Engines
+from .freshness import Freshness
 from .losses import FunctionalLoss, LossModule, NonFiniteLossError
 from .parameters import select_parameters
 
@@ -91,7 +92,7 @@ class LossCurvature(ParameterOperator):
             raise NonFiniteLossError(value)
         self._engine.backward()
         self._gradient: Tensor | None = None
-        self._versions = self._present_versions()
+        self._freshness = Freshness(list(self.params.values()), self._inputs)
 
     @property
     def gradient(self) -> Tensor:
@@ -110,16 +111,13 @@ class LossCurvature(ParameterOperator):
         """Names of the ops without a rule of their own: right, but slow."""
         return self._engine.fallback_ops
 
-    def _present_versions(self) -> list[int]:
-        return [mark for t in (*self.params.values(), *self._inputs) for mark in _marks(t)]
-
     def apply_rows(self, block: Tensor) -> Tensor:
         self._check_fresh()
         self.products += block.shape[0]
         return self._product(block)
 
     def _check_fresh(self) -> None:
-        if self._present_versions() != self._versions:
+        if not self._freshness.holds():
             raise RuntimeError("parameters or batch changed in place since the last refresh(): call refresh() first.")
 
     def _product(self, block: Tensor) -> Tensor:
@@ -198,12 +196,6 @@ class GGNOperator(LossCurvature):
 
     def _product(self, block: Tensor) -> Tensor:
         return self._engine.ggn(block)
-
-
-def _marks(t: Tensor) -> tuple[int, int]:
-    """Return what changes with a tensor's values: its version counter, and its address where ``.data`` was assigned."""
-    version = 0 if t.is_inference() else t._version
-    return version, t.data_ptr() if t.layout is torch.strided else 0
 
 
 def _check_batch(inputs: list[Tensor], device: torch.device) -> None:

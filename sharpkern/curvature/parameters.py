@@ -75,15 +75,27 @@ def select_parameters(
             raise ValueError("a functional loss (model=None) needs params: a dict name -> tensor.")
         return dict(params)
     everything: dict[str, Tensor] = dict(model.named_parameters())
+    if isinstance(params, str):
+        raise ValueError(f"params must be several names, got the string {params!r}: write [{params!r}].")
     if params is None:
         chosen: dict[str, Tensor] = dict(trainable(model))
     else:
         wanted = list(params.values() if isinstance(params, Mapping) else params)
         by_id = {id(p): name for name, p in everything.items()}
-        names = {w if isinstance(w, str) else by_id.get(id(w), f"a tensor of shape {list(w.shape)}") for w in wanted}
+        # A tied weight is listed under its first name, and may be asked for by any.
+        first = {name: by_id[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
+        names = {
+            first.get(w, w) if isinstance(w, str) else by_id.get(id(w), f"a tensor of shape {list(w.shape)}")
+            for w in wanted
+        }
         if unknown := names - everything.keys():
             raise ValueError(f"not among the model's parameters: {sorted(unknown)}. It has {list(everything)}.")
         chosen = {name: p for name, p in everything.items() if name in names}
+    if complexes := [name for name, p in chosen.items() if p.is_complex()]:
+        raise ValueError(
+            f"complex parameters have no Hessian in flat real order: {complexes}. Keep real and imaginary part as real "
+            "parameters, and join them with torch.view_as_complex."
+        )
     if not chosen:
         raise ValueError("no parameter is selected: the model has none with requires_grad=True.")
     return chosen

@@ -52,7 +52,7 @@ class Snapshot:
             (container, len(container)) for m in (*own, *self.others) for container in (m._modules, *_hooks_of(m))
         ]
         self._params = [p for m in (*own, *self.others) for p in m._parameters.values() if p is not None]
-        self._flags = [(p.requires_grad, p.dtype) for p in self._params]
+        self._flags = [_flags(p) for p in self._params]
         # The program holds these as constants, on the memory that they had.
         kept = [t for m in self.others for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
         self._addresses = [(t, t.data_ptr()) for t in (*kept, *reader.tensors) if t.layout is torch.strided]
@@ -70,7 +70,7 @@ class Snapshot:
                 and all(cell.cell_contents is value for cell, value in self._cells)
                 and all(len(container) == size for container, size in self._parts)
                 and all(t.data_ptr() == address for t, address in self._addresses)
-                and [(p.requires_grad, p.dtype) for p in self._params] == self._flags
+                and [_flags(p) for p in self._params] == self._flags
                 and _modes() == self._modes
             )
         except (KeyError, IndexError, ValueError, RuntimeError):  # gone, or not to be compared: look again
@@ -91,7 +91,7 @@ class _Reader:
     def module(self, m: nn.Module, where: str) -> None:
         """Read a module's own attributes; of its parameters and submodules, which ones they are."""
         self.modules[id(m)] = m
-        names = names_in_class(type(m))
+        names = names_in_class(_class_of(m))
         attributes = vars(m)
         for name, value in list(attributes.items()):
             if name in names and name not in _TORCHS_OWN:
@@ -109,13 +109,13 @@ class _Reader:
             self.function(f.func, where, depth + 1)
             self.value([*f.args, *f.keywords.items()], where, frozenset(), depth + 1)
         elif isinstance(f, types.MethodType):
-            names = names_in_class(type(f.__self__)) | names_in_code(f.__func__.__code__)
+            names = names_in_class(_class_of(f.__self__)) | names_in_code(f.__func__.__code__)
             self.value(f.__self__, f"{where}.__self__", names, depth + 1)
             self.function(f.__func__, where, depth + 1)
         elif isinstance(f, types.FunctionType):
             self._plain_function(f, where, depth)
         elif f is not None and not isinstance(f, type | types.BuiltinFunctionType | types.ModuleType):
-            self.value(f, where, names_in_class(type(f)), depth + 1)
+            self.value(f, where, names_in_class(_class_of(f)), depth + 1)
 
     def _plain_function(self, f: types.FunctionType, where: str, depth: int) -> None:
         if is_library(f.__module__):
@@ -175,11 +175,15 @@ class _Reader:
             return
         self._seen.add(id(value))
         attributes = getattr(value, "__dict__", {})
-        wanted = names | names_in_class(type(value))
+        wanted = names | names_in_class(_class_of(value))
         for name, item in attributes.items():
             if name in wanted:
                 self.reads.append((attributes, name, item))
                 self.value(item, f"{where}.{name}", wanted, depth + 1)
+
+
+def _class_of(value: Any) -> Any:
+    return type(value)
 
 
 @functools.cache
@@ -225,6 +229,10 @@ _MISSING = object()
 
 def _hooks_of(m: nn.Module) -> tuple[Any, ...]:
     return m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks
+
+
+def _flags(p: Tensor) -> tuple[Any, ...]:
+    return p.requires_grad, p.dtype, not p._backward_hooks
 
 
 def _modes() -> tuple[Any, ...]:

@@ -59,6 +59,19 @@ def _taken_over(
 
 
 @contextmanager
+def restored_buffers(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Put old values back into buffers that were written: for an export, which must see the buffers' own memory."""
+    before = [(b, b.clone(), b._version) for m in modules for b in m._buffers.values() if b is not None]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for b, value, version in before:
+                if b._version != version:
+                    b.copy_(value)
+
+
+@contextmanager
 def kept_random_states(devices: Iterable[torch.device]) -> Iterator[None]:
     """Put the random states of torch, Python and NumPy back afterwards."""
     indices = sorted({d.index or 0 for d in devices if d.type == "cuda"})
@@ -83,7 +96,7 @@ def differentiable_checkpoints() -> Iterator[None]:
     def apply(function: Any, preserve_rng_state: bool, *args: Any) -> Any:
         return checkpointing.checkpoint(function, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state)
 
-    checkpointing.CheckpointFunction.apply = apply  # type: ignore[method-assign, assignment]
+    checkpointing.CheckpointFunction.apply = apply  # type: ignore[method-assign]
     try:
         yield
     finally:
