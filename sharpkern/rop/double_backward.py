@@ -19,7 +19,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from .export import tensors_of, weight_norm, weight_norm_interface
+from .decompositions import pairwise_distances, weight_norm, weight_norm_interface
+from .export import tensors_of
 from .layout import Layout
 from .rules.fallback import UnsupportedOpError
 from .sandbox import buffers_on_copies, differentiable_checkpoints, kept_random_states, requiring_grad
@@ -60,7 +61,7 @@ class DoubleBackward:
                 buffers_on_copies([module, *self.others], updated=module if update_buffers else None),
                 differentiable_checkpoints(),
                 sdpa_kernel(SDPBackend.MATH),  # the others have no second derivative
-                _WeightNorm(),
+                _Composed(),
             ):
                 stack.enter_context(context)
             loss = self._split_at_outputs(batch) if self.keep_outputs else module(batch)[0]
@@ -146,12 +147,18 @@ class DoubleBackward:
         return torch.autograd.grad(ys, self.layout.tensors, cotangents, retain_graph=True, allow_unused=True)
 
 
-class _WeightNorm(TorchFunctionMode):
-    """Composes weight norm of primitives: torch's own second derivative of it is wrong."""
+class _Composed(TorchFunctionMode):
+    """Composes of primitives what torch cannot differentiate twice, or gets wrong: weight norm, pairwise distances."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ARG002
         if func is torch._weight_norm:
             return weight_norm(*args, **(kwargs or {}))
         if func is torch._weight_norm_interface:
             return weight_norm_interface(*args, **(kwargs or {}))
+        if func is torch.cdist:
+            return _cdist(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
+
+
+def _cdist(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: str | None = None) -> Tensor:  # noqa: ARG001
+    return pairwise_distances(x1, x2, p)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import io
 import logging
 import operator
 import re
 import traceback
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,19 +19,10 @@ from torch import Tensor, fx, nn
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
-from .rule import RULES
+from .decompositions import decomposed
 from .sandbox import differentiable_checkpoints
 
 aten = torch.ops.aten
-
-# Recurrent layers stay whole for the per-op fallback: their decompositions unroll time step by time step.
-# detach stays because torch decomposes it to an alias, which no longer stops gradients.
-_KEEP = {
-    aten.detach.default,
-    aten.lstm.input, aten.lstm.data, aten.gru.input, aten.gru.data,
-    aten.rnn_tanh.input, aten.rnn_tanh.data, aten.rnn_relu.input, aten.rnn_relu.data,
-}  # fmt: skip
-
 
 _CHECKS = {aten._linalg_check_errors.default}
 _TORCH, _PACKAGE = (str(Path(file).parent) for file in (torch.__file__, str(Path(__file__).parent)))
@@ -86,7 +76,7 @@ def export(module: nn.Module, batch: Any) -> Graph:
             with contextlib.redirect_stderr(io.StringIO()), differentiable_checkpoints():  # torch prints whole graphs
                 exported = torch.export.export(module, (batch,), strict=False)
                 _detach_no_grad_regions(exported.graph_module)
-                exported = exported.run_decompositions(dict(_decompositions()))  # a copy: torch removes entries
+                exported = decomposed(exported)
         except Exception as error:  # torch.export has no common base class for what a user's code can trip
             raise UnsupportedModelError(f"{type(error).__name__}: {_first_sentence(error)}{_place(error)}") from error
     return _read(exported, module)
@@ -199,27 +189,6 @@ def _detach_no_grad_regions(graph_module: fx.GraphModule) -> None:
             stop.meta = dict(item.meta)
             item.replace_all_uses_with(stop, delete_user_cb=lambda user, stop=stop: user is not stop)
     graph_module.recompile()
-
-
-@functools.cache
-def _decompositions() -> dict[Any, Callable[..., Any]]:
-    """Torch's decompositions for the ops that have neither a rule nor a reason to stay whole."""
-    table = {op: fn for op, fn in torch.export.default_decompositions().items() if op not in RULES and op not in _KEEP}
-    table[aten._weight_norm.default] = weight_norm
-    table[aten._weight_norm_interface.default] = weight_norm_interface
-    return table
-
-
-def weight_norm_interface(v: Tensor, g: Tensor, dim: int = 0) -> tuple[Tensor, Tensor]:
-    """Weight normalisation from primitives: torch's own second derivative of this op is wrong."""
-    dims = [i for i in range(v.ndim) if i != dim % v.ndim]
-    norm = torch.sqrt(torch.sum(v * v, dims, keepdim=True))
-    return v * (g / norm), norm
-
-
-def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    """Weight normalisation, the weight alone."""
-    return weight_norm_interface(v, g, dim)[0]
 
 
 def _first_sentence(error: Exception) -> str:
