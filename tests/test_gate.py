@@ -90,6 +90,10 @@ def turned(x: Tensor) -> Tensor:
     return torch.view_as_complex(x.reshape(-1, 3, 2)).abs().repeat(1, 2)
 
 
+def noisy(x: Tensor) -> Tensor:
+    return x + torch.randn(5, 6, generator=torch.Generator().manual_seed(1), dtype=x.dtype)
+
+
 SEEN = {
     "straight-through": (lambda: Apply(lambda x: Round.apply(torch.tanh(x))), "autograd.Function Round"),
     "bound apply": (lambda: Apply(Round.apply), "autograd.Function Round"),
@@ -97,6 +101,7 @@ SEEN = {
     "tensor hook": (lambda: Apply(hooked), "gradient hook"),
     "fft": (lambda: Apply(lambda x: torch.fft.fft(x).abs()), "complex"),
     "view as complex": (lambda: Apply(turned), "complex"),
+    "own generator": (lambda: Apply(noisy), "generator of its own"),
     "branch on a value": (lambda: Apply(lambda x: x.tanh() if x.detach().sum().item() > -1e9 else x), "test_gate.py"),
 }  # fmt: skip
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..rop import Program, ReplayedProgram, UnsupportedModelError, UnsupportedOpError, export
@@ -55,6 +55,11 @@ class Engines:
         self._eager_only = ""  # why no program is made any more
         self._since = 0
         self._warned: set[str] = set()
+
+    @property
+    def others(self) -> list[nn.Module]:
+        """Modules that the loss function reaches without containing them."""
+        return [] if self._snapshot is None else self._snapshot.others
 
     def __iter__(self) -> Iterator[Engine]:
         return iter({id(engine): engine for engine in self._kept.values()}.values())

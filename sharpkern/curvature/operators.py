@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from ..rop.layout import Layout
 from .base import ParameterOperator
-from .engines import Engines
+from .engines import Engine, Engines
 from .freshness import Freshness
 from .losses import FunctionalLoss, LossModule, NonFiniteLossError
 from .parameters import select_parameters
@@ -36,7 +36,7 @@ class LossCurvature(ParameterOperator):
         model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
         self.params = select_parameters(model, params)
         self._selection = params if params is None else list(self.params)
-        self.module: LossModule | FunctionalLoss
+        self.module: Any  # a LossModule or FunctionalLoss
         if model is None:
             self.module = FunctionalLoss(self.params, loss_fn)
             self.params = dict(zip(self.params, self.module.values, strict=True))
@@ -105,6 +105,16 @@ class LossCurvature(ParameterOperator):
             self._check_fresh()
             self._gradient = self._engine.gradient()
         return self._gradient
+
+    @property
+    def engine(self) -> Engine:
+        """What gives the products at the last ``refresh``: a program, or double backward."""
+        return self._engine
+
+    @property
+    def others(self) -> list[nn.Module]:
+        """Modules that the loss function reaches without being part of the model, such as a teacher."""
+        return self._engines.others
 
     @property
     def fallback_ops(self) -> list[str]:
@@ -199,8 +209,8 @@ class GGNOperator(LossCurvature):
 
 
 def _check_batch(inputs: list[Tensor], device: torch.device) -> None:
+    if inputs and inputs[0].numel() == 0:
+        raise ValueError(f"the batch is empty: its first tensor has shape {list(inputs[0].shape)}.")
     for leaf in inputs:
-        if leaf.numel() == 0:
-            raise ValueError(f"the batch is empty: a tensor has shape {list(leaf.shape)}.")
         if leaf.device != device:
             raise ValueError(f"the batch is on {leaf.device}, the parameters on {device}: move one of them.")

@@ -127,6 +127,8 @@ def _read(exported: Any, module: nn.Module) -> Graph:
             continue  # torch 2.14 orders the checks of linear algebra by tokens; a failed one gives numbers not finite
         if isinstance(node.target, torch._ops.HigherOrderOperator):
             raise UnsupportedModelError(f"the model uses {node.target.name()}, which has no rule{_line(node)}")
+        if any(isinstance(a, torch.Generator) for a in (*node.args, *node.kwargs.values())):
+            raise UnsupportedModelError(f"the model draws from a generator of its own ({node.target}){_line(node)}")
         if _is_complex(node.meta.get("val")):
             raise UnsupportedModelError(f"the model computes with complex numbers ({node.target}){_line(node)}")
         if node.op == "call_function" and node.meta.get("val") is None:

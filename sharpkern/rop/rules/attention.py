@@ -122,7 +122,8 @@ class Kept:
         self.P = P
         self.D = None
         if dropout > 0.0:
-            self.D = (torch.rand_like(P) >= dropout).to(P.dtype) / (1 - dropout)
+            # Drawn as torch's own attention draws it, so that one seed gives both the same mask.
+            self.D = torch.empty_like(P).bernoulli_(1 - dropout).div_(1 - dropout)
         return torch.matmul(self._drop(P), v)
 
     def _drop(self, P: Tensor) -> Tensor:
