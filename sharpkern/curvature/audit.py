@@ -233,8 +233,8 @@ def _unit(H: HessianOperator, generator: torch.Generator) -> Tensor:
 def _advice(failed: list[Check]) -> str:
     if failed[0].name.startswith("symmetry"):
         return (
-            "The gradient is not that of a scalar function (a custom autograd.Function, a gradient hook or scale_grad_by_freq changes it), "
-            "so there is no Hessian: audit the model without it."
+            "The gradient is not that of a scalar function (a custom autograd.Function, a gradient hook or "
+            "scale_grad_by_freq changes it), so there is no Hessian: audit the model without it."
         )
     return "Please report the model; until then, use sharpkern only for models that pass."
 
