@@ -101,7 +101,7 @@ SEEN = {
     "tensor hook": (lambda: Apply(hooked), "gradient hook"),
     "fft": (lambda: Apply(lambda x: torch.fft.fft(x).abs()), "complex"),
     "view as complex": (lambda: Apply(turned), "complex"),
-    "own generator": (lambda: Apply(noisy), "generator of its own"),
+    "own generator": (lambda: Apply(noisy), "torch.Generator of its own"),
     "branch on a value": (lambda: Apply(lambda x: x.tanh() if x.detach().sum().item() > -1e9 else x), "test_gate.py"),
 }  # fmt: skip
 

@@ -136,12 +136,3 @@ def test_dropout_of_attention_keeps_its_mask() -> None:
 
     truth = (gradient(1) - gradient(-1)) / (2 * shift)
     assert float((H @ v - truth).norm() / truth.norm()) <= 1e-7
-
-
-def test_mask_that_depends_on_parameters_is_refused() -> None:
-    params = {"m": torch.randn(3, 3, dtype=torch.float64)}
-    x = torch.randn(1, 3, 2, dtype=torch.float64)
-    with pytest.raises(sk.UnsupportedOpError, match="mask that depends on the parameters"):
-        sk.HessianOperator(
-            None, lambda p, x: F.scaled_dot_product_attention(x, x, x, attn_mask=p["m"]).sum(), x, params=params
-        )

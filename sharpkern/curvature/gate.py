@@ -20,7 +20,7 @@ from .eager import EagerPass, run_eagerly
 _ROUNDING = 512.0  # in units of the coarsest rounding inside the model
 _MOST = 0.1  # relative difference that is never taken for rounding
 _BUFFER = 1e-3  # relative difference of a buffer that is no rounding: a running mean, not one more sum of it
-_SMALL = 1e-3  # a parameter's gradient is compared on the scale of its own, or of this part of the whole
+_SMALL = 0.1  # a parameter's gradient is compared on the scale of its own, or of this part of the whole
 
 
 @dataclass(frozen=True)

@@ -210,7 +210,7 @@ class GGNOperator(LossCurvature):
 
 def _check_batch(inputs: list[Tensor], device: torch.device) -> None:
     if inputs and inputs[0].numel() == 0:
-        raise ValueError(f"the batch is empty: its first tensor has shape {list(inputs[0].shape)}.")
+        raise ValueError(f"the batch is empty: a tensor has shape {list(inputs[0].shape)}.")
     for leaf in inputs:
         if leaf.device != device:
             raise ValueError(f"the batch is on {leaf.device}, the parameters on {device}: move one of them.")

@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from torch._decomp import decomposition_table
 from torch.export.graph_signature import InputKind
 
+from .layout import memory_of
 from .rule import RULES
 
 aten = torch.ops.aten
@@ -30,24 +31,31 @@ _KEEP = {
 _MODES = ("sum", "mean", "max")  # of an embedding bag, as torch numbers them
 
 
-def decomposed(exported: Any) -> Any:
+def decomposed(exported: Any, parameters: set[Any]) -> Any:
     """Return an exported program whose ops have rules as far as can be, composite ones kept whole.
 
     Attention stays whole but where its mask depends on the parameters (a learned position bias): the rule's kernels
     have no derivative by the mask, so the scores are then computed as such.
+
+    Args:
+        exported: from ``torch.export``.
+        parameters: ``memory_of`` each of the module's parameters, which may arrive as constants.
     """
     program = exported.run_decompositions(dict(_table()))  # a copy: torch removes entries
     attention = aten.scaled_dot_product_attention.default
     masks = [node.args[3] for node in program.graph.nodes if node.target is attention and len(node.args) > 3]
-    if any(isinstance(mask, fx.Node) and mask in _reached(program) for mask in masks):
+    if any(isinstance(mask, fx.Node) and mask in _reached(program, parameters) for mask in masks):
         program = exported.run_decompositions(dict(_table()) | {attention: explicit_attention})
     return program
 
 
-def _reached(program: Any) -> set[fx.Node]:
-    """Return the nodes that depend on a parameter, or on a constant that may be one."""
-    kinds = (InputKind.PARAMETER, InputKind.CONSTANT_TENSOR)
-    sources = {spec.arg.name for spec in program.graph_signature.input_specs if spec.kind in kinds}
+def _reached(program: Any, parameters: set[Any]) -> set[fx.Node]:
+    """Return the nodes that depend on a parameter."""
+    sources = {
+        spec.arg.name
+        for spec in program.graph_signature.input_specs
+        if spec.kind == InputKind.PARAMETER or memory_of(program.constants.get(spec.target)) in parameters
+    }
     reached: set[fx.Node] = set()
     for node in program.graph.nodes:
         if node.name in sources or any(before in reached for before in node.all_input_nodes):
@@ -145,5 +153,6 @@ def explicit_attention(
         scores = scores.masked_fill(~attn_mask, -math.inf)
     elif attn_mask is not None:
         scores = scores + attn_mask
-    weights = torch.softmax(scores, -1)
+    dead = (scores == -math.inf).all(-1, keepdim=True)  # a row that may attend to nothing gives zero
+    weights = torch.softmax(scores.masked_fill(dead, 0.0), -1).masked_fill(dead, 0.0)
     return (torch.dropout(weights, dropout_p, train=True) if dropout_p else weights) @ value

@@ -20,6 +20,7 @@ from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
 from .decompositions import decomposed
+from .layout import memory_of
 from .sandbox import differentiable_checkpoints
 
 aten = torch.ops.aten
@@ -76,7 +77,7 @@ def export(module: nn.Module, batch: Any) -> Graph:
             with contextlib.redirect_stderr(io.StringIO()), differentiable_checkpoints():  # torch prints whole graphs
                 exported = torch.export.export(module, (batch,), strict=False)
                 _detach_no_grad_regions(exported.graph_module)
-                exported = decomposed(exported)
+                exported = decomposed(exported, {memory_of(p) for p in module.parameters()})
         except Exception as error:  # torch.export has no common base class for what a user's code can trip
             raise UnsupportedModelError(f"{type(error).__name__}: {_first_sentence(error)}{_place(error)}") from error
     return _read(exported, module)
@@ -85,7 +86,7 @@ def export(module: nn.Module, batch: Any) -> Graph:
 def _read(exported: Any, module: nn.Module) -> Graph:
     own = dict(module.named_parameters(remove_duplicate=False))
     # A closure's parameter arrives as a constant, on the parameter's memory: it is the parameter all the same.
-    captured = {_memory(p): p for p in own.values()}
+    captured = {memory_of(p): p for p in own.values()}
     graph = Graph([], {}, {}, {}, [], None, [], {})  # type: ignore[arg-type]
     for spec in exported.graph_signature.input_specs:
         if spec.kind == InputKind.PARAMETER:
@@ -96,7 +97,14 @@ def _read(exported: Any, module: nn.Module) -> Graph:
             graph.user_inputs.append(None if isinstance(spec.arg, ConstantArgument) else spec.arg.name)
         elif spec.kind != InputKind.TOKEN:
             constant = exported.constants[spec.target]
-            if (parameter := captured.get(_memory(constant))) is not None:
+            if not isinstance(constant, Tensor):
+                kind = (
+                    "draws from a torch.Generator of its own"
+                    if "Generator" in type(constant).__name__
+                    else (f"holds an object that is no tensor ({type(constant).__name__})")
+                )
+                raise UnsupportedModelError(f"the model {kind}")
+            if (parameter := captured.get(memory_of(constant))) is not None:
                 graph.parameters[spec.arg.name] = parameter
             else:
                 graph.constants[spec.arg.name] = constant
@@ -127,8 +135,6 @@ def _read(exported: Any, module: nn.Module) -> Graph:
             continue  # torch 2.14 orders the checks of linear algebra by tokens; a failed one gives numbers not finite
         if isinstance(node.target, torch._ops.HigherOrderOperator):
             raise UnsupportedModelError(f"the model uses {node.target.name()}, which has no rule{_line(node)}")
-        if any(isinstance(a, torch.Generator) for a in (*node.args, *node.kwargs.values())):
-            raise UnsupportedModelError(f"the model draws from a generator of its own ({node.target}){_line(node)}")
         if _is_complex(node.meta.get("val")):
             raise UnsupportedModelError(f"the model computes with complex numbers ({node.target}){_line(node)}")
         if node.op == "call_function" and node.meta.get("val") is None:
@@ -142,13 +148,6 @@ def _read(exported: Any, module: nn.Module) -> Graph:
             graph.constants[node.name] = _attribute(exported.graph_module, str(node.target))
         graph.nodes.append(node)
     return graph
-
-
-def _memory(t: Any) -> Any:
-    """Return what two tensors on the same memory have in common; an object of its own where there is none."""
-    if not isinstance(t, Tensor) or t.layout is not torch.strided:
-        return object()
-    return t.data_ptr(), t.shape, t.stride(), t.dtype
 
 
 def _is_complex(value: Any) -> bool:

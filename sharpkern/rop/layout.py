@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,3 +45,10 @@ class Layout:
         k = block.shape[0]
         for start, stop, shape in zip(self.offsets, self.offsets[1:], self.shapes, strict=False):
             yield block[:, start:stop].view(k, *shape)
+
+
+def memory_of(t: Any) -> Any:
+    """Return what two tensors on the same memory have in common; an object of its own where there is none."""
+    if not isinstance(t, Tensor) or t.layout is not torch.strided:
+        return object()
+    return t.data_ptr(), t.shape, t.stride(), t.dtype
