@@ -45,7 +45,8 @@ class LossCurvature(ParameterOperator):
         self.products = 0
         self._verify = verify
         self._start()
-        self.refresh(batch, update_buffers=update_buffers)
+        self.batch: Any = self.module.accepted(batch)
+        self.refresh(update_buffers=update_buffers)
 
     def _start(self) -> None:
         """Begin anew with the present parameters: their number, dtype and device, and no engine."""
@@ -80,7 +81,7 @@ class LossCurvature(ParameterOperator):
             ValueError: the batch is empty, on another device, or neither a pair nor a mapping; the loss is no scalar.
             NonFiniteLossError: the loss is NaN or infinite.
         """
-        self.batch: Any = self.batch if batch is None else self.module.accepted(batch)
+        self.batch = self.batch if batch is None else self.module.accepted(batch)
         leaves, spec = pytree.tree_flatten(self.batch)
         self._inputs = [x for x in leaves if isinstance(x, Tensor)]
         self._follow_parameters()
