@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import jacrev, jvp
 
 from sharpkern.curvature.losses import FunctionalLoss
-from sharpkern.rop import Program, export
+from sharpkern.rop import Program, ReplayedProgram, export
 from sharpkern.rop.rule import RULES, Rule
 
 Loss = Callable[[Mapping[str, Tensor], Any], Tensor]
@@ -43,6 +43,7 @@ def check(
     tied = dict(zip(params, module.values, strict=True))
     program = Program(export(module, (batch,) if batch is None else batch), tied)
     _assert_on_the_path(program, rule, op, fallback)
+    replayed = ReplayedProgram(Program(export(module, (batch,) if batch is None else batch), tied))
     seen = [_watch(step.rule) for step in program.live]
     leaves = torch.utils._pytree.tree_leaves((batch,) if batch is None else batch)
     for _ in range(values):  # the second time at other parameters: nothing may be left from the first
@@ -58,6 +59,7 @@ def check(
         )
         for step, calls in zip(program.live, seen, strict=True):
             _backward_is_linear_in_blocks(step, calls["g"])
+        _replays_the_same(program, replayed, module, leaves)
         with torch.no_grad():
             for p in tied.values():
                 p.add_(0.1 * torch.randn_like(p))
@@ -169,6 +171,21 @@ def _compare(
     uhv, vhu = (block[0] * three[1]).sum(), (block[1] * three[0]).sum()
     size = block[0].norm() * three[1].norm()
     assert abs(uhv - vhu) <= tol * size, f"u'Hv - v'Hu = {uhv - vhu:.3g}, |u||Hv| = {size:.3g}"
+
+
+def _replays_the_same(program: Program, replayed: ReplayedProgram, module: Any, leaves: Any) -> None:
+    """Recorded sweeps give what the program gives, at the first call, which records, and at the second."""
+    replayed.forward(module, leaves)
+    replayed.backward()
+    program.gradient(gradient := program.layout.empty(1))
+    _close(replayed.gradient(), gradient[0], 1e-12, "gradient, recorded")
+    for block in torch.randn(2, 2, program.layout.n, dtype=torch.float64):
+        want = product(program, block)
+        _close(replayed.hvp(block[:1]), want[:1], 1e-12, "Hv, recorded")
+        _close(replayed.hvp(block), want, 1e-12, "Hv, k = 2, recorded")
+        forms, recorded = quadratic_form(program, block), replayed.quadratic_form(block)
+        size = float((block.norm(dim=1) * want.norm(dim=1)).max())
+        assert float((recorded - forms).abs().max()) <= 1e-12 * max(size, 1e-30), "v'Hv, recorded"
 
 
 def _backward_is_linear_in_blocks(step: Any, like: Any) -> None:

@@ -120,7 +120,8 @@ class Program:
             step.inputs = [_keep(entry, active) for entry in step.inputs]
             needs = tuple(_needs(entry) for entry in step.inputs)
             cls = RULES.get(step.op)
-            step.rule = cls(step.op, needs) if cls else Fallback(step.op, needs, step.kwarg_names)
+            known = cls is not None and cls.serves(step.template)
+            step.rule = cls(step.op, needs) if cls and known else Fallback(step.op, needs, step.kwarg_names)
             step.to_parameters = tuple(_needs(_keep(entry, own)) for entry in step.inputs)
             step.through = tuple(_needs(_keep(entry, active - own)) for entry in step.inputs)
         self.fallback_ops = sorted({str(step.op) for step in self.live if isinstance(step.rule, Fallback)})

@@ -34,6 +34,11 @@ class Rule:
     keeps_cotangent = True  # products need the primal's cotangent of the result, after ``prepare``
     tangents: tuple[str, ...] = ()  # attributes that ``tangent`` sets for ``backward_tangent``
 
+    @classmethod
+    def serves(cls, arguments: list[Any]) -> bool:  # noqa: ARG003
+        """Whether the rule knows the op for these schema arguments, tensors left out; else the fallback takes it."""
+        return True
+
     def __init__(self, op: Op, needs: tuple[Any, ...]) -> None:
         self.op = op
         self.needs = needs

@@ -41,6 +41,7 @@ class ReplayedProgram:
         self._memory = Pool()
         self._leaves: list[Any] | None = None
         self._addresses: Any = None
+        self._known: list[Tensor] = []
 
     def forward(self, module: torch.nn.Module, batch_leaves: Iterable[Any], *, update_buffers: bool = False) -> Tensor:
         """See ``Program.forward``."""
@@ -55,6 +56,9 @@ class ReplayedProgram:
             self._addresses = addresses
         if self._leaves is None:
             self._leaves = [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+            fixed = [*self.program.layout.tensors, *module.parameters(), *module.buffers(), *self._leaves]
+            fixed += self.program.graph.constants.values()
+            self._known = [t for t in fixed if isinstance(t, Tensor) and t.layout is torch.strided]
         else:
             for mine, leaf in zip(self._leaves, leaves, strict=True):
                 if isinstance(mine, Tensor):
@@ -108,7 +112,7 @@ class ReplayedProgram:
             recording.replay(inputs, results)
             return
         try:
-            recording = record(sweep, inputs, results, self._memory, self.program.layout.device)
+            recording = record(sweep, inputs, results, self._memory, self.program.layout.device, self._known)
         except NotReplayableError:
             self._live = False
             self._forget()

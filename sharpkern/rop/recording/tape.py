@@ -43,6 +43,7 @@ def record(
     results: Sequence[Tensor],
     pool: Pool,
     device: torch.device,
+    known: Sequence[Tensor] = (),
 ) -> Recording:
     """Run a computation and return its recording.
 
@@ -53,6 +54,8 @@ def record(
         results: contiguous.
         pool: gives the memory of everything in between; what outlives the computation stays valid while it is held.
         device: of all tensors.
+        known: what else the computation may read, and stays where it is: parameters, buffers, constants, a batch. Any
+            other tensor was made without torch's dispatcher (by NumPy, say), and would be frozen at its value now.
 
     Raises:
         NotReplayableError: it cannot be replayed.
@@ -61,21 +64,26 @@ def record(
         raise NotReplayableError("Triton's interpreter leaves no trace of its calls")
     if device.type == "cuda":
         return CUDAGraph(computation, inputs, results)
-    return Tape(computation, inputs, results, pool)
+    return Tape(computation, inputs, results, pool, known)
 
 
 class Tape:
     """A list of calls on fixed memory, but for large inputs and results, which are used where they are."""
 
     def __init__(
-        self, computation: Callable[..., None], inputs: Sequence[Tensor], results: Sequence[Tensor], pool: Pool
+        self,
+        computation: Callable[..., None],
+        inputs: Sequence[Tensor],
+        results: Sequence[Tensor],
+        pool: Pool,
+        known: Sequence[Tensor] = (),
     ) -> None:
         self._large = sum(t.nbytes for t in (*inputs, *results)) >= _LARGE
         mine = [*inputs, *results]
         if not self._large:
             mine = [t.clone() for t in mine]
         self._inputs, self._results = mine[: len(inputs)], mine[len(inputs) :]
-        self._recorder = _Recorder(mine if self._large else [], pool)
+        self._recorder = _Recorder(mine if self._large else [], pool, [*mine, *known])
         with torch.no_grad(), self._recorder, native.recorded(self._recorder.add_native):
             computation(*mine)
         self._calls = self._recorder.calls
@@ -163,9 +171,11 @@ class _Recorder(TorchDispatchMode):
 
     Args:
         moving: tensors that lie elsewhere in each replay.
+        pool: gives the memory of everything that the computation makes.
+        known: tensors that stay where they are.
     """
 
-    def __init__(self, moving: Sequence[Tensor], pool: Pool) -> None:
+    def __init__(self, moving: Sequence[Tensor], pool: Pool, known: Sequence[Tensor]) -> None:
         super().__init__()
         self.calls: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]] = []
         self.places: list[tuple[_Place, Tensor]] = []  # the stand-ins for views of what moves
@@ -173,6 +183,7 @@ class _Recorder(TorchDispatchMode):
         self._kept: list[Tensor] = []  # compiled kernels know it by address only
         self._moving = [(t.data_ptr(), t.data_ptr() + t.nbytes) for t in moving]
         self._pool = pool
+        self._known = {t.untyped_storage().data_ptr() for t in known}
         self._stand_ins: dict[Any, Tensor] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ARG002
@@ -199,6 +210,7 @@ class _Recorder(TorchDispatchMode):
                 offset = t.data_ptr() - self._moving[tensor][0]
                 self.addresses.append((len(self.calls), position, tensor, offset))
             elif isinstance(t, Tensor) and t not in self._pool:
+                self._check_origin(t)
                 self._kept.append(t)
         self.calls.append((function, addresses, {}))
 
@@ -228,6 +240,7 @@ class _Recorder(TorchDispatchMode):
     def _stand_in(self, t: Tensor) -> Tensor:
         tensor = self._which(t)
         if tensor is None and t not in self._pool:
+            self._check_origin(t)
             return t  # it stays where it is
         key = (t.data_ptr(), t.dtype, t.size(), t.stride())
         if key not in self._stand_ins:
@@ -240,6 +253,10 @@ class _Recorder(TorchDispatchMode):
                 place = _Place(tensor, t.data_ptr() - self._moving[tensor][0], t.size(), t.stride())
                 self.places.append((place, alias))
         return self._stand_ins[key]
+
+    def _check_origin(self, t: Tensor) -> None:
+        if t.numel() and t.untyped_storage().data_ptr() not in self._known:
+            raise NotReplayableError(f"a tensor of shape {list(t.shape)} was made without torch's dispatcher")
 
     def _which(self, t: Tensor) -> int | None:
         """Return which of the moving tensors t is a view of."""

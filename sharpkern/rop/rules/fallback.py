@@ -1,14 +1,24 @@
-"""The rule for any op that has none: ``torch.func`` on that one op. Always right, never fast."""
+"""The rule for any op that has none: that one op by torch's own derivatives, reverse over reverse. Never fast.
+
+With y = f(x), pullbacks J'u, and the scalar <g, f>:
+    dy = J d          the derivative of J'u along d, by u: J'u is linear in u
+    d(gx) = J'dg + grad <grad <g, f>, d>: the Hessian of <g, f> is symmetric, so a second reverse pass gives it
+Torch's forward mode of a backward is silently wrong for a family of ops (det, solve, cumprod at a zero, ...), and its
+forward mode is missing for others; reverse over reverse is what the whole-model engine uses, too.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.func import jvp, vjp
 
 from ..rule import Op, Rule
+
+T = TypeVar("T")
 
 
 class UnsupportedOpError(RuntimeError):
@@ -16,7 +26,7 @@ class UnsupportedOpError(RuntimeError):
 
 
 class Fallback(Rule):
-    """vjp, jvp, and the jvp of the vjp, of one op; one vector of the block after the other."""
+    """Reverse passes over one op; one vector of the block after the other."""
 
     tangents = ("dprimals",)
 
@@ -30,7 +40,6 @@ class Fallback(Rule):
             raise UnsupportedOpError(
                 f"{self.op} draws random numbers and has no rule: two products would see two different losses."
             )
-        self.args = list(args)
         # Position of each differentiable tensor: (argument, None) or (argument, index in a list argument).
         tensor_args = [i for i, a in enumerate(self.op._schema.arguments) if "Tensor" in str(a.type)]
         self.places: list[tuple[int, int | None]] = []
@@ -40,9 +49,8 @@ class Fallback(Rule):
             elif need:
                 self.places.append((i, None))
         self.tensor_args = tensor_args
-        result = self._op(*self._primals())
-        self.many = isinstance(result, tuple | list)
-        return result
+        self._build(list(args))
+        return self.values
 
     def _draws_random_numbers(self, args: tuple[Any, ...]) -> bool:
         """Whether the op is random; recurrent layers are only with dropout in training."""
@@ -51,78 +59,109 @@ class Fallback(Rule):
         named = dict(zip((a.name for a in self.op._schema.arguments), args, strict=True))
         return bool(named.get("train", True) and named.get("dropout", 1.0))
 
-    def _primals(self) -> list[Tensor]:
-        return [self.args[i] if j is None else self.args[i][j] for i, j in self.places]
-
-    def _op(self, *primals: Tensor) -> Any:
-        args = [list(a) if isinstance(a, list) else a for a in self.args]
-        for (i, j), value in zip(self.places, primals, strict=True):
+    def _build(self, args: list[Any]) -> None:
+        """Run the op with a graph of its own, from leaves on the arguments' memory."""
+        args = [list(a) if isinstance(a, list) else a for a in args]
+        self.leaves: list[Tensor] = []
+        for i, j in self.places:
+            value = args[i] if j is None else args[i][j]
+            leaf = value.detach().requires_grad_()
+            self.leaves.append(leaf)
             if j is None:
-                args[i] = value
+                args[i] = leaf
             else:
-                args[i][j] = value
+                args[i][j] = leaf
         split = len(args) - len(self.kwarg_names)
-        return self.op(*args[:split], **dict(zip(self.kwarg_names, args[split:], strict=True)))
-
-    def _floating(self, *primals: Tensor) -> tuple[Tensor, ...]:
-        result = self._op(*primals)
-        parts = result if self.many else (result,)
-        return tuple(t for t in parts if isinstance(t, Tensor) and t.dtype.is_floating_point)
+        with torch.enable_grad():
+            result: Any = self._guard(
+                lambda: self.op(*args[:split], **dict(zip(self.kwarg_names, args[split:], strict=True)))
+            )
+        self.many = isinstance(result, tuple | list)
+        parts = list(result) if self.many else [result]
+        self.ys = [y for y in parts if isinstance(y, Tensor) and y.requires_grad]
+        self.kinds = [isinstance(y, Tensor) and y.requires_grad for y in parts]
+        self.floating = [isinstance(y, Tensor) and y.dtype.is_floating_point for y in parts]
+        detached = [y.detach() if isinstance(y, Tensor) else y for y in parts]
+        self.shapes = [y.shape if isinstance(y, Tensor) else None for y in detached]
+        self.values = (tuple(detached) if isinstance(result, tuple) else detached) if self.many else detached[0]
+        self.pulled: list[Tensor | None] | None = None  # J'u, of the first tangent sweep
+        self.slope: tuple[Any, list[Tensor | None]] | None = None  # g, and the gradient of <g, f>
 
     def tangent(self, *dargs: Any) -> Any:
-        """Take the jvp of the op, for each of the k tangents."""
+        """Return ``J d``, for each of the k tangents."""
         chosen = [dargs[self.tensor_args.index(i)] for i, _ in self.places]
         self.dprimals = [d if j is None else d[j] for d, (_, j) in zip(chosen, self.places, strict=True)]
-        primals = tuple(self._primals())
-        k = self.dprimals[0].shape[0]
-        columns = []
-        for c in range(k):
-            columns.append(self._guard(lambda c=c: jvp(self._floating, primals, tuple(d[c] for d in self.dprimals))[1]))
-        stacked = [torch.stack([column[i] for column in columns]) for i in range(len(columns[0]))]
-        return self._spread(stacked) if self.many else stacked[0]
+        if self.pulled is None:
+            with torch.enable_grad():
+                self.dummies = [torch.zeros_like(y, requires_grad=True) for y in self.ys]
+                self.pulled = self._guard(lambda: self._gradient(self.ys, self.leaves, self.dummies, create=True))
+        columns = [self._guard(partial(self._along, c)) for c in range(self.dprimals[0].shape[0])]
+        moved = iter([torch.stack([column[i] for column in columns]) for i in range(len(self.ys))])
+        k = len(columns)
+        results = [
+            next(moved) if kind else self.leaves[0].new_zeros(k, *shape) if floats and shape is not None else None
+            for kind, floats, shape in zip(self.kinds, self.floating, self.shapes, strict=True)
+        ]
+        return tuple(results) if self.many else results[0]
 
-    def _spread(self, floating: list[Tensor]) -> tuple[Tensor | None, ...]:
-        """Put the floating outputs back among the others."""
-        kinds = [isinstance(t, Tensor) and t.dtype.is_floating_point for t in self._op(*self._primals())]
-        rest = iter(floating)
-        return tuple(next(rest) if kind else None for kind in kinds)
+    def _along(self, c: int) -> list[Tensor]:
+        assert self.pulled is not None
+        pairs = [
+            (p, d[c]) for p, d in zip(self.pulled, self.dprimals, strict=True) if p is not None and p.requires_grad
+        ]
+        if not pairs:
+            return [torch.zeros_like(y) for y in self.ys]
+        pulled, ds = zip(*pairs, strict=True)
+        return [
+            torch.zeros_like(y) if t is None else t
+            for y, t in zip(self.ys, self._gradient(pulled, self.dummies, ds), strict=True)
+        ]
 
-    def _cotangent(self, g: Any, c: int) -> tuple[Tensor, ...]:
-        if not self.many:
-            return (g[c],)
-        outputs = self._op(*self._primals())
-        return tuple(
-            torch.zeros_like(t) if gi is None else gi[c]
-            for t, gi in zip(outputs, g, strict=True)
-            if isinstance(t, Tensor) and t.dtype.is_floating_point
-        )
+    def _cotangents(self, g: Any, c: int) -> list[Tensor]:
+        """Return column c of the cotangents of the outputs that have a graph; zero where there is none."""
+        parts = g if self.many else (g,)
+        chosen = [part for part, kind in zip(parts, self.kinds, strict=True) if kind]
+        return [torch.zeros_like(y) if p is None else p[c] for y, p in zip(self.ys, chosen, strict=True)]
 
     def backward(self, g: Any) -> tuple[Any, ...]:
-        """Vjp of the op, for each of the k cotangents."""
+        """Return ``J'g``, for each of the k cotangents."""
         k = next(t for t in (g if self.many else (g,)) if t is not None).shape[0]
-        pull = self._guard(lambda: vjp(self._floating, *self._primals()))[1]
-        return self._arrange([self._guard(lambda c=c: pull(self._cotangent(g, c))) for c in range(k)])
+        return self._arrange([self._pull(self._cotangents(g, c)) for c in range(k)])
+
+    def _pull(self, cotangents: list[Tensor]) -> list[Tensor]:
+        return self._filled(self._guard(lambda: self._gradient(self.ys, self.leaves, cotangents)))
 
     def backward_tangent(self, dg: Any, g: Any) -> tuple[Any, ...]:
-        """Jvp of the vjp, in cotangent and arguments together."""
-        g0 = self._cotangent(g, 0)
-        k = self.dprimals[0].shape[0]
+        """Return ``J'dg`` and the second derivative of ``<g, f>`` along the tangents."""
+        if self.slope is None or self.slope[0] is not g:
+            with torch.enable_grad():
+                at = self._cotangents(g, 0)
+                self.slope = g, self._guard(lambda: self._gradient(self.ys, self.leaves, at, create=True))
+        slope = self.slope[1]
         columns = []
-        for c in range(k):
-            dgc = self._cotangent(dg, c)
-            tangents = (dgc, tuple(d[c] for d in self.dprimals))
-            columns.append(self._guard(lambda t=tangents: jvp(self._pull, (g0, tuple(self._primals())), t)[1]))
+        for c in range(self.dprimals[0].shape[0]):
+            pairs = [(s, d[c]) for s, d in zip(slope, self.dprimals, strict=True) if s is not None and s.requires_grad]
+            second = [torch.zeros_like(leaf) for leaf in self.leaves]
+            if pairs:
+                slopes, ds = zip(*pairs, strict=True)
+                second = self._filled(self._guard(partial(self._gradient, slopes, self.leaves, ds)))
+            first = self._pull(self._cotangents(dg, c))
+            columns.append([a + b for a, b in zip(first, second, strict=True)])
         return self._arrange(columns)
 
-    def _pull(self, g: tuple[Tensor, ...], primals: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        result: tuple[Tensor, ...] = vjp(self._floating, *primals)[1](g)
-        return result
+    def _gradient(
+        self, ys: Sequence[Tensor], xs: Sequence[Tensor], gs: Sequence[Tensor], *, create: bool = False
+    ) -> list[Tensor | None]:
+        return list(torch.autograd.grad(ys, xs, gs, create_graph=create, retain_graph=True, allow_unused=True))
 
-    def _arrange(self, columns: list[tuple[Tensor, ...]]) -> tuple[Any, ...]:
+    def _filled(self, parts: list[Tensor | None]) -> list[Tensor]:
+        return [torch.zeros_like(x) if p is None else p for p, x in zip(parts, self.leaves, strict=True)]
+
+    def _arrange(self, columns: list[list[Tensor]]) -> tuple[Any, ...]:
         """Stack k results and give each to its argument."""
         results: list[Any] = [([None] * len(n) if isinstance(n, list) else None) for n in self.needs]
         for index, (i, j) in enumerate(self.places):
-            value = torch.stack([column[index] for column in columns])
+            value = torch.stack([column[index].detach() for column in columns])
             position = self.tensor_args.index(i)
             if j is None:
                 results[position] = value
@@ -130,7 +169,7 @@ class Fallback(Rule):
                 results[position][j] = value
         return tuple(results)
 
-    def _guard(self, call: Any) -> Any:
+    def _guard(self, call: Callable[[], T]) -> T:
         try:
             return call()
         except (RuntimeError, NotImplementedError) as error:

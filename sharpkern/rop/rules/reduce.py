@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from ..rule import LinearInArgs, Op, Rule, rule
-from .fallback import Fallback
 
 aten = torch.ops.aten
 
@@ -135,18 +134,17 @@ class Variance(Reduction):
 class Norm(Reduction):
     """``y = |x|_2``: with u = x / y, ``dy = <u, dx>``, ``d(gx) = u dg + g (dx - u dy) / y``; 0 where y = 0.
 
-    Other orders go to the fallback.
+    Orders 1 and infinity are decomposed before they come here; others go to the fallback.
     """
 
     tangents = ("dunit",)
 
-    def forward(self, x: Tensor, order: float = 2, dim: Any = None, keepdim: bool = False, dtype: Any = None) -> Tensor:
-        """Save the unit vector."""
-        self.other: Fallback | None = None
-        if order != 2 or dtype not in (None, x.dtype):
-            self.other = Fallback(self.op, self.needs, ["dtype"])
-            result: Tensor = self.other.forward(x, order, dim, keepdim, dtype)
-            return result
+    @classmethod
+    def serves(cls, arguments: list[Any]) -> bool:
+        """Only the Euclidean norm, in the argument's own dtype."""
+        return arguments[1] == 2 and arguments[4] is None
+
+    def forward(self, x: Tensor, order: float = 2, dim: Any = None, keepdim: bool = False, dtype: Any = None) -> Tensor:  # noqa: ARG002
         x = self._start(x, dim, keepdim)
         y = torch.linalg.vector_norm(x, 2, self.dims, keepdim=True)
         self.inverse = torch.reciprocal(y).masked_fill_(y == 0, 0)
@@ -155,9 +153,6 @@ class Norm(Reduction):
 
     def tangent(self, dx: Tensor) -> Tensor:
         """Return ``<u, dx>``."""
-        if self.other is not None:
-            result: Tensor = self.other.tangent(dx)
-            return result
         dx = self._enter(dx)
         dy = (self.unit * dx).sum(self.dims_after_k, keepdim=True)
         self.dunit = torch.addcmul(dx, self.unit, dy, value=-1).mul_(self.inverse)
@@ -165,16 +160,10 @@ class Norm(Reduction):
 
     def backward(self, g: Tensor) -> tuple[Tensor]:
         """Return ``u g``."""
-        if self.other is not None:
-            result: Tensor = self.other.backward(g)[0]
-            return (result,)
         return (self._leave(self.unit * self._restore(g)),)
 
     def backward_tangent(self, dg: Tensor, g: Tensor) -> tuple[Tensor]:
         """Return ``u dg + du g``."""
-        if self.other is not None:
-            result: Tensor = self.other.backward_tangent(dg, g)[0]
-            return (result,)
         return (self._leave((self.unit * self._restore(dg)).addcmul_(self.dunit, self._restore(g))),)
 
 
