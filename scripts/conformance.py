@@ -202,29 +202,32 @@ def _compare(sample: Sample, v: Tensor, truth: tuple[Tensor, Tensor, Tensor] | N
         H = sk.HessianOperator(None, sample.loss_fn, None, params=sample.params)
     else:
         H = sk.HessianOperator(sample.module, sample.loss_fn, sample.batch)
+    v = v.to(H.dtype)
     product, gradient = H @ v, H.gradient
     block = H @ torch.stack([v, -2 * v, v.flip(0)], 1)
     form = H.quadratic_form(v)
     way = "fallback" if H.fallback_ops else "rule"
     if not isinstance(H.engine, ReplayedProgram):
         way = "autograd"
+    coarse = H.engine.program.graph.rounding if isinstance(H.engine, ReplayedProgram) else torch.finfo(H.dtype).eps
+    allowed = max(TOLERANCE, 64 * coarse)  # a sample may cast to a narrower dtype itself
     size = float(product.norm()) + 1e-12 * float(gradient.norm())
     off = []
     if truth is not None:
         loss, wanted, hv = truth
         size = max(size, float(hv.norm()))
-        off += ["loss"] if not _near(H.loss, loss, float(loss.abs())) else []
-        off += ["gradient"] if not _near(gradient, wanted, float(wanted.norm())) else []
-        off += ["Hv"] if not _near(product, hv, size) else []
-    off += ["block"] if not _near(block[:, 1], -2 * product, 2 * size) else []
-    off += ["form"] if not _near(form, v @ product, float(v.norm()) * size) else []
+        off += ["loss"] if not _near(H.loss, loss, float(loss.abs()), allowed) else []
+        off += ["gradient"] if not _near(gradient, wanted, float(wanted.norm()), allowed) else []
+        off += ["Hv"] if not _near(product, hv, size, allowed) else []
+    off += ["block"] if not _near(block[:, 1], -2 * product, 2 * size, allowed) else []
+    off += ["form"] if not _near(form, v @ product, float(v.norm()) * size, allowed) else []
     if truth is None and not off:
         return Result(sample.name, way, f"{', '.join(H.fallback_ops)} (torch has no second derivative)")
     return Result(sample.name, "WRONG" if off else way, ", ".join(off or H.fallback_ops))
 
 
-def _near(a: Tensor, b: Tensor, size: float) -> bool:
-    return float((a - b).norm()) <= TOLERANCE * max(size, 1e-10)
+def _near(a: Tensor, b: Tensor, size: float, allowed: float) -> bool:
+    return float((a.double() - b.double()).norm()) <= allowed * max(size, 1e-10)
 
 
 def table(results: list[Result]) -> str:

@@ -87,9 +87,16 @@ def test_variances(dim: Any, correction: int) -> None:
     check_op(lambda x: x.std(**options), (3, 2, 5))
 
 
-@pytest.mark.parametrize("order", [1, 3, 0.7, float("inf")])
-def test_norms_of_other_orders_go_through_torch(order: float) -> None:
-    check_op(lambda x: torch.linalg.vector_norm(x, order, dim=-1), (3, 4), rule=Norm, inner=positive)
+@pytest.mark.parametrize("order", [3, 0.7])
+def test_norms_of_other_orders_are_handed_to_the_fallback(order: float) -> None:
+    ops = ("aten.linalg_vector_norm.default",)
+    check_op(lambda x: torch.linalg.vector_norm(x, order, dim=-1), (3, 4), inner=positive, fallback=ops)
+
+
+@pytest.mark.parametrize("order", [1, float("inf"), -float("inf")])
+@pytest.mark.parametrize("options", [{}, {"dim": -1}, {"dim": (0, 1), "keepdim": True}])
+def test_norms_of_order_one_and_infinity_are_sums_and_extrema(order: float, options: dict) -> None:
+    check_op(lambda x: torch.linalg.vector_norm(x, order, **options), (3, 4))
 
 
 def test_normalised_vectors() -> None:

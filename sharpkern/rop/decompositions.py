@@ -27,6 +27,7 @@ _KEEP = {
     aten.detach.default,
     aten.lstm.input, aten.lstm.data, aten.gru.input, aten.gru.data,
     aten.rnn_tanh.input, aten.rnn_tanh.data, aten.rnn_relu.input, aten.rnn_relu.data,
+    aten.max_unpool2d.default, aten.max_unpool3d.default,  # torch's gradient of repeated indices is not index_put's
 }  # fmt: skip
 _MODES = ("sum", "mean", "max")  # of an embedding bag, as torch numbers them
 

@@ -126,7 +126,7 @@ class DoubleBackward:
 
     def _ggn_column(self, v: list[Tensor]) -> Tensor:
         # J v by two pulls: J'u is linear in u, and its derivative along v by u is J v.
-        dummies = [torch.zeros_like(z, requires_grad=True) for z in self.outputs]
+        dummies = [torch.ones_like(z, requires_grad=True) for z in self.outputs]
         pulled = torch.autograd.grad(self.outputs, self.layout.tensors, dummies, create_graph=True, allow_unused=True)
         pairs = [(g, t) for g, t in zip(pulled, v, strict=True) if g is not None]
         gs, ts = zip(*pairs, strict=True)

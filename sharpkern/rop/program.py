@@ -76,6 +76,7 @@ class Program:
                 many = isinstance(value, tuple | list)
                 slots = [self._new_slot() for _ in value] if many else [self._new_slot()]
                 self.steps.append(step_of(node, slot_of, slots))
+                self.steps[-1].many = many
                 slot_of[node.name] = slots if many else slots[0]
         self._params = [(slot, t) for t, slot in ((t, by_tensor[id(t)]) for t in _unique(graph.parameters.values()))]
         self.param_slots = [by_tensor.get(id(t), NOTHING) for t in self.layout.tensors]
@@ -111,7 +112,7 @@ class Program:
         wanted = {self.loss_slot}
         live = []
         for step in reversed(candidates):
-            if wanted.intersection(step.outputs) and active.intersection(step.outputs):
+            if any(slot in wanted and slot in active for slot in step.outputs):
                 wanted.update(flat_slots(step.inputs))
                 live.append(step)
         self.live = live[::-1]
@@ -232,7 +233,7 @@ class Program:
             cotangents[self.loss_slot] = self.empty_loss()[None].fill_(1)
             for step in reversed(self.live):
                 assert step.rule is not None
-                g = _take(cotangents, step.outputs)
+                g = _take(cotangents, step)
                 results = step.rule.pull_back(g, step.through)
                 step.rule.prepare(g)
                 step.g = g if step.rule.keeps_cotangent or any_of(step.to_parameters) else None
@@ -338,7 +339,7 @@ class Program:
         parts = self._direct_to(out)
         for step in reversed(self.live):
             assert step.rule is not None
-            dg = _take(cotangents, step.outputs)
+            dg = _take(cotangents, step)
             linear = step.name in linear_steps
             results = step.rule.backward(dg) if linear else step.rule.backward_tangent(dg, step.g)
             step.rule.forget_tangents()
@@ -372,12 +373,12 @@ def _pick(values: list[Any], entry: Any) -> Any:
     return [values[s] for s in entry] if isinstance(entry, list) else values[entry]
 
 
-def _take(cotangents: list[Any], outputs: list[int]) -> Any:
+def _take(cotangents: list[Any], step: Step) -> Any:
     """Take a step's cotangents out of their slots."""
-    taken = tuple(cotangents[slot] for slot in outputs)
-    for slot in outputs:
+    taken = tuple(cotangents[slot] for slot in step.outputs)
+    for slot in step.outputs:
         cotangents[slot] = None
-    return taken[0] if len(taken) == 1 else taken
+    return taken if step.many else taken[0]
 
 
 def _distribute(cotangents: list[Any], owned: set[int], inputs: list[Any], results: tuple[Any, ...]) -> None:

@@ -24,7 +24,8 @@ class Step:
     refs: list[tuple[int, int]]  # (argument position, slot)
     list_refs: list[tuple[int, list[Any]]]  # (argument position, slots of a list argument)
     inputs: list[Any]  # per tensor argument of the schema: slot, NOTHING, or a list of those
-    outputs: list[int]  # slots; more than one for a multi-output op
+    outputs: list[int]  # slots
+    many: bool = False  # the op returns a tuple or list, of which there may be one entry only
     rule: Rule | None = None
     to_parameters: tuple[Any, ...] = ()  # per tensor argument like ``Rule.needs``: is it a parameter?
     through: tuple[Any, ...] = ()  # does it depend on parameters without being one?

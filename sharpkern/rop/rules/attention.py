@@ -49,6 +49,8 @@ class Attention(Rule):
         self.groups = q.shape[-3] // k.shape[-3] if grouped else 1
         self.shapes = (q.shape, k.shape, v.shape)
         k, v = self._repeat(k), self._repeat(v)
+        self.rank = max(q.ndim, k.ndim, v.ndim)
+        q, k, v = (t[(None,) * (self.rank - t.ndim)] for t in (q, k, v))  # batch dimensions may broadcast
         self.way: Kept | Blocked
         if dropout > 0.0 or _small(q, k, causal):
             self.way = Kept(scale, self.needs)
@@ -72,7 +74,8 @@ class Attention(Rule):
 
     def tangent(self, dq: Tensor | None, dk: Tensor | None, dv: Tensor | None, *_: None) -> Tensor:
         """Return ``dP v + P dv``."""
-        return self.way.tangent(dq, None if dk is None else self._repeat(dk), None if dv is None else self._repeat(dv))
+        dk, dv = (None if d is None else self._repeat(d) for d in (dk, dv))
+        return self.way.tangent(*(None if d is None else align(d, self.rank) for d in (dq, dk, dv)))
 
     def backward(self, g: Tensor) -> tuple[Tensor | None, ...]:
         """Return the cotangents of q, k, v."""

@@ -90,12 +90,14 @@ class Fallback(Rule):
     def tangent(self, *dargs: Any) -> Any:
         """Return ``J d``, for each of the k tangents."""
         chosen = [dargs[self.tensor_args.index(i)] for i, _ in self.places]
-        self.dprimals = [d if j is None else d[j] for d, (_, j) in zip(chosen, self.places, strict=True)]
+        picked = [d if j is None else d[j] for d, (_, j) in zip(chosen, self.places, strict=True)]
+        # One tensor for each vector, on memory of its own: as_strided and its like read a gradient by storage offset.
+        self.dprimals = [[column.clone() for column in d] for d in picked]
         if self.pulled is None:
             with torch.enable_grad():
-                self.dummies = [torch.zeros_like(y, requires_grad=True) for y in self.ys]
+                self.dummies = [torch.ones_like(y, requires_grad=True) for y in self.ys]  # 0 is a kink of log|u|
                 self.pulled = self._guard(lambda: self._gradient(self.ys, self.leaves, self.dummies, create=True))
-        columns = [self._guard(partial(self._along, c)) for c in range(self.dprimals[0].shape[0])]
+        columns = [self._guard(partial(self._along, c)) for c in range(len(self.dprimals[0]))]
         moved = iter([torch.stack([column[i] for column in columns]) for i in range(len(self.ys))])
         k = len(columns)
         results = [
@@ -121,7 +123,7 @@ class Fallback(Rule):
         """Return column c of the cotangents of the outputs that have a graph; zero where there is none."""
         parts = g if self.many else (g,)
         chosen = [part for part, kind in zip(parts, self.kinds, strict=True) if kind]
-        return [torch.zeros_like(y) if p is None else p[c] for y, p in zip(self.ys, chosen, strict=True)]
+        return [torch.zeros_like(y) if p is None else p[c].clone() for y, p in zip(self.ys, chosen, strict=True)]
 
     def backward(self, g: Any) -> tuple[Any, ...]:
         """Return ``J'g``, for each of the k cotangents."""
@@ -139,7 +141,7 @@ class Fallback(Rule):
                 self.slope = g, self._guard(lambda: self._gradient(self.ys, self.leaves, at, create=True))
         slope = self.slope[1]
         columns = []
-        for c in range(self.dprimals[0].shape[0]):
+        for c in range(len(self.dprimals[0])):
             pairs = [(s, d[c]) for s, d in zip(slope, self.dprimals, strict=True) if s is not None and s.requires_grad]
             second = [torch.zeros_like(leaf) for leaf in self.leaves]
             if pairs:

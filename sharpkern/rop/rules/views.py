@@ -45,10 +45,11 @@ class Permute(LinearInArgs):
         y: Tensor = self.op(x, *args)
         order = list(range(x.ndim))
         if self.op is aten.permute.default:
-            order = [d % x.ndim for d in args[0]]
+            order = [d % max(1, x.ndim) for d in args[0]]
         elif self.op is aten.transpose.int:
-            a, b = (d % x.ndim for d in args)
-            order[a], order[b] = order[b], order[a]
+            a, b = (d % max(1, x.ndim) for d in args)
+            if order:
+                order[a], order[b] = order[b], order[a]
         elif self.op is aten.mT.default:
             order[-1], order[-2] = order[-2], order[-1]
         else:
@@ -335,6 +336,8 @@ class Repeat(LinearInArgs):
 
     def backward(self, g: Tensor) -> tuple[Tensor]:
         """Sum over tiles."""
+        if not self.repeats:  # of a scalar; torch sums over everything where no dimension is named
+            return (g,)
         missing = len(self.repeats) - len(self.shape)
         shape = [1] * missing + list(self.shape)
         tiled = g.reshape(g.shape[0], *(n for r, s in zip(self.repeats, shape, strict=True) for n in (r, s)))
