@@ -17,7 +17,7 @@ from sharpkern.sweep import stacked
 from sharpkern.sweep.executors import run_sweep
 from sharpkern.sweep.grid import Cell, Sweep, read_sweep
 from sharpkern.sweep.groups import groups, run_group
-from sharpkern.sweep.run import Outcome, run_cell
+from sharpkern.sweep.run import CellEnd, run_cell
 from sharpkern.tracking.record import Record
 from sharpkern.train.batched import FCNStack
 from sharpkern.train.config import DataConfig, ModelConfig, TrackingConfig, TrainConfig
@@ -109,7 +109,7 @@ def same_folder(got: Path, want: Path, activation: str) -> None:
                 close(row[key], true[key], f"{got.name}, {key}", TOLERANCE[activation])
 
 
-def outcomes_by_name(outcomes: list[Outcome]) -> dict[str, Outcome]:
+def outcomes_by_name(outcomes: list[CellEnd]) -> dict[str, CellEnd]:
     return {outcome.name: outcome for outcome in outcomes}
 
 

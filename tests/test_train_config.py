@@ -22,7 +22,7 @@ from sharpkern.train.config import (
 UNUSUAL = TrainConfig(
     model=ModelConfig(kind="cnn", depth=7, width=33, activation="tanh", parameterisation="mup", zero_readout=True),
     data=DataConfig(name="cifar-10", dir=Path("some/where"), text_file=Path("t.txt"), context=9, limit=77),
-    optimizer=OptimizerConfig(name="gi-adam", eps=1e-30, lr=0.1 + 0.2, lr_init=1e16, power=0.5, decay="cosine"),
+    optimizer=OptimizerConfig(name="gi-adam", eps=1e-30, lr=1e16, lr_init=0.1 + 0.2, power=0.5, decay="cosine"),
     tracking=TrackingConfig(tol=0.3, every=4, max_matvecs=11),
     loss="mse",
     steps=3,

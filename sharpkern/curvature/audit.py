@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .operators import HessianOperator
+from .parameters import unwrapped
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ def _against_float64(
     rounding: float,
 ) -> list[Check]:
     """Compare with autograd's gradient and its central difference, on a float64 copy with the same random numbers."""
-    exact = copy.deepcopy(getattr(model, "_orig_mod", model)).double()
+    exact = copy.deepcopy(unwrapped(model)).double()
     exact_loss = copy.deepcopy(loss_fn).double() if isinstance(loss_fn, nn.Module) else loss_fn
     batch = pytree.tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, batch)
     torch.manual_seed(seed)

@@ -16,7 +16,7 @@ from ..rop.double_backward import AutogradProgram
 from ..rop.layout import Layout
 from .base import ParameterOperator
 from .losses import FunctionalLoss, LossModule, NonFiniteLossError
-from .parameters import select_parameters
+from .parameters import select_parameters, unwrapped
 
 
 class LossCurvature(ParameterOperator):
@@ -33,7 +33,7 @@ class LossCurvature(ParameterOperator):
         params: Mapping[str, Tensor] | Iterable[str] | Iterable[Tensor] | None = None,
         update_buffers: bool = False,
     ) -> None:
-        model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
+        model = None if model is None else unwrapped(model)
         self.params = select_parameters(model, params)
         self.module: nn.Module
         if model is None:
