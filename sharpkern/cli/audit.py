@@ -10,6 +10,7 @@ from .options import PROBLEM, TASK_HELP, add_run_options, read_run_options
 DESCRIPTION = f"""Check the Hessian-vector products of a model against independent truths.
 
 The first batch is used; of a full batch of the reference data its first 64 examples.
+Other options of sharpkern train are taken and not used, so that one command line serves for both.
 
 {TASK_HELP}
   The first batch is checked, whole."""

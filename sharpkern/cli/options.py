@@ -32,7 +32,8 @@ def add_run_options(parser: argparse.ArgumentParser, keys: Sequence[str], *, res
 
     Args:
         parser: of a command.
-        keys: options of ``TrainConfig`` that the command uses, as in ``loss``, ``optimizer.lr``, or whole tables.
+        keys: options of ``TrainConfig`` that the command uses, as in ``loss``, ``optimizer.lr``, or whole tables. The
+            others are taken too, but are not in the help: one command line serves for suggest, audit and train.
         resume: add ``--resume`` too.
     """
     sources = parser.add_argument_group("where options come from").add_mutually_exclusive_group()
@@ -47,9 +48,10 @@ def add_run_options(parser: argparse.ArgumentParser, keys: Sequence[str], *, res
     parser.usage = "%(prog)s [OPTIONS]"
     tables = get_type_hints(TrainConfig)
     groups: dict[str, Any] = {"": parser.add_argument_group("run")}
-    for option in _options():
+    for option in declared():
         table = option.key.rpartition(".")[0]
         if option.key not in keys and table not in keys:
+            option.add_to(parser, hidden=True)
             continue
         if table not in groups:
             groups[table] = parser.add_argument_group(f"[{table}]", tables[table].__doc__)
@@ -66,7 +68,7 @@ def read_run_options(given: argparse.Namespace) -> TrainConfig:
         FileNotFoundError: no such file or run folder.
         ValueError: a value is refused, or ``--resume`` was given with other options.
     """
-    flags = {o.key: vars(given)[o.key] for o in _options() if o.key in given}
+    flags = {o.key: vars(given)[o.key] for o in declared() if o.key in given}
     folder: Path | None = getattr(given, "resume", None)
     if folder is not None:
         if flags:
@@ -87,7 +89,7 @@ def read_run_options(given: argparse.Namespace) -> TrainConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Option:
+class Option:
     """A flag for one option.
 
     Attributes:
@@ -102,7 +104,8 @@ class _Option:
     help: str
     default: Any
 
-    def add_to(self, group: Any) -> None:
+    def add_to(self, group: Any, *, hidden: bool = False) -> None:
+        """Add the flag to a parser or its group; it leaves no value behind where it is not given."""
         kinds = get_args(self.type) or (self.type,)
         keywords: dict[str, Any] = {"type": kinds[0], "metavar": _METAVARS.get(kinds[0])}
         if get_origin(self.type) is Literal:
@@ -111,21 +114,25 @@ class _Option:
             keywords = {"action": argparse.BooleanOptionalAction}
         flags = ["--" + self.key.replace("_", "-"), *filter(None, [_SHORT.get(self.key)])]
         about = self.help if self.default is None else f"{self.help} (default: {self.default})"
-        group.add_argument(
-            *flags, dest=self.key, default=argparse.SUPPRESS, help=about.replace("%", "%%"), **keywords
-        )  # fmt: skip
+        about = argparse.SUPPRESS if hidden else about.replace("%", "%%")
+        group.add_argument(*flags, dest=self.key, default=argparse.SUPPRESS, help=about, **keywords)
 
 
-def _options(table: Any = TrainConfig, prefix: str = "") -> Iterator[_Option]:
-    """List every option of a table, those of its own tables after them."""
+def declared(table: Any = TrainConfig, prefix: str = "") -> Iterator[Option]:
+    """List every option of a run.
+
+    Args:
+        table: a dataclass whose fields are annotated with their explanations, or are such dataclasses themselves.
+        prefix: of the keys, for the tables inside.
+    """
     hints = get_type_hints(table, include_extras=True)
     tables = {name: hint for name, hint in hints.items() if dataclasses.is_dataclass(hint)}
     for f in dataclasses.fields(table):
         if f.name not in tables:
             kind, explanation = get_args(hints[f.name])
-            yield _Option(prefix + f.name, kind, explanation, f.default)
+            yield Option(prefix + f.name, kind, explanation, f.default)
     for name, inner in tables.items():
-        yield from _options(inner, f"{prefix}{name}.")
+        yield from declared(inner, f"{prefix}{name}.")
 
 
 def _with(config: Any, key: str, value: Any) -> Any:

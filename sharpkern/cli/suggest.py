@@ -12,6 +12,7 @@ initial and target learning rate and warmup length.
 
 A full batch makes every step of 6 to 16 short runs cost a full pass: use --data.limit or --batch-size
 for a first look.
+Other options of sharpkern train are taken and not used, so that one command line serves for both.
 
 {TASK_HELP}
   Short runs go through the batches in their order."""
