@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 import sharpkern as sk
+from sharpkern.train.config import DataConfig
 from sharpkern.train.data import load
 from sharpkern.train.models import FCN
 
@@ -95,7 +96,7 @@ def main() -> None:
     parser.add_argument("--full-batch-steps", type=int, default=60)
     parser.add_argument("--only", default="", help="cases whose name has this in it")
     options = parser.parse_args()
-    data = load("fashion-mnist-5k")
+    data = load(DataConfig("fashion-mnist-5k"))
     x, y = data.train_inputs, F.one_hot(data.train_targets, 10).float()
     probe = (x[:128], y[:128])
     cases = [

@@ -25,7 +25,7 @@ from torch.func import functional_call, grad, jvp, stack_module_state, vmap
 
 import sharpkern as sk
 from sharpkern.train.config import DataConfig, ModelConfig, OptimizerConfig, TrackingConfig, TrainConfig
-from sharpkern.train.loop import Run, batch_at
+from sharpkern.train.loop import Run
 from sharpkern.train.losses import half_mean_squares
 from sharpkern.train.models import FCN
 
@@ -52,7 +52,7 @@ def contenders(width: int, size: int, cells: int, folder: Path) -> dict[str, Cal
     )  # fmt: skip
     run = Run(config)
     steps = run.steps()
-    x, y = batch_at(1, config, run.data.train_inputs, run.targets)
+    x, y = run.task.batch(1)
     batch = x.flatten(1), y
     models = [FCN(784, 10, depth=3, width=width, seed=seed) for seed in range(cells)]
     hessian = sk.HessianOperator(models[0], half_mean_squares, batch)

@@ -14,6 +14,7 @@ import random
 import torch
 
 import sharpkern as sk
+from sharpkern.train.config import DataConfig
 from sharpkern.train.data import load
 from sharpkern.train.losses import half_mean_squares
 from sharpkern.train.models import FCN
@@ -45,7 +46,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     o = parser.parse_args()
     torch.set_num_threads(1)
-    data = load("fashion-mnist-5k", limit=o.examples)
+    data = load(DataConfig("fashion-mnist-5k", limit=o.examples))
     batch = data.train_inputs, torch.nn.functional.one_hot(data.train_targets, 10).float()
     seeds = [random.SystemRandom().randrange(2**31) for _ in range(o.seeds)]
     for name, (options, want) in BUILT.items():

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sharpkern.train.config import DataConfig
 from sharpkern.train.data import load
 
 
@@ -21,7 +22,7 @@ class Workload(NamedTuple):
 
 def images(count: int) -> tuple[Tensor, Tensor]:
     """``[count, 1, 28, 28]`` standardised photographs of clothes, and their classes."""
-    data = load("fashion-mnist-5k", limit=count)
+    data = load(DataConfig("fashion-mnist-5k", limit=count))
     return data.train_inputs, data.train_targets
 
 
@@ -128,7 +129,7 @@ def _per_token(logits: Tensor, targets: Tensor) -> Tensor:
 
 def gpt(context: int = 128, batch: int = 8, d: int = 192, blocks: int = 4) -> Workload:
     """Four pre-norm blocks, d = 192, 6 heads, vocabulary 256, batch 8 of 128 characters: 1.9 million parameters."""
-    data = load("text", context=context, limit=batch)
+    data = load(DataConfig("text", context=context, limit=batch))
     return Workload(GPT(256, d, 6, blocks, context), _per_token, (data.train_inputs, data.train_targets))
 
 
@@ -137,7 +138,7 @@ def gpt2(context: int = 128) -> Workload:
 
     The tokens are characters spread over the vocabulary, for want of GPT-2's tokeniser; the arithmetic is the same.
     """
-    data = load("text", context=context, limit=1)
+    data = load(DataConfig("text", context=context, limit=1))
     model = GPT(50257, 768, 12, 12, 1024, tied=True)
     return Workload(model, _per_token, tuple(t * 211 for t in (data.train_inputs, data.train_targets)))
 

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 
 import sharpkern as sk
 from sharpkern.curvature.losses import NonFiniteLossError
+from sharpkern.train.config import DataConfig
 from sharpkern.train.data import load
 from sharpkern.train.losses import half_mean_squares
 from sharpkern.train.models import FCN
@@ -28,7 +29,7 @@ torch.set_num_threads(1)  # small networks: more threads gain nothing
 
 def images(examples: int = 500) -> Batch:
     """Return the first real images of the packaged Fashion-MNIST subset, standardised, and one-hot classes."""
-    data = load("fashion-mnist-5k", limit=examples)
+    data = load(DataConfig("fashion-mnist-5k", limit=examples))
     return data.train_inputs, torch.nn.functional.one_hot(data.train_targets, 10).float()
 
 

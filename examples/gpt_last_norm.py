@@ -15,6 +15,7 @@ import torch
 from common import figure, save, tracked
 
 import sharpkern as sk
+from sharpkern.train.config import DataConfig
 from sharpkern.train.data import load
 from sharpkern.train.losses import token_cross_entropy
 from sharpkern.train.models import GPT
@@ -24,7 +25,7 @@ STEPS = WARMUP = 192
 
 def main(seed: int) -> None:
     """Warm both models up through the threshold."""
-    data = load("text", context=32, limit=16)
+    data = load(DataConfig("text", context=32, limit=16))
     batch = data.train_inputs, data.train_targets
     made, axes = figure(2, 2, f"GPT, 4 blocks, width 64, gradient descent, warmup of {WARMUP} steps, seed {seed}")
     for (top, bottom), last_norm in zip(axes.T, (True, False), strict=True):

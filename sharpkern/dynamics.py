@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 Measured = Sequence[float | None] | Iterable[Any]
+TRENDS = {"C1": "progressive sharpening", "C2": "sharpness reduction", "C3": "nearly constant sharpness"}
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Regime:
     """How the sharpness meets the stability threshold.
 
     Attributes:
-        name: "C1" progressive sharpening, "C2" sharpness reduction, "C3" nearly constant sharpness.
+        name: "C1", "C2" or "C3"; ``TRENDS`` has them in words.
         trend: sharpness at the first crossing (or at the end, if none) over the first measured sharpness.
         crossing: the first step beyond the threshold; None if there is none.
         persistence: the share of measured steps after the crossing with ``lr * sharpness`` within 0.8 to 1.3

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
+import numpy as np
 import pytest
+import torch
+from scipy.sparse.linalg import LinearOperator, eigsh
 
 from sharpkern import cli
+from sharpkern.cli import bench, options, progress
+from sharpkern.cli.exits import Parser
 from sharpkern.train import metrics
+from sharpkern.train.build import build_task
+from sharpkern.train.config import PRESETS, OptimizerConfig, TrackingConfig, TrainConfig, from_toml
+from sharpkern.train.loop import Run
 
 SMALL = ["--data.limit", "60", "--model.width", "10", "--steps", "4", "--threads", "1"]
 
@@ -49,9 +59,10 @@ def test_train_fills_the_run_folder(tmp_path: Path, options: list[str], capsys: 
 def test_a_critical_start_keeps_the_slope_and_resumes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--loss", "mse", "--optimizer.lr", "20", "--optimizer.warmup-steps", "400"]
     rows = {}
-    for start in ("False", "True"):
+    flags = {"False": "--no-optimizer.critical-start", "True": "--optimizer.critical-start"}
+    for start, flag in flags.items():
         out = str(tmp_path / start)
-        code, _, err = run("train", *SMALL, *options, "--optimizer.critical-start", start, "--out", out, capsys=capsys)
+        code, _, err = run("train", *SMALL, *options, flag, "--out", out, capsys=capsys)
         assert code == 0, err
         rows[start] = [row["lr"] for row in metrics.read(tmp_path / start / "metrics.jsonl")]
     gaps = [b - a for a, b in zip(rows["False"], rows["True"], strict=True)]
@@ -85,25 +96,25 @@ def test_diverging_run_exits_with_3_and_keeps_its_data(tmp_path: Path, capsys: p
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["trian"], "unknown command 'trian'"),
-        (["train", "--preset", "demmo"], "unknown preset 'demmo'"),
+        (["trian"], "invalid choice: 'trian'"),
+        (["train", "--preset", "demmo"], "argument --preset: invalid choice: 'demmo' (choose from "),
         (["train", "--config", "nowhere.toml"], "nowhere.toml: no such configuration file"),
         (["train", "--resume", "nowhere"], "nowhere is not a run folder"),
         (["train", "--data.name", "mnist"], "MNIST needs --data-dir"),
         (["train", "--data.name", "cifar-10", "--data.dir", "nowhere"], "data_batch_1.bin: missing"),
         (["train", "--data.name", "text"], "gpt needs text"),
         (["train", "--steps", "0"], "steps must be at least 1, got 0"),
-        (["train", "--preset"], "--preset needs a value"),
-        (["doctor", "please"], "doctor takes no options"),
-        (["suggest", "--lr-target", "big"], "--lr-target must be a number, got 'big'"),
-        (["suggest", "--probe-steps", "1.5"], "--probe-steps must be whole, got '1.5'"),
+        (["train", "--preset"], "argument --preset: expected one argument"),
+        (["doctor", "please"], "unrecognized arguments: please; see sharpkern doctor --help"),
+        (["suggest", "--lr-target", "big"], "argument --lr-target: invalid float value: 'big'"),
+        (["suggest", "--probe-steps", "1.5"], "argument --probe-steps: invalid int value: '1.5'"),
         (["suggest", *SMALL, "--lr-target", "-1"], "lr_target must be positive and finite, got -1.0"),
         (["suggest", *SMALL, "--probe-steps", "3"], "probe_steps must be at least 8"),
         (["suggest", "--stepz", "5"], "see sharpkern suggest --help"),
-        (["train", "--stepz", "5"], "Unrecognized options: --stepz, 5; see sharpkern train --help"),
-        (["train", "--steps", "abc"], "Error parsing --steps: invalid literal for int() with base 10: 'abc'"),
-        (["train", "--steps"], "Missing value for argument '--steps'"),
-        (["train", "--data.name", "foo"], "invalid choice 'foo' for argument '--data.name'"),
+        (["train", "--stepz", "5"], "unrecognized arguments: --stepz 5; see sharpkern train --help"),
+        (["train", "--steps", "abc"], "argument --steps: invalid int value: 'abc'; see sharpkern train"),
+        (["train", "--steps"], "argument --steps: expected one argument"),
+        (["train", "--data.name", "foo"], "argument --data.name: invalid choice: 'foo' (choose from "),
         (["audit", "--model.kind", "mlp"], "see sharpkern audit --help"),
         (["train", "--data.name", "mnist", "--data-dir", "nowhere"], "train-images-idx3-ubyte: missing"),
         (["train", "--data-dir=nowhere", "--data.name=cifar-10"], "data_batch_1.bin: missing"),
@@ -111,8 +122,17 @@ def test_diverging_run_exits_with_3_and_keeps_its_data(tmp_path: Path, capsys: p
         (["train", "--config", "binary.toml"], "can't decode byte 0xff"),
         (["train", *SMALL, "--out", "binary.toml"], "binary.toml: File exists."),
         (["train", *SMALL, "--out", "binary.toml/run"], "binary.toml/run: Not a directory."),
-        (["train", *SMALL, "--optimizer.lr", "-1"], "Invalid learning rate: -1.0"),
-        (["train", *SMALL, "--tracking.tol", "3"], "tol must lie between 0 and 1, got 3.0"),
+        (["train", "--optimizer.lr", "-1"], "optimizer.lr must be positive and finite, got -1.0"),
+        (["train", "--tracking.tol", "3"], "tracking.tol must lie between 0 and 1, got 3.0"),
+        (["train", "--step", "5"], "unrecognized arguments: --step 5"),
+        (
+            ["train", "--config", "nowhere.toml", "--preset", "demo"],
+            "argument --preset: not allowed with argument --config",
+        ),
+        (["train", *SMALL, "--tracking.probe", "61"], "tracking.probe = 61, but there are only 60 training examples"),
+        (["train", "--resume", "nowhere", "--steps", "5"], "--resume takes the run's own configuration"),
+        (["suggest", "--resume", "5"], "unrecognized arguments: --resume 5"),
+        (["bench", "--fast"], "unrecognized arguments: --fast; see sharpkern bench --help"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -133,8 +153,6 @@ def test_user_errors_are_one_line_and_exit_with_2(
 
 
 def test_interrupt_keeps_the_data(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
-    from sharpkern.train.loop import Run
-
     step = Run.step
 
     def interrupted(self):
@@ -153,7 +171,7 @@ def test_interrupt_keeps_the_data(tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_progress_is_plain_lines_where_no_terminal_is(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli, "_SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
     code, _, err = run("train", *SMALL, "--out", str(tmp_path / "run"), capsys=capsys)
     assert code == 0
     lines = [line for line in err.splitlines() if line.startswith("step ")]
@@ -218,24 +236,122 @@ def test_doctor_lists_every_backend(capsys: pytest.CaptureFixture[str]) -> None:
         assert f"backend {backend}: " in text
 
 
-@pytest.mark.parametrize(
-    ("arguments", "expected"),
-    [
-        (["--help"], "doctor"),
-        (["train", "--help"], "--preset demo"),
-        (["suggest", "--help"], "--probe-steps"),
-        (["audit", "-h"], "--model.kind"),
-    ],
-)
-def test_help_does_not_import_torch(arguments: list[str], expected: str) -> None:
+# What a command's help must show, and options of other commands that it must not.
+HELP = {
+    "train": ("--preset --config --resume --task --steps --tracking.k --optimizer.lr --out", "--lr-target"),
+    "suggest": ("--preset --config --task --probe-steps --optimizer.beta2", "--resume --steps --out --optimizer.lr"),
+    "audit": ("--preset --config --task --batch-size --model.kind", "--resume --steps --out --checkpoint-every --opt"),
+    "sweep": ("--processes --submitit --list", "--task --steps"),
+    "report": ("--partial", "--task --steps"),
+    "bench": ("--quick --threads --rounds --seconds --out", "--task --steps"),
+    "doctor": ("--help", "--task --steps --out"),
+}
+
+
+@pytest.mark.parametrize("command", ["", *HELP])
+def test_help_shows_own_options_and_exit_codes_without_torch(command: str) -> None:
     code = f"""
 import sys
 from sharpkern.cli import main
-try:
-    main({arguments!r})
-except SystemExit as done:
-    assert not done.code
+assert main({[*filter(None, [command]), "--help"]!r}) == 0
 assert "torch" not in sys.modules
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert expected in done.stdout
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    words = shown.replace(",", " ").split()
+    has, has_not = HELP.get(command, (" ".join(HELP), "--task"))
+    assert set(has.split()) <= set(words)
+    assert not [word for word in words for other in has_not.split() if word == other or word.startswith(f"{other}.")]
+    codes = shown.partition("exit codes:")[2].splitlines()[1:]
+    assert [line.split()[0] for line in codes] == ["0", "1", "2", "3", "130"]
+
+
+def test_every_option_of_a_run_has_a_flag_that_sets_it() -> None:
+    values = {"optimizer.lr": "0.5", "optimizer.lr_init": "0.25", "loss": "mse", "task": "a.b:c"}
+    for option in options.declared():
+        if option.type is bool:
+            flags, wanted = [f"--{'no-' * option.default}{option.key.replace('_', '-')}"], not option.default
+        else:
+            allowed = get_args(option.type) or (option.type,)
+            number = str(7 if allowed[0] is int else 0.75)
+            text = values.get(option.key, allowed[-1] if isinstance(allowed[0], str) else number)
+            flags = ["--" + option.key.replace("_", "-"), text]
+            wanted = text if isinstance(allowed[0], str) else allowed[0](text)
+        parser = Parser(prog="train")
+        options.add_run_options(parser, options.EVERYTHING, resume=True)
+        given = parser.parse_args(flags)
+        assert vars(given)[option.key] == wanted != option.default
+
+
+def test_flags_override_a_preset_and_a_file(tmp_path: Path) -> None:
+    parser = Parser(prog="train")
+    options.add_run_options(parser, options.EVERYTHING)
+    (tmp_path / "run.toml").write_text("steps = 5\n[tracking]\nk = 3\nbudget = 0.1\n[optimizer]\nlr = 0.4\n")
+    given = parser.parse_args(
+        ["--config", str(tmp_path / "run.toml"), "--optimizer.lr", "0.2", "--no-tracking.dataset"]
+    )
+    found = options.read_run_options(given)
+    assert found == TrainConfig(
+        steps=5, optimizer=OptimizerConfig(lr=0.2), tracking=TrackingConfig(k=3, budget=0.1)
+    )  # fmt: skip
+    found = options.read_run_options(parser.parse_args(["--preset", "demo", "--steps", "90"]))
+    assert found == dataclasses.replace(PRESETS["demo"], steps=90)
+
+
+@pytest.mark.parametrize("kind", ["toml", "flags"])
+def test_tracking_options_reach_the_rows(tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--tracking.k", "3", "--tracking.probe", "20", "--tracking.max-matvecs", "60"]
+    if kind == "toml":
+        (tmp_path / "run.toml").write_text("[tracking]\nk = 3\nprobe = 20\nmax_matvecs = 60\n")
+        arguments = ["--config", str(tmp_path / "run.toml")]
+    out = tmp_path / "run"
+    code, _, err = run("train", *arguments, *SMALL, "--batch-size", "30", "--out", str(out), capsys=capsys)
+    assert code == 0, err
+    row = metrics.read(out / "metrics.jsonl")[0]
+    made = build_task(from_toml((out / "config.toml").read_text()))
+    inputs, targets = made.data.train_inputs[:20], made.targets[:20]
+    params = list(made.model.parameters())
+    gradient = torch.autograd.grad(made.loss_fn(made.model(inputs), targets), params, create_graph=True)
+    flat = torch.cat([g.flatten() for g in gradient])
+
+    def product(v: np.ndarray) -> np.ndarray:
+        parts = torch.autograd.grad(flat, params, torch.from_numpy(v).float().flatten(), retain_graph=True)
+        return torch.cat([p.flatten() for p in parts]).numpy()
+
+    operator = LinearOperator((len(flat), len(flat)), matvec=product, dtype=np.float32)
+    truth = eigsh(operator, k=3, which="LA", return_eigenvectors=False)
+    assert row["eigenvalues"] == pytest.approx(sorted(truth, reverse=True), rel=1e-2)
+    assert row["sharpness"] == row["eigenvalues"][0] and row["sharpness_error"] > 0
+    assert row["status"] == "measured" and row["converged"] is True
+
+
+def test_whole_training_set_is_tracked_in_batches(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = {}
+    for size, more in (("60", []), ("25", ["--tracking.dataset"])):
+        out = tmp_path / size
+        code, _, err = run(
+            "train", *SMALL, "--batch-size", size, *more, "--tracking.tol", "1e-4", "--tracking.max-matvecs", "300",
+            "--out", str(out), capsys=capsys,
+        )  # fmt: skip
+        assert code == 0, err
+        rows[size] = metrics.read(out / "metrics.jsonl")[0]
+    assert rows["25"]["loss"] != rows["60"]["loss"]
+    assert rows["25"]["sharpness"] == pytest.approx(rows["60"]["sharpness"], rel=1e-3)
+
+
+def test_budget_is_handed_to_the_tracker(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    arguments = ["--tracking.budget", "1e-6", "--steps", "8", "--out", str(out)]
+    assert run("train", *SMALL, *arguments, capsys=capsys)[0] == 0
+    assert [row["status"] for row in metrics.read(out / "metrics.jsonl")] == ["measured"] + 7 * ["carried"]
+
+
+def test_bench_hands_its_options_to_the_suite(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[list[str]] = []
+    done = subprocess.CompletedProcess([], 5)
+    monkeypatch.setattr(bench.subprocess, "run", lambda command: called.append(command) or done)
+    assert cli.main(["bench", "--quick", "--rounds", "3", "--seconds=0.5"]) == 5
+    assert called == [[sys.executable, str(bench.find()), "--quick", "--rounds=3", "--seconds=0.5"]]
+    parser = Parser(prog="bench")
+    bench.add_options(parser)
+    source = bench.find().read_text()
+    assert all(f'"{flag}"' in source for a in parser._actions[1:] for flag in a.option_strings)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import sharpkern as sk
 from sharpkern.optimizers.next_update import next_update
+from sharpkern.train.config import DataConfig
 from sharpkern.train.data import load
 from sharpkern.train.losses import half_mean_squares
 from sharpkern.train.models import FCN
@@ -122,7 +123,7 @@ def test_groups_keep_the_ratio_of_their_rates() -> None:
 
 @pytest.mark.parametrize("parameterisation", ["sp", "mup", "ntp"])
 def test_real_images_at_initialisation_are_critical_between_one_and_three_thresholds(parameterisation: str) -> None:
-    data = load("fashion-mnist-5k", limit=300)
+    data = load(DataConfig("fashion-mnist-5k", limit=300))
     batch = data.train_inputs, F.one_hot(data.train_targets, 10).float()
     for _ in range(3):
         model = FCN(784, 10, width=256, parameterisation=parameterisation, seed=int(torch.randint(10**6, ())))

@@ -24,9 +24,9 @@ LAYERS = {
     "dynamics": "",
     "tracking": "budget record followed tracker",
     "warmup": "formulas critical schedule persistent trials suggest_text suggest",
-    "train": "cifar idx text config metrics models batched checkpoint data moments plots summary losses loop",
+    "train": "cifar idx text config metrics models batched checkpoint data moments plots summary losses own build loop",
     "sweep": "grid collect diagrams run report stacked groups executors",
-    "cli": "doctor bench __main__",
+    "cli": "exits progress options train suggest sweep report audit bench doctor __main__",
 }
 ORDER = [f"{folder}.{name}" if name else folder for folder, row in LAYERS.items() for name in row.split() or [""]]
 EIGEN_MAY_IMPORT = {"eigen", "kernels"}  # a solver sees an operator's n, dtype, device, matmat; not the operators

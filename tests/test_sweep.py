@@ -20,10 +20,10 @@ import pytest
 import sharpkern as sk
 from sharpkern import cli
 from sharpkern.sweep import executors
-from sharpkern.sweep.collect import TIMING, summarise
+from sharpkern.sweep.collect import result_row
 from sharpkern.sweep.grid import read_sweep
 from sharpkern.sweep.groups import Group
-from sharpkern.sweep.run import Outcome, run_cell
+from sharpkern.sweep.run import CellEnd, run_cell
 from sharpkern.train.config import OptimizerConfig, TrainConfig, from_toml
 
 BASE = """
@@ -46,17 +46,17 @@ def write(folder: Path, text: str = GRID) -> Path:
     return path
 
 
-def in_this_process(function: Callable[[Group], list[Outcome]], todo: Sequence[Group]) -> Iterator[list[Outcome]]:
+def in_this_process(function: Callable[[Group], list[CellEnd]], todo: Sequence[Group]) -> Iterator[list[CellEnd]]:
     return map(function, todo)
 
 
-def run(path: Path, out: Path) -> list[Outcome]:
+def run(path: Path, out: Path) -> list[CellEnd]:
     return list(executors.run_sweep(read_sweep(path, out), in_this_process))
 
 
 def table_without_time(folder: Path) -> list[dict[str, str]]:
     with (folder / "table.csv").open(newline="") as file:
-        return [{k: v for k, v in row.items() if k not in TIMING} for row in csv.DictReader(file)]
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
 
 
 def test_grid_is_every_combination_in_the_order_of_the_file(tmp_path: Path) -> None:
@@ -175,19 +175,20 @@ def test_same_cell_with_other_settings_is_refused(tmp_path: Path) -> None:
 
 
 def test_cell_that_cannot_run_is_reported_and_tried_again(tmp_path: Path, capsys, monkeypatch) -> None:
-    path = write(tmp_path, BASE.format(steps=2) + "[sweep.grid]\noptimizer.power = [1.0, -1.0]\n")
+    path = write(tmp_path, BASE.format(steps=2) + "[sweep.grid]\noptimizer.momentum = [0.0, -1.0]\n")
     monkeypatch.setattr(executors, "local", lambda processes: in_this_process)
     for _ in range(2):
         assert cli.main(["sweep", str(path), "--out", str(tmp_path / "out")]) == 1
         err = capsys.readouterr().err.strip().splitlines()[-1]
-        assert "1 cells have no result, the first is power=-1: power must be positive, got -1.0." in err
-    assert "WarmupLR" in (tmp_path / "out" / "cells" / "power=-1" / "error.txt").read_text()
+        assert "1 cells have no result, the first is momentum=-1: Invalid momentum value: -1.0" in err
+    assert "build_optimizer" in (tmp_path / "out" / "cells" / "momentum=-1" / "error.txt").read_text()
     assert [row["status"] == "unfinished" for row in table_without_time(tmp_path / "out")] == [False, True]
 
 
 def test_learning_rates_in_units_of_the_initial_sharpness(tmp_path: Path) -> None:
     import torch
 
+    from sharpkern.train.config import DataConfig
     from sharpkern.train.data import load
     from sharpkern.train.models import FCN
 
@@ -196,7 +197,7 @@ def test_learning_rates_in_units_of_the_initial_sharpness(tmp_path: Path) -> Non
     )
     run(write(tmp_path, text + "\n[sweep.grid]\noptimizer.lr = [3]\n"), tmp_path / "out")
     folder = tmp_path / "out" / "cells" / "lr=3"
-    data = load("fashion-mnist-5k", limit=40)
+    data = load(DataConfig("fashion-mnist-5k", limit=40))
     goal = torch.nn.functional.one_hot(data.train_targets, 10).float()
     truth = sk.sharpness(
         FCN(784, 10, depth=2, width=8),
@@ -228,7 +229,7 @@ def row(step: int, loss: float | None, accuracy: float) -> dict:
     ],
 )
 def test_status_follows_the_rules(rows: list[dict], status: str) -> None:
-    result = summarise(rows, TrainConfig(), classes=10)
+    result = result_row(rows, TrainConfig(), classes=10)
     assert result["status"] == status
     json.dumps(result, allow_nan=False)
 
@@ -236,7 +237,7 @@ def test_status_follows_the_rules(rows: list[dict], status: str) -> None:
 def test_cell_waits_for_another_process_that_has_it(tmp_path: Path) -> None:
     cell = read_sweep(write(tmp_path), tmp_path / "out").cells[0]
     cell.folder.mkdir(parents=True)
-    found: list[Outcome] = []
+    found: list[CellEnd] = []
     with (cell.folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         thread = threading.Thread(target=lambda: found.append(run_cell(cell)))
@@ -245,7 +246,7 @@ def test_cell_waits_for_another_process_that_has_it(tmp_path: Path) -> None:
         assert thread.is_alive() and not (cell.folder / "config.toml").exists()
         (cell.folder / "result.json").write_text('{"status": "failed"}')  # what the other process finds
     thread.join()
-    assert found == [Outcome(cell.name, "failed")]
+    assert found == [CellEnd(cell.name, "failed")]
 
 
 def free(cells: Path) -> bool:
@@ -299,7 +300,7 @@ def test_interrupted_and_killed_sweep_ends_with_the_same_table(tmp_path: Path) -
     assert len(table_without_time(whole)) == 60
 
 
-def die(group: Group) -> list[Outcome]:
+def die(group: Group) -> list[CellEnd]:
     os._exit(1)
 
 

@@ -14,6 +14,7 @@ import torch
 
 from sharpkern.train import data
 from sharpkern.train.cifar import TEST, TRAIN
+from sharpkern.train.config import DataConfig
 from sharpkern.train.data import load, standardise
 from sharpkern.train.idx import read_idx
 
@@ -84,7 +85,7 @@ def test_damaged_idx_file_is_one_line_with_path_and_sizes(tmp_path: Path, case: 
 @pytest.mark.parametrize("name", ["mnist", "fashion-mnist"])
 def test_idx_folder_loads_in_order(tmp_path: Path, name: str, gz: bool) -> None:
     arrays = write_idx_folder(tmp_path, gz=gz)
-    loaded = load(name, data_dir=tmp_path)
+    loaded = load(DataConfig(name, dir=tmp_path))
     assert loaded.train_inputs.shape == (7, 1, 5, 4)
     assert loaded.test_inputs.shape == (3, 1, 5, 4)
     assert loaded.train_targets.tolist() == arrays["train-labels-idx1"].tolist()
@@ -95,10 +96,10 @@ def test_idx_folder_loads_in_order(tmp_path: Path, name: str, gz: bool) -> None:
 def test_fashion_mnist_is_found_where_debian_puts_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_idx_folder(tmp_path, gz=True)
     monkeypatch.setattr(data, "_DEBIAN", tmp_path)
-    assert len(load("fashion-mnist").train_inputs) == 7
+    assert len(load(DataConfig("fashion-mnist")).train_inputs) == 7
     monkeypatch.setattr(data, "_DEBIAN", tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match="apt install dataset-fashion-mnist"):
-        load("fashion-mnist")
+        load(DataConfig("fashion-mnist"))
 
 
 def test_idx_folder_that_does_not_fit_together_is_refused(tmp_path: Path) -> None:
@@ -112,14 +113,14 @@ def test_idx_folder_that_does_not_fit_together_is_refused(tmp_path: Path) -> Non
     ]:
         labels.write_bytes(content)
         with pytest.raises(ValueError, match=message):
-            load("mnist", data_dir=tmp_path)
+            load(DataConfig("mnist", dir=tmp_path))
     labels.write_bytes(good)
     (tmp_path / "t10k-labels-idx1-ubyte").unlink()
     with pytest.raises(FileNotFoundError, match="t10k-labels-idx1-ubyte: missing"):
-        load("mnist", data_dir=tmp_path)
+        load(DataConfig("mnist", dir=tmp_path))
     write_idx_folder(tmp_path, test=0)
     with pytest.raises(ValueError, match="images \\[0, 5, 4\\], expected at least one"):
-        load("mnist", data_dir=tmp_path)
+        load(DataConfig("mnist", dir=tmp_path))
 
 
 def write_cifar(folder: Path, each: int = 2) -> dict[str, np.ndarray]:
@@ -137,7 +138,7 @@ def test_cifar_records_are_a_label_and_three_planes(tmp_path: Path, inner: str) 
     folder = tmp_path / inner
     folder.mkdir(exist_ok=True)
     files = write_cifar(folder)
-    loaded = load("cifar-10", data_dir=tmp_path)
+    loaded = load(DataConfig("cifar-10", dir=tmp_path))
     assert loaded.train_inputs.shape == (10, 3, 32, 32)
     third = files["data_batch_2.bin"][0]
     assert loaded.train_targets[2] == third[0]
@@ -156,12 +157,12 @@ def test_damaged_cifar_is_refused(tmp_path: Path) -> None:
     ]:
         path.write_bytes(content)
         with pytest.raises(ValueError, match=message):
-            load("cifar-10", data_dir=tmp_path)
+            load(DataConfig("cifar-10", dir=tmp_path))
     path.unlink()
     with pytest.raises(FileNotFoundError, match="data_batch_4.bin: missing"):
-        load("cifar-10", data_dir=tmp_path)
+        load(DataConfig("cifar-10", dir=tmp_path))
     with pytest.raises(FileNotFoundError, match="needs --data-dir"):
-        load("cifar-10")
+        load(DataConfig("cifar-10"))
 
 
 def test_pickles_are_never_read(tmp_path: Path) -> None:
@@ -169,7 +170,7 @@ def test_pickles_are_never_read(tmp_path: Path) -> None:
     inner.mkdir()
     (inner / "data_batch_1").write_bytes(b"cos\nsystem\n(S'exit 1'\ntR.")
     with pytest.raises(FileNotFoundError, match="data_batch_1.bin: missing"):
-        load("cifar-10", data_dir=tmp_path)
+        load(DataConfig("cifar-10", dir=tmp_path))
 
 
 def test_packaged_fashion_mnist_is_the_published_balanced_subset() -> None:
@@ -179,7 +180,7 @@ def test_packaged_fashion_mnist_is_the_published_balanced_subset() -> None:
     notice = (folder / "FASHION_MNIST_LICENSE.txt").read_text()
     assert "MIT" in notice
     assert "Zalando" in notice
-    loaded = load("fashion-mnist-5k")
+    loaded = load(DataConfig("fashion-mnist-5k"))
     assert loaded.train_inputs.shape == (5000, 1, 28, 28)
     assert loaded.train_targets.bincount().tolist() == [500] * 10
     assert loaded.test_inputs.shape == (1000, 1, 28, 28)
@@ -198,7 +199,7 @@ def test_every_image_is_standardised_by_its_own_pixels() -> None:
 def test_text_targets_are_the_next_characters(tmp_path: Path) -> None:
     path = tmp_path / "text"
     path.write_text("naïve café ☕ " * 9, encoding="utf-8")
-    loaded = load("text", text_file=path, context=5)
+    loaded = load(DataConfig("text", text_file=path, context=5))
     assert loaded.classes == len(set("naïve café ☕ "))
     inputs = torch.cat([loaded.train_inputs, loaded.test_inputs]).flatten()
     targets = torch.cat([loaded.train_targets, loaded.test_targets]).flatten()
@@ -212,7 +213,7 @@ def test_default_text_is_pythons_language_reference() -> None:
     from pydoc_data.topics import topics
 
     text = "\n".join(topics[name] for name in sorted(topics))
-    loaded = load("text", context=64)
+    loaded = load(DataConfig("text", context=64))
     assert loaded.classes == len(set(text))
     assert f"sha256 {hashlib.sha256(text.encode()).hexdigest()[:16]}" in loaded.note
 
@@ -222,24 +223,24 @@ def test_bad_texts_are_refused(tmp_path: Path) -> None:
     for content, message in [(b"abc\xff", "not UTF-8 at byte 3"), (b"", "is empty"), (b"abcdef", "has 6 characters")]:
         path.write_bytes(content)
         with pytest.raises(ValueError, match=message):
-            load("text", text_file=path)
+            load(DataConfig("text", text_file=path))
     with pytest.raises(FileNotFoundError, match="no such text file"):
-        load("text", text_file=tmp_path / "nowhere")
+        load(DataConfig("text", text_file=tmp_path / "nowhere"))
 
 
 def test_digits_come_from_scikit_learn_or_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("sklearn")
-    loaded = load("digits")
+    loaded = load(DataConfig("digits"))
     assert loaded.train_inputs.shape == (1500, 1, 8, 8)
     assert len(loaded.test_inputs) == 297
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(ValueError, match="pip install scikit-learn"):
-        load("digits")
+        load(DataConfig("digits"))
 
 
 def test_limit_and_names_are_checked() -> None:
-    assert len(load("fashion-mnist-5k", limit=12).train_inputs) == 12
+    assert len(load(DataConfig("fashion-mnist-5k", limit=12)).train_inputs) == 12
     with pytest.raises(ValueError, match="limit must be at least 1, got 0"):
-        load("fashion-mnist-5k", limit=0)
+        load(DataConfig("fashion-mnist-5k", limit=0))
     with pytest.raises(ValueError, match="unknown data set 'fashion'"):
-        load("fashion")
+        load(DataConfig("fashion"))

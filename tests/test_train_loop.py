@@ -18,8 +18,9 @@ import torch
 import sharpkern as sk
 from sharpkern.curvature.losses import NonFiniteLossError
 from sharpkern.train import checkpoint, metrics
+from sharpkern.train.build import batch_at
 from sharpkern.train.config import DataConfig, ModelConfig, OptimizerConfig, TrainConfig, to_toml
-from sharpkern.train.loop import Run, batch_at
+from sharpkern.train.loop import Run
 from sharpkern.train.summary import summarise
 
 
@@ -61,7 +62,7 @@ def test_rows_hold_what_a_plain_training_run_computes(tmp_path: Path) -> None:
     model = type(run.model)(784, 10, depth=3, width=12)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     for row in finish(run):
-        x, y = batch_at(row["step"], run.config, run.data.train_inputs, run.targets)
+        x, y = run.task.batch(row["step"])
         optimizer.param_groups[0]["lr"] = 0.05 * min(1.0, row["step"] / 4)
         loss = 0.5 * (model(x) - y).square().mean()
         optimizer.zero_grad()
@@ -82,7 +83,7 @@ def test_rows_hold_what_shows_that_adam_fails(tmp_path: Path, optimizer: str) ->
         run.model.layers[0].weight[3] = 0.0
         run.model.layers[0].bias[3] = -1.0
     model = copy.deepcopy(run.model).double()
-    x, y = (t.double() for t in batch_at(1, run.config, run.data.train_inputs, run.targets))
+    x, y = (t.double() for t in run.task.batch(1))
     model(x).sub(y).square().mean().mul(0.5).backward()
     g = torch.cat([p.grad.flatten() for p in model.parameters()])
     row = finish(run)[0]

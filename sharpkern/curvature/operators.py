@@ -15,7 +15,7 @@ from .base import ParameterOperator
 from .engines import Engine, Engines
 from .freshness import Freshness
 from .losses import FunctionalLoss, LossModule, NonFiniteLossError
-from .parameters import select_parameters
+from .parameters import select_parameters, unwrapped
 
 
 class LossCurvature(ParameterOperator):
@@ -33,7 +33,7 @@ class LossCurvature(ParameterOperator):
         update_buffers: bool = False,
         verify: bool = True,
     ) -> None:
-        model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
+        model = None if model is None else unwrapped(model)
         self.params = select_parameters(model, params)
         self._selection = params if params is None else list(self.params)
         self.module: Any  # a LossModule or FunctionalLoss

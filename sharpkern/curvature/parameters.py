@@ -11,6 +11,12 @@ from torch import Tensor, nn
 from ..rop.layout import Layout
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the module that ``torch.compile`` has wrapped, or the model itself: its names are the user's own."""
+    inner: nn.Module = getattr(model, "_orig_mod", model)
+    return inner
+
+
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters that require a gradient, by name, each tensor once."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}

@@ -15,7 +15,6 @@ from ..train.metrics import Row, replace_file
 from .grid import Cell, Sweep
 
 RESULT, DECLARED = "result.json", "cell.toml"
-TIMING = ("seconds",)  # columns that differ between two runs of the same cell
 _OUT_OF_BOUNDS = 1e5
 _SMOOTH = 10  # steps over which a mini-batch run is averaged before catapults and regimes are looked for
 
@@ -46,7 +45,7 @@ def table(sweep: Sweep) -> list[dict[str, Any]]:
     return [columns | row for row in rows]
 
 
-def summarise(rows: list[Row], config: TrainConfig, classes: int) -> dict[str, Any]:
+def result_row(rows: list[Row], config: TrainConfig, classes: int) -> dict[str, Any]:
     """Return a finished run's row of the table.
 
     The status is that of ``training_outcome``: "trained", "failed" or "diverged", the last also for a loss of 1e5 times

@@ -18,9 +18,9 @@ from ..train.metrics import replace_file
 from .collect import result_of, table, write_table
 from .grid import Sweep
 from .groups import Group, groups, run_group
-from .run import Outcome
+from .run import CellEnd
 
-Executor = Callable[[Callable[[Group], list[Outcome]], Sequence[Group]], Iterator[list[Outcome]]]
+Executor = Callable[[Callable[[Group], list[CellEnd]], Sequence[Group]], Iterator[list[CellEnd]]]
 
 
 def local(processes: int | None = None) -> Executor:
@@ -30,7 +30,7 @@ def local(processes: int | None = None) -> Executor:
         processes: at most so many at once; by default as many as there are cores for their torch threads.
     """
 
-    def run(function: Callable[[Group], list[Outcome]], todo: Sequence[Group]) -> Iterator[list[Outcome]]:
+    def run(function: Callable[[Group], list[CellEnd]], todo: Sequence[Group]) -> Iterator[list[CellEnd]]:
         threads = max(cell.config.threads or 1 for group in todo for cell in group)
         workers = processes or processes_for(threads)
         with ProcessPoolExecutor(
@@ -97,19 +97,19 @@ def submitit(logs: Path, **parameters: Any) -> Executor:
     except (NameError, TypeError) as error:
         raise ValueError(f"submitit: {error}") from error
 
-    def run(function: Callable[[Group], list[Outcome]], todo: Sequence[Group]) -> Iterator[list[Outcome]]:
+    def run(function: Callable[[Group], list[CellEnd]], todo: Sequence[Group]) -> Iterator[list[CellEnd]]:
         jobs = dict(zip(executor.map_array(function, todo), todo, strict=True))
         for job in engine.helpers.as_completed(list(jobs), poll_frequency=1):
             try:
                 yield job.result()
             except Exception as error:  # the job was killed, or ran out of time or memory
                 message = f"job {job.job_id}: {str(error).splitlines()[0]}"
-                yield [Outcome(cell.name, "error", message) for cell in jobs[job]]
+                yield [CellEnd(cell.name, "error", message) for cell in jobs[job]]
 
     return run
 
 
-def run_sweep(sweep: Sweep, executor: Executor, *, at_once: int = 1) -> Iterator[Outcome]:
+def run_sweep(sweep: Sweep, executor: Executor, *, at_once: int = 1) -> Iterator[CellEnd]:
     """Run the cells that have no result yet; yield an outcome for each, then write ``table.csv``.
 
     Args:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import math
 import re
 import tomllib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..train.config import TrainConfig, build, to_toml
+from ..train.config import TrainConfig, build, to_toml, value_of
 
 UNITS = ("1", "1/sharpness")
 
@@ -110,7 +109,7 @@ def read_sweep(path: Path, out: Path | None = None) -> Sweep:
     cells: dict[str, Cell] = {}
     for chosen in (c for grid in flat for c in _combinations(grid, path)):
         config = _configure(tables, chosen, folder, path, unit)
-        values = {key: _get(config, key) for key in axes}
+        values = {key: value_of(config, key) for key in axes}
         name = ",".join(f"{label}={word(values[key])}" for key, label in zip(axes, labels(axes), strict=True))
         cells[name] = Cell(name, values, replace(config, out=folder / "cells" / name), unit, keep)
     return Sweep(folder, axes, tuple(cells.values()), unit, text)
@@ -128,8 +127,8 @@ def _configure(tables: dict[str, Any], chosen: dict[str, Any], folder: Path, pat
     config: TrainConfig = build(TrainConfig, merged, str(path))
     config = replace(config, out=folder, threads=config.threads or 1)
     config.validate()
-    if not 0 < config.optimizer.lr < math.inf:
-        raise ValueError(f"{path}: optimizer.lr must be positive and finite, got {config.optimizer.lr}.")
+    if config.task is not None:
+        raise ValueError(f"{path}: a sweep is of reference models: task is for train, suggest and audit.")
     if unit != "1" and config.optimizer.name != "sgd":
         raise ValueError(f"{path}: lr_unit = {unit!r} is for sgd, got {config.optimizer.name!r}.")
     return config
@@ -156,12 +155,6 @@ def _table(value: Any, name: str, path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path}: {name} must be a table, got {value!r}.")
     return value
-
-
-def _get(config: Any, key: str) -> Any:
-    for name in key.split("."):
-        config = getattr(config, name)
-    return config
 
 
 def labels(axes: tuple[str, ...]) -> list[str]:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from .grid import Cell
-from .run import Outcome, run_cell
+from .run import CellEnd, run_cell
 
 Group = tuple[Cell, ...]
 
@@ -39,7 +39,7 @@ def groups(cells: Sequence[Cell], at_once: int = 1) -> list[Group]:
     return found
 
 
-def run_group(cells: Group) -> list[Outcome]:
+def run_group(cells: Group) -> list[CellEnd]:
     """Train cells to their ends, together if there are several."""
     if len(cells) == 1:
         return [run_cell(cells[0])]

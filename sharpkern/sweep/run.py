@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from ..train.config import TrainConfig, from_toml
 from ..train.metrics import read, replace_file
-from .collect import DECLARED, RESULT, result_of, summarise
+from .collect import DECLARED, RESULT, result_of, result_row
 from .grid import Cell
 
 if TYPE_CHECKING:
+    from ..train.build import ReferenceTask
     from ..train.data import Dataset
     from ..train.loop import Run
 
@@ -27,7 +28,7 @@ _BATCHES = 10  # the initial sharpness of a mini-batch run is the mean over so m
 
 
 @dataclass(frozen=True)
-class Outcome:
+class CellEnd:
     """How a cell ended.
 
     Attributes:
@@ -41,14 +42,14 @@ class Outcome:
     message: str = ""
 
 
-def run_cell(cell: Cell) -> Outcome:
+def run_cell(cell: Cell) -> CellEnd:
     """Train a cell to its end, or go on where it was interrupted; a finished cell is left as it is."""
     with locked(cell):
         try:
             result = result_of(cell) or train(cell, begin(cell))
         except Exception as error:  # a result or an error of this one cell, whatever it is: the others go on
             return report_error(cell, error)
-    return Outcome(cell.name, result["status"])
+    return CellEnd(cell.name, result["status"])
 
 
 @contextmanager
@@ -60,15 +61,16 @@ def locked(cell: Cell) -> Iterator[None]:
         yield
 
 
-def report_error(cell: Cell, error: Exception) -> Outcome:
+def report_error(cell: Cell, error: Exception) -> CellEnd:
     """Leave an error's traceback in the cell's folder."""
     (cell.folder / ERROR).write_text("".join(traceback.format_exception(error)))
-    return Outcome(cell.name, "error", (str(error) or type(error).__name__).splitlines()[0])
+    return CellEnd(cell.name, "error", (str(error) or type(error).__name__).splitlines()[0])
 
 
 def begin(cell: Cell) -> Run:
     """Make a cell's run, or load where it was interrupted."""
-    from ..train.loop import Run, what_is_exported
+    from ..train.build import what_is_exported
+    from ..train.loop import Run
 
     folder = cell.folder
     (folder / ERROR).unlink(missing_ok=True)
@@ -85,6 +87,14 @@ def begin(cell: Cell) -> Run:
     return run
 
 
+def reference_task(run: Run) -> ReferenceTask:
+    """Return a cell's task, which is never a user's own: ``read_sweep`` refuses those."""
+    from ..train.build import ReferenceTask
+
+    assert isinstance(run.task, ReferenceTask)
+    return run.task
+
+
 def train(cell: Cell, run: Run) -> dict[str, Any]:
     """Train a run to its end, and return the cell's result."""
     from ..curvature.losses import NonFiniteLossError
@@ -99,8 +109,8 @@ def train(cell: Cell, run: Run) -> dict[str, Any]:
 
 def finish(cell: Cell, run: Run) -> dict[str, Any]:
     """Write the result of a run that has all its rows."""
-    rows = read(cell.folder / "metrics.jsonl")
-    result = summarise(rows, run.config, run.data.classes) | _critical(run.config, run.data)
+    rows, data = read(cell.folder / "metrics.jsonl"), reference_task(run).data
+    result = result_row(rows, run.config, data.classes) | _critical(run.config, data)
     replace_file(cell.folder / RESULT, (json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
     if not cell.keep_checkpoint:
         (cell.folder / "checkpoint.pt").unlink(missing_ok=True)
@@ -130,9 +140,7 @@ def _initial_sharpness(config: TrainConfig) -> float:
     from ..eigen import lanczos
     from ..train.data import load
 
-    d = config.data
-    data = load(d.name, data_dir=d.dir, text_file=d.text_file, context=d.context, limit=d.limit)
-    model, loss_fn, batches = _start(config, data, 1 if config.batch_size is None else _BATCHES)
+    model, loss_fn, batches = _start(config, load(config.data), 1 if config.batch_size is None else _BATCHES)
     hessian = HessianOperator(model, loss_fn, batches[0])  # one export for all batches
     values = []
     for batch in batches:
@@ -144,7 +152,7 @@ def _initial_sharpness(config: TrainConfig) -> float:
 
 def _critical(config: TrainConfig, data: Dataset) -> dict[str, Any]:
     """Find the critical learning rate at initialisation, and what warmup would gain by starting there."""
-    from ..train.loop import build_optimizer
+    from ..train.build import build_optimizer
     from ..warmup.critical import critical_learning_rate
     from ..warmup.formulas import steps_saved, steps_to_target
 
@@ -168,7 +176,7 @@ def _start(config: TrainConfig, data: Dataset, count: int) -> tuple[Any, Any, li
     """Return the run's model as it starts, its loss function, and its first batches."""
     import torch
 
-    from ..train.loop import batch_at, build_model
+    from ..train.build import batch_at, build_model
     from ..train.losses import build_loss, loss_targets
 
     torch.set_num_threads(config.threads or 1)

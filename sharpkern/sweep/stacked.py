@@ -19,13 +19,14 @@ from ..curvature.losses import NonFiniteLossError
 from ..tracking.record import Record
 from ..tracking.tracker import SharpnessTracker
 from ..train.batched import FCNStack, stacked_losses
-from ..train.loop import Run, batch_at, evaluated_at
+from ..train.build import ReferenceTask, evaluated_at
+from ..train.loop import Run
 from ..train.losses import loss_targets
 from ..train.metrics import Row
 from ..train.models import FCN
 from .collect import result_of
 from .grid import Cell
-from .run import Outcome, begin, finish, locked, report_error, train
+from .run import CellEnd, begin, finish, locked, reference_task, report_error, train
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class _First:
     tracker: SharpnessTracker
 
 
-def run_stack(cells: Sequence[Cell]) -> list[Outcome]:
+def run_stack(cells: Sequence[Cell]) -> list[CellEnd]:
     """Train cells of one group together; finished ones are left as they are, what was trained alone goes on alone.
 
     A kill loses the stack's steps: a second call begins again.
@@ -62,7 +63,7 @@ def run_stack(cells: Sequence[Cell]) -> list[Outcome]:
     Args:
         cells: which may be stacked (``groups``).
     """
-    outcomes: list[Outcome] = []
+    outcomes: list[CellEnd] = []
     members: list[_Member] = []
     firsts: dict[int, _First] = {}
     with ExitStack() as stack:
@@ -77,7 +78,7 @@ def run_stack(cells: Sequence[Cell]) -> list[Outcome]:
             if isinstance(found, _Member):
                 members.append(found)
             else:
-                outcomes.append(Outcome(cell.name, found["status"]))
+                outcomes.append(CellEnd(cell.name, found["status"]))
         try:
             for member in _train(members) if members else ():
                 outcomes.append(_finish(member))
@@ -119,9 +120,9 @@ def _start(cell: Cell, firsts: dict[int, _First], stack: ExitStack) -> _Member |
     )  # fmt: skip
 
 
-def _finish(member: _Member) -> Outcome:
+def _finish(member: _Member) -> CellEnd:
     try:
-        return Outcome(member.cell.name, finish(member.cell, member.run)["status"])
+        return CellEnd(member.cell.name, finish(member.cell, member.run)["status"])
     except Exception as error:
         return report_error(member.cell, error)
 
@@ -148,7 +149,7 @@ def _train(members: Sequence[_Member]) -> Iterator[_Member]:
         if members:
             columns: dict[str, list[float]] = {"dead_units": _dead_units(gradients)}
             if evaluated_at(step, config):
-                columns |= _evaluate(networks, members[0].run)
+                columns |= _evaluate(networks, reference_task(members[0].run))
             grad_norms = _norms(gradients)
             _update(networks.parameters, gradients, buffers, members)
             columns |= {"theta_norm": _norms(networks.parameters), "m_norm": _norms(buffers, len(members))}
@@ -169,15 +170,13 @@ def _train(members: Sequence[_Member]) -> Iterator[_Member]:
 
 def _batch(step: int, members: Sequence[_Member]) -> tuple[Tensor, Tensor]:
     """Return the step's batch, the same for all or with a leading dimension of members."""
-    runs = {m.run.config.seed: m.run for m in members}
-    batches = {
-        seed: batch_at(step, run.config, run.data.train_inputs.flatten(1), run.targets) for seed, run in runs.items()
-    }
-    first = next(iter(batches.values()))
-    if len(batches) == 1 or len(first[0]) == len(members[0].run.data.train_inputs):
-        return first
-    x, y = zip(*(batches[m.run.config.seed] for m in members), strict=True)
-    return torch.stack(x), torch.stack(y)
+    tasks = {m.run.config.seed: reference_task(m.run) for m in members}
+    batches = {seed: task.batch(step) for seed, task in tasks.items()}
+    x, y = next(iter(batches.values()))
+    if len(batches) == 1 or len(x) == len(tasks[members[0].run.config.seed].targets):
+        return x.flatten(1), y
+    pairs = [batches[m.run.config.seed] for m in members]
+    return torch.stack([x.flatten(1) for x, _ in pairs]), torch.stack([y for _, y in pairs])
 
 
 @torch.no_grad()
@@ -195,16 +194,18 @@ def _update(
 
 
 @torch.no_grad()
-def _evaluate(networks: FCNStack, run: Run) -> dict[str, list[float]]:
-    """Return what ``Run.evaluate`` does, of each network."""
+def _evaluate(networks: FCNStack, task: ReferenceTask) -> dict[str, list[float]]:
+    """Return what ``ReferenceTask.evaluate`` does, of each network."""
     result = {}
     for split, inputs, targets in (
-        ("train", run.data.train_inputs, run.data.train_targets),
-        ("test", run.data.test_inputs, run.data.test_targets),
+        ("train", task.data.train_inputs, task.data.train_targets),
+        ("test", task.data.test_inputs, task.data.test_targets),
     ):
         output = torch.cat([networks(x.flatten(1)) for x in inputs.split(1000)], 1)
         result[f"{split}_accuracy"] = (output.argmax(-1) == targets).float().mean(1).tolist()
-    result["test_loss"] = stacked_losses(output, loss_targets(run.config, targets, run.data), run.config.loss).tolist()
+    result["test_loss"] = stacked_losses(
+        output, loss_targets(task.config, targets, task.data), task.config.loss
+    ).tolist()
     return result
 
 

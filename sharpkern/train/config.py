@@ -1,93 +1,94 @@
-"""What a run is: frozen dataclasses, written to and read from TOML."""
+"""What a run is: frozen dataclasses, written to and read from TOML.
+
+Every option's type is annotated with its explanation, which the command line shows.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
+
+TF32_TOL = 0.005  # the tracker's own limit: below it TF32's rounding would be most of a residual
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """The model."""
 
-    kind: Literal["fcn", "cnn", "gpt"] = "fcn"
-    """fully connected, convolutional with layer norm, or a small GPT"""
-    depth: int = 4
-    """fcn: linear layers, readout included"""
-    width: int = 512
-    """fcn: hidden width; cnn: channels of the first convolutions; gpt: residual stream"""
-    activation: Literal["relu", "gelu", "tanh"] = "relu"
-    """fcn: activation"""
-    parameterisation: Literal["sp", "ntp", "mup"] = "sp"
-    """fcn: standard, neural tangent or maximal update parameterisation"""
-    zero_readout: bool = False
-    """fcn: start with a readout of zero"""
-    heads: int = 4
-    """gpt: attention heads"""
-    blocks: int = 4
-    """gpt: transformer blocks"""
-    last_norm: bool = True
-    """gpt: layer norm before the readout"""
+    kind: Annotated[Literal["fcn", "cnn", "gpt"], "fully connected, convolutional with layer norm, or a small GPT"] = (
+        "fcn"
+    )
+    depth: Annotated[int, "fcn: linear layers, readout included"] = 4
+    width: Annotated[int, "fcn: hidden width; cnn: channels of the first convolutions; gpt: residual stream"] = 512
+    activation: Annotated[Literal["relu", "gelu", "tanh"], "fcn: activation"] = "relu"
+    parameterisation: Annotated[
+        Literal["sp", "ntp", "mup"], "fcn: standard, neural tangent or maximal update parameterisation"
+    ] = "sp"
+    zero_readout: Annotated[bool, "fcn: start with a readout of zero"] = False
+    heads: Annotated[int, "gpt: attention heads"] = 4
+    blocks: Annotated[int, "gpt: transformer blocks"] = 4
+    last_norm: Annotated[bool, "gpt: layer norm before the readout"] = True
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """The data."""
 
-    name: Literal["fashion-mnist-5k", "fashion-mnist", "mnist", "cifar-10", "digits", "text"] = "fashion-mnist-5k"
-    """data set; fashion-mnist-5k and text need no files"""
-    dir: Path | None = None
-    """folder with IDX files or CIFAR-10's binary version"""
-    text_file: Path | None = None
-    """text: a UTF-8 file; Python's language reference by default"""
-    context: int = 64
-    """text: tokens in a sequence"""
-    limit: int | None = None
-    """keep the first so many training examples"""
+    name: Annotated[
+        Literal["fashion-mnist-5k", "fashion-mnist", "mnist", "cifar-10", "digits", "text"],
+        "data set; fashion-mnist-5k and text need no files",
+    ] = "fashion-mnist-5k"
+    dir: Annotated[Path | None, "folder with IDX files or CIFAR-10's binary version"] = None
+    text_file: Annotated[Path | None, "text: a UTF-8 file; Python's language reference by default"] = None
+    context: Annotated[int, "text: tokens in a sequence"] = 64
+    limit: Annotated[int | None, "keep the first so many training examples"] = None
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
     """The optimizer and its learning-rate schedule."""
 
-    name: Literal["sgd", "adam", "gi-adam", "ri-adam"] = "sgd"
-    """optimizer"""
-    momentum: float = 0.0
-    """sgd: momentum"""
-    beta1: float = 0.9
-    """adam: decay of the first moment"""
-    beta2: float = 0.999
-    """adam: decay of the second moment"""
-    eps: float = 1e-8
-    """adam: added to the root"""
-    lr: float = 0.1
-    """target learning rate"""
-    lr_init: float = 0.0
-    """where warmup starts"""
-    critical_start: bool = False
-    """start at the critical learning rate instead, measured on the first batch, with the slope of a start from zero"""
-    warmup_steps: int = 1
-    """1 is no warmup"""
-    power: float = 1.0
-    """exponent of the warmup; 1 is linear"""
-    decay: Literal["constant", "cosine"] = "constant"
-    """after warmup"""
+    name: Annotated[Literal["sgd", "adam", "gi-adam", "ri-adam"], "optimizer"] = "sgd"
+    momentum: Annotated[float, "sgd: momentum"] = 0.0
+    beta1: Annotated[float, "adam: decay of the first moment"] = 0.9
+    beta2: Annotated[float, "adam: decay of the second moment"] = 0.999
+    eps: Annotated[float, "adam: added to the root"] = 1e-8
+    lr: Annotated[float, "target learning rate"] = 0.1
+    lr_init: Annotated[float, "where warmup starts; at most lr"] = 0.0
+    critical_start: Annotated[
+        bool,
+        "start at the critical learning rate instead, measured on the first batch, with the slope of a start from zero",
+    ] = False
+    warmup_steps: Annotated[int, "steps until the target is reached; 1 is no warmup"] = 1
+    power: Annotated[float, "exponent of the warmup; 1 is linear"] = 1.0
+    decay: Annotated[
+        Literal["constant", "cosine"], "after warmup; cosine ends at a tenth of the target, at the last step"
+    ] = "constant"
 
 
 @dataclass(frozen=True)
 class TrackingConfig:
     """How the sharpness is tracked."""
 
-    tol: float = 0.01
-    """relative residual at which a solve stops"""
-    every: int = 1
-    """measure every so many steps"""
-    max_matvecs: int = 80
-    """the most Hessian-vector products per solve"""
+    tol: Annotated[float, "relative residual at which a solve stops"] = 0.01
+    every: Annotated[int, "measure every so many steps"] = 1
+    max_matvecs: Annotated[int, "the most Hessian-vector products per solve"] = 80
+    k: Annotated[int, "how many of the largest eigenvalues to track"] = 1
+    budget: Annotated[
+        float | None,
+        "spend at most this fraction of the steps' own time on tracking; the steps measured then depend on the clock",
+    ] = None
+    probe: Annotated[
+        int | None,
+        "track the Hessian of the first so many training examples, instead of that of each step's own batch",
+    ] = None
+    dataset: Annotated[bool, "track the Hessian of the whole training set, added up over its batches"] = False
+    tf32: Annotated[bool, "on a GPU, let the products round to TF32; needs a tol of at least 0.005"] = False
 
 
 @dataclass(frozen=True)
@@ -98,22 +99,20 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
-    loss: Literal["mse", "cross-entropy"] = "cross-entropy"
-    """mse: half the mean over batch and outputs of (output - one-hot)^2"""
-    steps: int = 200
-    """optimizer steps"""
-    batch_size: int | None = None
-    """examples in a mini-batch; full batch by default"""
-    seed: int = 0
-    """of weights and data order"""
-    threads: int | None = None
-    """torch threads; torch's own choice by default"""
-    eval_every: int = 10
-    """measure accuracy every so many steps"""
-    checkpoint_every: int = 25
-    """steps between checkpoints"""
-    out: Path = Path("runs/run")
-    """run folder"""
+    task: Annotated[
+        str | None,
+        "your own model instead of a reference one: package.module:function, which returns (model, loss_fn, data)",
+    ] = None
+    loss: Annotated[
+        Literal["mse", "cross-entropy"], "mse: half the mean over batch and outputs of (output - one-hot)^2"
+    ] = "cross-entropy"
+    steps: Annotated[int, "optimizer steps"] = 200
+    batch_size: Annotated[int | None, "examples in a mini-batch; full batch by default"] = None
+    seed: Annotated[int, "of weights and data order"] = 0
+    threads: Annotated[int | None, "torch threads; torch's own choice by default"] = None
+    eval_every: Annotated[int, "measure accuracy every so many steps"] = 10
+    checkpoint_every: Annotated[int, "steps between checkpoints"] = 25
+    out: Annotated[Path, "run folder"] = Path("runs/run")
 
     def validate(self) -> None:
         """Refuse values that no run can have.
@@ -121,15 +120,61 @@ class TrainConfig:
         Raises:
             ValueError: which option, its value, and what is needed.
         """
-        for name in ("steps", "eval_every", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        if self.batch_size is not None and self.batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}.")
-        if (self.model.kind == "gpt") != (self.data.name == "text"):
+        for key, is_right, need in (*_limits(self), *_tracking_limits(self.tracking)):
+            if not is_right:
+                raise ValueError(f"{key} must {need}, got {value_of(self, key)}.")
+        if self.task is not None:
+            self._validate_task()
+        elif (self.model.kind == "gpt") != (self.data.name == "text"):
             raise ValueError(f"the model {self.model.kind!r} does not fit the data {self.data.name!r}: gpt needs text.")
         if self.model.kind == "gpt" and self.loss == "mse":
             raise ValueError("the gpt needs --loss cross-entropy.")
+        if self.tracking.dataset and self.tracking.probe is not None:
+            raise ValueError("give tracking.probe or tracking.dataset, not both.")
+
+    def _validate_task(self) -> None:
+        """Refuse options that a task would silently ignore."""
+        plain = TrainConfig()
+        for name in ("model", "data", "loss", "batch_size"):
+            if getattr(self, name) != getattr(plain, name):
+                raise ValueError(
+                    f"a task brings its own model, data and loss: leave out {name} with task = {self.task!r}."
+                )
+
+
+_Limit = tuple[str, bool, str]  # key, whether its value is right, what it must do
+
+
+def _limits(config: TrainConfig) -> list[_Limit]:
+    o, at_least = config.optimizer, "be at least 1"
+    return [
+        ("steps", config.steps >= 1, at_least),
+        ("eval_every", config.eval_every >= 1, at_least),
+        ("checkpoint_every", config.checkpoint_every >= 1, at_least),
+        ("batch_size", config.batch_size is None or config.batch_size >= 1, at_least),
+        ("threads", config.threads is None or config.threads >= 1, at_least),
+        ("optimizer.lr", 0 < o.lr < math.inf, "be positive and finite"),
+        ("optimizer.lr_init", 0 <= o.lr_init <= o.lr, f"lie between 0 and optimizer.lr = {o.lr}"),
+        ("optimizer.warmup_steps", o.warmup_steps >= 1, "be at least 1, which is no warmup"),
+        ("optimizer.power", 0 < o.power < math.inf, "be positive and finite"),
+        (
+            "optimizer.decay",
+            o.decay == "constant" or config.steps > o.warmup_steps,
+            f"be constant, as cosine needs more steps than the warmup's {o.warmup_steps}",
+        ),
+    ]
+
+
+def _tracking_limits(t: TrackingConfig) -> list[_Limit]:
+    return [
+        ("tracking.tol", 0 < t.tol < 1, "lie between 0 and 1"),
+        ("tracking.tol", not t.tf32 or t.tol >= TF32_TOL, f"be at least {TF32_TOL} with tracking.tf32"),
+        ("tracking.every", t.every >= 1, "be at least 1"),
+        ("tracking.k", t.k >= 1, "be at least 1"),
+        ("tracking.max_matvecs", t.max_matvecs >= t.k, f"be at least tracking.k = {t.k}"),
+        ("tracking.budget", t.budget is None or 0 < t.budget < math.inf, "be a positive and finite fraction"),
+        ("tracking.probe", t.probe is None or t.probe >= 1, "be at least 1"),
+    ]
 
 
 # Past the initial threshold at once, and far enough for a second catapult, which is over before the last step.
@@ -140,6 +185,18 @@ DEMO = TrainConfig(
     out=Path("runs/demo"),
 )
 PRESETS = {"demo": DEMO}
+
+
+def value_of(config: TrainConfig, key: str) -> Any:
+    """Return an option's value by its key, as in ``optimizer.lr``.
+
+    Raises:
+        AttributeError: no such option.
+    """
+    value: Any = config
+    for name in key.split("."):
+        value = getattr(value, name)
+    return value
 
 
 def to_toml(config: TrainConfig) -> str:

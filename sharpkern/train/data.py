@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 
@@ -12,10 +13,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .cifar import TEST, TRAIN, read_cifar10
+from .config import DataConfig
 from .idx import read_idx
 from .text import read_text
 
-NAMES = ("fashion-mnist-5k", "fashion-mnist", "mnist", "cifar-10", "digits", "text")
 _DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # where Debian's dataset-fashion-mnist puts its files
 
 
@@ -40,58 +41,41 @@ class Dataset:
     note: str
 
 
-def load(
-    name: str,
-    *,
-    data_dir: Path | None = None,
-    text_file: Path | None = None,
-    context: int = 64,
-    limit: int | None = None,
-) -> Dataset:
+def load(config: DataConfig) -> Dataset:
     """Load a data set.
 
     Args:
-        name: fashion-mnist-5k (in the package: 5,000 + 1,000 real images), fashion-mnist, mnist (IDX files in data_dir;
-            for Fashion-MNIST also where Debian's package puts them), cifar-10 (binary version in data_dir), digits
-            (needs scikit-learn), text (text_file, or Python's language reference).
-        data_dir: where the files are.
-        text_file: a UTF-8 file.
-        context: tokens in a sequence of text.
-        limit: keep the first so many training examples.
+        config: which, and where. fashion-mnist-5k is in the package: 5,000 + 1,000 real images. fashion-mnist and mnist
+            are IDX files in ``dir``, Fashion-MNIST also where Debian's package puts them. cifar-10 is its binary
+            version in ``dir``. digits needs scikit-learn. text is ``text_file``, or Python's language reference.
 
     Raises:
-        ValueError: unknown name, or a damaged file.
+        ValueError: unknown name, a limit below 1, or a damaged file.
         FileNotFoundError: a file is missing.
     """
-    if name == "text":
-        data = _text(text_file, context)
-    elif name in NAMES:
-        images = {
-            "fashion-mnist-5k": lambda: _packaged(),
-            "fashion-mnist": lambda: _idx(data_dir or _DEBIAN, "Fashion-MNIST"),
-            "mnist": lambda: _idx(data_dir, "MNIST"),
-            "cifar-10": lambda: _cifar(data_dir),
-            "digits": lambda: _digits(),
-        }[name]()
-        train_x, train_y, test_x, test_y = images
-        data = Dataset(
-            standardise(train_x), torch.from_numpy(train_y.astype(np.int64)),
-            standardise(test_x), torch.from_numpy(test_y.astype(np.int64)), 10, name,
-        )  # fmt: skip
-    else:
-        raise ValueError(f"unknown data set {name!r}; known are {', '.join(NAMES)}.")
-    if limit is None:
-        return data
-    if limit < 1:
-        raise ValueError(f"limit must be at least 1, got {limit}.")
-    return Dataset(
-        data.train_inputs[:limit],
-        data.train_targets[:limit],
-        data.test_inputs,
-        data.test_targets,
-        data.classes,
-        data.note,
+    if config.limit is not None and config.limit < 1:
+        raise ValueError(f"limit must be at least 1, got {config.limit}.")
+    data = _text(config.text_file, config.context) if config.name == "text" else _images(config.name, config.dir)
+    return replace(
+        data, train_inputs=data.train_inputs[: config.limit], train_targets=data.train_targets[: config.limit]
     )
+
+
+def _images(name: str, folder: Path | None) -> Dataset:
+    readers: dict[str, Callable[[], Arrays]] = {
+        "fashion-mnist-5k": _packaged,
+        "fashion-mnist": lambda: _idx(folder or _DEBIAN, "Fashion-MNIST"),
+        "mnist": lambda: _idx(folder, "MNIST"),
+        "cifar-10": lambda: _cifar(folder),
+        "digits": _digits,
+    }
+    if name not in readers:
+        raise ValueError(f"unknown data set {name!r}; known are {', '.join([*readers, 'text'])}.")
+    train_x, train_y, test_x, test_y = readers[name]()
+    return Dataset(
+        standardise(train_x), torch.from_numpy(train_y.astype(np.int64)),
+        standardise(test_x), torch.from_numpy(test_y.astype(np.int64)), 10, name,
+    )  # fmt: skip
 
 
 def standardise(images: NDArray[np.uint8]) -> Tensor:

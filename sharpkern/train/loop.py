@@ -4,78 +4,25 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from typing import Any, Literal
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..curvature.losses import NonFiniteLossError
-from ..optimizers.gi_adam import GIAdam
 from ..optimizers.norms import dead_units, optimizer_norms
 from ..tracking.record import Record
 from ..tracking.tracker import SharpnessTracker
-from ..warmup.schedule import WarmupLR
 from . import checkpoint
+from .build import (
+    Task,
+    build_optimizer,
+    build_schedule,
+    build_task,
+    build_tracker,
+    evaluated_at,
+)
 from .config import TrainConfig, to_toml
-from .data import Dataset, load
-from .losses import build_loss, loss_targets
 from .metrics import MetricsFile, Row, replace_file
-from .models import CNN, FCN, GPT
 from .moments import draw_second_moment, initial_preconditioned_sharpness
-
-
-def build_model(config: TrainConfig, data: Dataset) -> nn.Module:
-    """Make the model that fits the data."""
-    m = config.model
-    if m.kind == "gpt":
-        return GPT(
-            data.classes, config.data.context, width=m.width, heads=m.heads, blocks=m.blocks, last_norm=m.last_norm,
-            seed=config.seed,
-        )  # fmt: skip
-    if m.kind == "cnn":
-        return CNN(data.train_inputs.shape[1], data.classes, width=m.width, seed=config.seed)
-    return FCN(
-        data.train_inputs[0].numel(), data.classes, depth=m.depth, width=m.width, activation=m.activation,
-        parameterisation=m.parameterisation, zero_readout=m.zero_readout, seed=config.seed,
-    )  # fmt: skip
-
-
-def build_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """Make the optimizer; the schedule sets its learning rate."""
-    o = config.optimizer
-    if o.name == "sgd":
-        return torch.optim.SGD(model.parameters(), lr=o.lr, momentum=o.momentum)
-    betas = (o.beta1, o.beta2)
-    if o.name == "adam":
-        return torch.optim.Adam(model.parameters(), lr=o.lr, betas=betas, eps=o.eps)
-    v0: Literal["gradient", "random"] = "random" if o.name == "ri-adam" else "gradient"
-    return GIAdam(model.parameters(), lr=o.lr, betas=betas, eps=o.eps, v0=v0)
-
-
-def batch_at(step: int, config: TrainConfig, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the batch of step 1, 2, ...: the full batch, or the next part of this epoch's permutation.
-
-    A function of the step and the seed alone, so that a resumed run needs no data state. Incomplete batches at the end
-    of an epoch are dropped.
-    """
-    size = config.batch_size
-    if size is None or size >= len(inputs):
-        return inputs, targets
-    per_epoch = len(inputs) // size
-    epoch, index = divmod(step - 1, per_epoch)
-    order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(config.seed * 1_000_003 + epoch))
-    chosen = order[index * size : (index + 1) * size]
-    return inputs[chosen], targets[chosen]
-
-
-def evaluated_at(step: int, config: TrainConfig) -> bool:
-    """Whether accuracies and test loss are measured at a step."""
-    return step == 1 or step % config.eval_every == 0 or step == config.steps
-
-
-def what_is_exported(config: TrainConfig) -> tuple[Any, ...]:
-    """Return what runs with one exported program have in common."""
-    return config.model, config.data, config.loss, config.batch_size
 
 
 class Run:
@@ -94,7 +41,7 @@ class Run:
             with it and without.
 
     Raises:
-        ValueError: the folder holds another run already, the configuration is invalid, or ``like`` differs.
+        ValueError: the folder holds another run already, the configuration or its task is invalid, or ``like`` differs.
         FileNotFoundError: nothing to resume, or missing data.
     """
 
@@ -102,40 +49,16 @@ class Run:
         config.validate()
         self.config: TrainConfig = config
         self.folder = config.out
-        if like is not None and what_is_exported(config) != what_is_exported(like.config):
-            raise ValueError(f"{config.out} has another model, data, loss or batch size than {like.config.out}.")
         if not resume and (self.folder / "metrics.jsonl").exists():
             raise ValueError(
                 f"{self.folder} holds a run already: choose another --out, or continue with --resume {self.folder}."
             )
-        if config.threads is not None:
-            torch.set_num_threads(config.threads)
-        torch.manual_seed(config.seed)
-        d = config.data
-        self.data: Dataset = (
-            load(d.name, data_dir=d.dir, text_file=d.text_file, context=d.context, limit=d.limit)
-            if like is None
-            else like.data
-        )
-        self.targets = loss_targets(config, self.data.train_targets, self.data)
-        self.model: nn.Module = build_model(config, self.data)
-        self.loss_fn = build_loss(config)
-        if like is not None:
-            like.model.load_state_dict(self.model.state_dict())
-            like.model.zero_grad()
-            self.model = like.model
+        self.task: Task = build_task(config, like=None if like is None else like.task)
+        self.model: nn.Module = self.task.model
         self.optimizer = build_optimizer(config, self.model)
-        o, t = config.optimizer, config.tracking
-        batch = batch_at(1, config, self.data.train_inputs, self.targets)
-        draw_second_moment(self.model, self.loss_fn, batch, self.optimizer)
-        self.schedule = WarmupLR(
-            self.optimizer, o.lr, o.warmup_steps, lr_init="critical" if o.critical_start else o.lr_init,
-            probe=(self.model, self.loss_fn, batch), rise=0.1 if o.name == "sgd" else 0.01, power=o.power,
-            decay=o.decay, total_steps=config.steps,
-        )  # fmt: skip
-        self.tracker: SharpnessTracker = SharpnessTracker(
-            self.model, self.loss_fn, self.optimizer, tol=t.tol, every=t.every, max_matvecs=t.max_matvecs
-        )
+        draw_second_moment(self.model, self.task.loss_fn, self.task.batch(1), self.optimizer)
+        self.schedule = build_schedule(config, self.task, self.optimizer)
+        self.tracker: SharpnessTracker = build_tracker(config, self.task, self.optimizer)
         if like is not None:
             self.tracker.hessian = like.tracker.hessian
         self.done = 0
@@ -175,18 +98,17 @@ class Run:
             NonFiniteLossError: the loss is NaN or infinite; a row says so.
         """
         step = self.done + 1
-        batch = batch_at(step, self.config, self.data.train_inputs, self.targets)
+        batch, loss_fn, starts = self.task.batch(step), self.task.loss_fn, Row()
         try:
-            starts = (
-                initial_preconditioned_sharpness(self.model, self.loss_fn, batch, self.optimizer) if step == 1 else {}
-            )
+            if step == 1:
+                starts = initial_preconditioned_sharpness(self.model, loss_fn, batch, self.optimizer)
             record = self.tracker.step(batch)
         except NonFiniteLossError:
             self.diverge()
             raise
-        figures = {"dead_units": dead_units(self.model)} | starts
+        figures = _dead_units(self.model) | starts
         if evaluated_at(step, self.config):
-            figures |= self.evaluate()
+            figures |= self.task.evaluate()
         return record, figures
 
     def update(self, record: Record, figures: Row, start: float) -> Row:
@@ -222,22 +144,6 @@ class Run:
         """Write the row of a step whose loss is not finite."""
         self.metrics.write({"step": self.done + 1, "loss": None, "diverged": True})
 
-    @torch.no_grad()
-    def evaluate(self) -> Row:
-        """Accuracy on training and test data, and the test loss, at the present parameters."""
-        result: Row = {}
-        for split, inputs, targets in (
-            ("train", self.data.train_inputs, self.data.train_targets),
-            ("test", self.data.test_inputs, self.data.test_targets),
-        ):
-            parts = [self.model(x) for x in inputs.split(1000)]
-            output = torch.cat(parts)
-            result[f"{split}_accuracy"] = float((output.argmax(-1) == targets).float().mean())
-            if split == "test":
-                goal = loss_targets(self.config, targets, self.data)
-                result["test_loss"] = float(self.loss_fn(output, goal))
-        return result
-
     def _save(self) -> None:
         checkpoint.save(
             self.folder / "checkpoint.pt",
@@ -261,3 +167,10 @@ class Run:
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         self.tracker.load_state_dict(state["tracker"])
+
+
+def _dead_units(model: nn.Module) -> Row:
+    try:
+        return {"dead_units": dead_units(model)}
+    except RuntimeError:  # a user's own model may have no unit with a weight
+        return {}

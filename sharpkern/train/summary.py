@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..dynamics import Catapult, classify_regime, detect_catapults, first_crossing
+from ..dynamics import TRENDS, Catapult, classify_regime, detect_catapults, first_crossing
 from .metrics import Row
 
 
@@ -57,13 +57,11 @@ def summarise(rows: list[Row]) -> list[str]:
         kappa = _kappa(measured)
         if kappa is not None and curvature[0] > 0:
             regime = classify_regime(curvature, _column(measured, "lr"), kappa)
-            name = {"C1": "progressive sharpening", "C2": "sharpness reduction", "C3": "constant sharpness"}[
-                regime.name
-            ]
             when = "at the end" if crossing is None else "at the first crossing"
             caution = "" if regime.confident else ", too early to be sure: a slower warmup would tell"
             lines.append(
-                f"Natural trend: {name} ({regime.name}), {regime.trend:.2f} of the initial value {when}{caution}."
+                f"Natural trend: {TRENDS[regime.name]} ({regime.name}), {regime.trend:.2f} of the initial value "
+                f"{when}{caution}."
             )
     if rows[-1].get("diverged"):
         lines.append(f"The run diverged: the loss was not finite at step {rows[-1]['step']}.")

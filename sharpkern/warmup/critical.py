@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from ..curvature.losses import LossModule, NonFiniteLossError
-from ..curvature.parameters import trainable
+from ..curvature.parameters import trainable, unwrapped
 from ..optimizers.next_update import next_update
 
 _FLAT = 1e-6  # a bracket this narrow (relative) is not halved further, whatever the rise: the loss jumps there
@@ -171,7 +171,7 @@ class _Line:
     def __init__(
         self, model: nn.Module, loss_fn: Callable[..., Tensor], batch: Any, optimizer: torch.optim.Optimizer
     ) -> None:
-        self.module, self.batch = LossModule(getattr(model, "_orig_mod", model), loss_fn), batch
+        self.module, self.batch = LossModule(unwrapped(model), loss_fn), batch
         self.buffers = dict(self.module.named_buffers())
         held = {p for group in optimizer.param_groups for p in group["params"]}
         params = {name: p for name, p in trainable(self.module).items() if p in held}
@@ -218,7 +218,7 @@ class _Line:
 @torch.no_grad()
 def probe_loss(model: nn.Module, loss_fn: Callable[..., Tensor], batch: Any) -> float:
     """Return the loss of a batch; the model's buffers and the random state stay as they are."""
-    module = LossModule(getattr(model, "_orig_mod", model), loss_fn)
+    module = LossModule(unwrapped(model), loss_fn)
     buffers = {name: b.clone() for name, b in module.named_buffers()}
     devices = sorted({p.device.index for p in module.parameters() if p.device.type == "cuda"})
     with torch.random.fork_rng(devices):

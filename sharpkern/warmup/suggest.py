@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..dynamics import Regime
+from ..dynamics import TRENDS, Regime
 from ..optimizers.threshold import stability_threshold
 from .critical import CriticalLR
-from .suggest_text import TRENDS, say_critical, say_largest, say_sharpness, say_start, say_warmup
+from .suggest_text import say_critical, say_largest, say_sharpness, say_start, say_warmup
 from .trials import Probe, Trial, batches_of, holding
 
 

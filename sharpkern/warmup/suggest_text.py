@@ -8,8 +8,6 @@ from ..optimizers.preconditioner import is_adaptive
 from .critical import CriticalLR
 from .trials import Probe, Trial
 
-TRENDS = {"C1": "progressive sharpening", "C2": "sharpness reduction", "C3": "nearly constant sharpness"}
-
 
 def say_sharpness(value: float, gi_adam: float | None, kappa: float, probe: Probe, batches: int) -> str:
     """Say how sharp the start is, and what learning rate that allows."""

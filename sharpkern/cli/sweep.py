@@ -1,0 +1,74 @@
+"""``sharpkern sweep``: train a grid of runs."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from .exits import FAILED, INTERRUPTED, OK, complain
+from .progress import with_progress
+
+DESCRIPTION = "Train every cell of a grid; a second call goes on."
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Describe the command's options."""
+    parser.add_argument("file", type=Path, help="a run's configuration with a table [sweep.grid]")
+    parser.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="the sweep's folder (default: the file's own, or runs/ and its name)"
+    )
+    parser.add_argument(
+        "--processes", type=int, metavar="N", help="at once, on this machine (default: as many as there are cores)"
+    )
+    parser.add_argument("--executor", choices=("local", "submitit"), default="local", help="where the cells run")
+    parser.add_argument(
+        "--submitit", metavar="KEY=VALUE", action="append", default=[],
+        help="of submitit, as in slurm_partition=cpu, timeout_min=60; may be repeated",
+    )  # fmt: skip
+    parser.add_argument("--list", action="store_true", help="name the cells, and train none")
+
+
+def run(given: argparse.Namespace) -> int:
+    """Train the cells that have no result yet; return the exit code."""
+    if given.processes is not None and given.processes < 1:
+        raise ValueError(f"--processes must be at least 1, got {given.processes}.")
+    from ..sweep import executors
+    from ..sweep.collect import result_of, table
+    from ..sweep.grid import read_sweep
+
+    sweep = read_sweep(given.file, given.out)
+    done = sum(result_of(cell) is not None for cell in sweep.cells)
+    if given.list:
+        print("\n".join(cell.name for cell in sweep.cells))
+        return OK
+    if given.executor == "submitit":
+        parameters = dict(_pair(item) for item in given.submitit)
+        executor, at_once = executors.submitit(sweep.folder / "jobs", **parameters), 1
+    else:
+        threads = max(cell.config.threads or 1 for cell in sweep.cells)
+        at_once = given.processes or executors.processes_for(threads)
+        executor = executors.local(at_once)
+    print(f"{len(sweep.cells)} cells, {done} of them done; folder: {sweep.folder}")
+    ends = with_progress(executors.run_sweep(sweep, executor, at_once=at_once), done, len(sweep.cells), "cell")
+    try:
+        errors = [end for end in ends if end.status == "error"]
+    except KeyboardInterrupt:
+        return complain("interrupted; the same command goes on from here.", INTERRUPTED)
+    statuses = [row["status"] for row in table(sweep)]
+    counts = ", ".join(f"{statuses.count(name)} {name}" for name in dict.fromkeys(statuses))
+    print(f"{counts}; table: {sweep.folder / 'table.csv'}; next: sharpkern report {sweep.folder}")
+    if errors:
+        return complain(
+            f"{len(errors)} cells have no result, the first is {errors[0].name}: {errors[0].message} "
+            f"(error.txt in its folder tells more; a second call tries again)", FAILED,
+        )  # fmt: skip
+    return OK
+
+
+def _pair(text: str) -> tuple[str, Any]:
+    """``timeout_min=60`` becomes ``("timeout_min", 60)``."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"--submitit needs KEY=VALUE, got {text!r}.")
+    return name, int(value) if value.isdecimal() else value

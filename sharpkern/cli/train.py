@@ -1,0 +1,78 @@
+"""``sharpkern train``: a run, its progress, its summary and its plot."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from .exits import DIVERGED, OK, complain
+from .options import EVERYTHING, TASK_HELP, add_run_options, read_run_options
+from .progress import with_progress
+
+if TYPE_CHECKING:
+    from ..train.config import TrainConfig
+    from ..train.metrics import Row
+
+DESCRIPTION = f"""Train a model and track its sharpness at every step.
+
+The run folder gets config.toml, metrics.jsonl (one row a step), checkpoint.pt, summary.txt and sharpness.png.
+
+{TASK_HELP}
+  Step t trains on batch number t, again from the first after the last. Accuracies are not measured."""
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Describe the command's options."""
+    add_run_options(parser, EVERYTHING, resume=True)
+
+
+def run(given: argparse.Namespace) -> int:
+    """Train; return the exit code."""
+    config = read_run_options(given)
+    from ..curvature.losses import NonFiniteLossError
+    from ..train.loop import Run
+
+    trained = Run(config, resume=given.resume is not None)
+    print(f"data: {trained.task.note}; run folder: {config.out}")
+    code = OK
+    try:
+        for _ in with_progress(trained.steps(), trained.done, config.steps, "step", _state):
+            pass
+    except NonFiniteLossError as error:
+        code = complain(f"{error} The run folder keeps what was done.", DIVERGED)
+    finally:
+        _conclude(config)
+    return code
+
+
+def _state(row: Row) -> str:
+    """Say where a run stands, for its progress display."""
+    parts = [f"loss {row['loss']:.4g}", f"sharpness x lr {row['sharpness'] * row['lr']:.3g}"]
+    if row["preconditioned_sharpness"] is not None:
+        parts.append(f"preconditioned x lr {row['preconditioned_sharpness'] * row['lr']:.3g}")
+    return ", ".join(parts)
+
+
+def _conclude(config: TrainConfig) -> None:
+    """Write and print the summary; draw the plot."""
+    from ..train.metrics import read
+
+    rows = read(config.out / "metrics.jsonl")
+    finite = [row for row in rows if row.get("loss") is not None]
+    if not finite:
+        return
+    from ..train.plots import plot_run
+    from ..train.summary import catapults_of, summarise
+
+    lines = summarise(rows)
+    (config.out / "summary.txt").write_text("\n".join(lines) + "\n")
+    plot_run(finite, config.optimizer, catapults_of(finite), config.out / "sharpness.png", _title(config))
+    print("\n".join(lines))
+    print(f"plot: {config.out / 'sharpness.png'}")
+
+
+def _title(config: TrainConfig) -> str:
+    batch = "full batch" if config.batch_size is None else f"batch {config.batch_size}"
+    what = config.task or f"{config.model.kind.upper()}, {config.data.name}"
+    how = [config.optimizer.name, *([] if config.task else [batch]), f"warmup {config.optimizer.warmup_steps} steps"]
+    return ", ".join([what, *how])
