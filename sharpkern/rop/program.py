@@ -119,7 +119,7 @@ class Program:
         for step in self.live:
             step.inputs = [_keep(entry, active) for entry in step.inputs]
             needs = tuple(_needs(entry) for entry in step.inputs)
-            cls = RULES.get(step.op)
+            cls = RULES[step.op].for_(step.template) if step.op in RULES else None
             step.rule = cls(step.op, needs) if cls else Fallback(step.op, needs, step.kwarg_names)
             step.to_parameters = tuple(_needs(_keep(entry, own)) for entry in step.inputs)
             step.through = tuple(_needs(_keep(entry, active - own)) for entry in step.inputs)
@@ -245,6 +245,11 @@ class Program:
                     results = step.rule.pull_back(step.g, step.to_parameters)
                     _distribute(cotangents, owned, step.inputs, results)
             self._collect(cotangents, parts)
+
+    @property
+    def tensors(self) -> list[Any]:
+        """List what the sweeps read besides batch and buffers: parameters and constants."""
+        return [t for _, t in self._params] + [value for _, value in self._constants]
 
     @property
     def activation_bytes(self) -> int:

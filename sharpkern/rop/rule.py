@@ -39,6 +39,11 @@ class Rule:
         self.needs = needs
         self.destination: list[Tensor | None] = [None] * len(needs)
 
+    @classmethod
+    def for_(cls, template: list[Any]) -> type[Rule] | None:  # noqa: ARG003
+        """Choose the class for the op's constant arguments (schema order, None for tensors); None: the fallback."""
+        return cls
+
     def forward(self, *args: Any) -> Any:
         """Run the op on all its schema arguments (positional, in order); save what the other sweeps need."""
         raise NotImplementedError

@@ -40,6 +40,7 @@ class ReplayedProgram:
         self._recordings: dict[Any, Recording] = {}
         self._memory = Pool()
         self._leaves: list[Any] | None = None
+        self._stays: list[Tensor] = []
         self._addresses: Any = None
 
     def forward(self, module: torch.nn.Module, batch_leaves: Iterable[Any], *, update_buffers: bool = False) -> Tensor:
@@ -60,6 +61,7 @@ class ReplayedProgram:
                 if isinstance(mine, Tensor):
                     mine.copy_(leaf.detach())
         static = self._leaves
+        self._stays = [t for t in (*static, *self.program.tensors, *module.buffers()) if isinstance(t, Tensor)]
         loss = self.program.empty_loss()
         self._run("forward", lambda out: out.copy_(self.program.forward(module, static)), results=[loss])
         if update_buffers:
@@ -108,7 +110,7 @@ class ReplayedProgram:
             recording.replay(inputs, results)
             return
         try:
-            recording = record(sweep, inputs, results, self._memory, self.program.layout.device)
+            recording = record(sweep, inputs, results, self._memory, self.program.layout.device, self._stays)
         except NotReplayableError:
             self._live = False
             self._forget()

@@ -27,7 +27,7 @@ _UNSIZED = (torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output)
 
 
 class NotReplayableError(Exception):
-    """The computation reads values (``.item()``, ``nonzero``), or its results are too large to keep."""
+    """The computation reads values (``.item()``, ``nonzero``), leaves torch (NumPy), or its results are too large."""
 
 
 class Recording(Protocol):
@@ -43,6 +43,7 @@ def record(
     results: Sequence[Tensor],
     pool: Pool,
     device: torch.device,
+    stays: Sequence[Tensor] = (),
 ) -> Recording:
     """Run a computation and return its recording.
 
@@ -53,6 +54,7 @@ def record(
         results: contiguous.
         pool: gives the memory of everything in between; what outlives the computation stays valid while it is held.
         device: of all tensors.
+        stays: what else the computation may read, and where that will be: parameters, buffers, constants, the batch.
 
     Raises:
         NotReplayableError: it cannot be replayed.
@@ -61,21 +63,26 @@ def record(
         raise NotReplayableError("Triton's interpreter leaves no trace of its calls")
     if device.type == "cuda":
         return CUDAGraph(computation, inputs, results)
-    return Tape(computation, inputs, results, pool)
+    return Tape(computation, inputs, results, pool, stays)
 
 
 class Tape:
     """A list of calls on fixed memory, but for large inputs and results, which are used where they are."""
 
     def __init__(
-        self, computation: Callable[..., None], inputs: Sequence[Tensor], results: Sequence[Tensor], pool: Pool
+        self,
+        computation: Callable[..., None],
+        inputs: Sequence[Tensor],
+        results: Sequence[Tensor],
+        pool: Pool,
+        stays: Sequence[Tensor] = (),
     ) -> None:
         self._large = sum(t.nbytes for t in (*inputs, *results)) >= _LARGE
         mine = [*inputs, *results]
         if not self._large:
             mine = [t.clone() for t in mine]
         self._inputs, self._results = mine[: len(inputs)], mine[len(inputs) :]
-        self._recorder = _Recorder(mine if self._large else [], pool)
+        self._recorder = _Recorder(mine if self._large else [], pool, [*stays, *([] if self._large else mine)])
         with torch.no_grad(), self._recorder, native.recorded(self._recorder.add_native):
             computation(*mine)
         self._calls = self._recorder.calls
@@ -163,9 +170,10 @@ class _Recorder(TorchDispatchMode):
 
     Args:
         moving: tensors that lie elsewhere in each replay.
+        stays: tensors that a replay finds where they are now.
     """
 
-    def __init__(self, moving: Sequence[Tensor], pool: Pool) -> None:
+    def __init__(self, moving: Sequence[Tensor], pool: Pool, stays: Sequence[Tensor]) -> None:
         super().__init__()
         self.calls: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]] = []
         self.places: list[tuple[_Place, Tensor]] = []  # the stand-ins for views of what moves
@@ -173,6 +181,7 @@ class _Recorder(TorchDispatchMode):
         self._kept: list[Tensor] = []  # compiled kernels know it by address only
         self._moving = [(t.data_ptr(), t.data_ptr() + t.nbytes) for t in moving]
         self._pool = pool
+        self._stays = {t.untyped_storage().data_ptr() for t in stays}
         self._stand_ins: dict[Any, Tensor] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ARG002
@@ -199,7 +208,7 @@ class _Recorder(TorchDispatchMode):
                 offset = t.data_ptr() - self._moving[tensor][0]
                 self.addresses.append((len(self.calls), position, tensor, offset))
             elif isinstance(t, Tensor) and t not in self._pool:
-                self._kept.append(t)
+                self._kept.append(self._known(t))
         self.calls.append((function, addresses, {}))
 
     def _add(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], results: list[Tensor]) -> None:
@@ -228,7 +237,7 @@ class _Recorder(TorchDispatchMode):
     def _stand_in(self, t: Tensor) -> Tensor:
         tensor = self._which(t)
         if tensor is None and t not in self._pool:
-            return t  # it stays where it is
+            return self._known(t)
         key = (t.data_ptr(), t.dtype, t.size(), t.stride())
         if key not in self._stand_ins:
             if tensor is None:
@@ -240,6 +249,15 @@ class _Recorder(TorchDispatchMode):
                 place = _Place(tensor, t.data_ptr() - self._moving[tensor][0], t.size(), t.stride())
                 self.places.append((place, alias))
         return self._stand_ins[key]
+
+    def _known(self, t: Tensor) -> Tensor:
+        """Return a tensor that a replay may read where it is; refuse one that no recorded call has made.
+
+        NumPy or ctypes made it, and a replay would not: it would read the values of the first run for ever.
+        """
+        if t.numel() and t.untyped_storage().data_ptr() not in self._stays:
+            raise NotReplayableError(f"a tensor {list(t.shape)} was not made by torch's dispatcher or a kernel")
+        return t
 
     def _which(self, t: Tensor) -> int | None:
         """Return which of the moving tensors t is a view of."""
