@@ -176,7 +176,7 @@ def test_rule_that_computes_outside_of_torch_is_not_recorded(monkeypatch: pytest
     """Replays would see the first vector's numbers for ever."""
 
     class NumPySine(Rule):
-        tangents = ("dx",)
+        freed_after_reverse = ("dx",)
 
         def forward(self, x: Tensor) -> Tensor:
             self.x = x

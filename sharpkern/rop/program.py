@@ -125,9 +125,9 @@ class Program:
             step.through = tuple(_needs(_keep(entry, active - own)) for entry in step.inputs)
         self.fallback_ops = sorted({str(step.op) for step in self.live if isinstance(step.rule, Fallback)})
         last = self.live[-1].rule if self.live and self.live[-1].outputs == [self.loss_slot] else None
-        self._ends_in_final = last is not None and last.may_be_final
+        self._ends_in_final = last is not None and last.can_end_program
         if last is not None:
-            last.final = last.may_be_final
+            last.ends_program = last.can_end_program
         self._find_last_uses()
         self._find_direct_results()
         model_part = set(self.output_slots)

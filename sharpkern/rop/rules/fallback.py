@@ -24,7 +24,7 @@ class UnsupportedOpError(RuntimeError):
 class Fallback(Rule):
     """Derivatives of one op by autograd twice; also right where the op has several outputs or lists of arguments."""
 
-    tangents = ("dprimals",)
+    freed_after_reverse = ("dprimals",)
 
     def __init__(self, op: Op, needs: tuple[Any, ...], kwarg_names: list[str]) -> None:
         super().__init__(op, needs)

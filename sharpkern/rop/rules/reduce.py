@@ -84,7 +84,7 @@ class Sum(Reduction, LinearInArgs):
 class Variance(Reduction):
     """``y = sum (x - m)^2 / d``: with c = 2 (x - m) / d, ``dy = <c, dx>``, ``d(gx) = c dg + g 2 (dx - dm) / d``."""
 
-    tangents = ("dcentred",)
+    freed_after_reverse = ("dcentred",)
 
     def forward(self, x: Tensor, dim: Any = None, correction: Any = None, keepdim: bool = False) -> Any:
         """Save the centred x."""
@@ -134,7 +134,7 @@ class Variance(Reduction):
 class Norm(Reduction):
     """``y = |x|_2``: with u = x / y, ``dy = <u, dx>``, ``d(gx) = u dg + g (dx - u dy) / y``; 0 where y = 0."""
 
-    tangents = ("dunit",)
+    freed_after_reverse = ("dunit",)
 
     @classmethod
     def for_(cls, template: list[Any]) -> type[Rule] | None:
@@ -193,7 +193,7 @@ class PiecewiseLinearNorm(_Weighted):
 class LogSumExp(Reduction):
     """``y = log sum exp(x)``: with p = softmax(x), ``dy = <p, dx>``, ``d(gx) = p (dg + g (dx - dy))``."""
 
-    tangents = ("dcentred",)
+    freed_after_reverse = ("dcentred",)
 
     def forward(self, x: Tensor, dim: Any, keepdim: bool = False) -> Tensor:
         """Save the softmax."""
