@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from problems import PROBLEMS, Problem, double, hessian_times, loss_and_gradient, operator
@@ -11,6 +12,7 @@ import sharpkern as sk
 from sharpkern.kernels.precision import tf32_products
 from sharpkern.rop.recording import replayed, tape
 from sharpkern.rop.recording.pool import Pool
+from sharpkern.rop.rule import RULES, Rule
 
 
 def agree(H: sk.HessianOperator, problem: Problem, k: int = 1) -> None:
@@ -160,3 +162,43 @@ def test_recording_covers_calls_with_and_without_an_out_variant(large: int, monk
         assert torch.equal(out, want)
         x, out = torch.randn(4, 3), torch.empty(36)
         recording.replay([x], [out])
+
+
+def test_l1_penalty_is_recorded_and_right() -> None:
+    model, x, y = nn.Linear(4, 3).double(), torch.randn(8, 4).double(), torch.randn(8, 3).double()
+    problem = Problem(model, lambda o, t: nn.functional.mse_loss(o, t) + o.norm(p=1) ** 2, (x, y))
+    H = operator(problem)
+    agree(H, problem)
+    assert recordings(H)
+
+
+def test_rule_that_computes_outside_of_torch_is_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replays would see the first vector's numbers for ever."""
+
+    class NumPySine(Rule):
+        freed_after_reverse = ("dx",)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.x = x
+            return torch.sin(x)
+
+        def _times(self, t: Tensor, f: np.ufunc) -> Tensor:
+            return torch.from_numpy(f(self.x.numpy()) * t.numpy())
+
+        def tangent(self, dx: Tensor) -> Tensor:
+            self.dx = dx
+            return self._times(dx, np.cos)
+
+        def backward(self, g: Tensor) -> tuple[Tensor]:
+            return (self._times(g, np.cos),)
+
+        def backward_tangent(self, dg: Tensor, g: Tensor) -> tuple[Tensor]:
+            return (self._times(dg, np.cos) - self._times(g * self.dx, np.sin),)
+
+    monkeypatch.setitem(RULES, torch.ops.aten.sin.default, NumPySine)
+    model, x, y = nn.Linear(4, 3).double(), torch.randn(8, 4).double(), torch.randn(8, 3).double()
+    problem = Problem(model, lambda o, t: nn.functional.mse_loss(torch.sin(o), t), (x, y))
+    H = operator(problem)
+    for _ in range(3):
+        agree(H, problem)
+    assert not recordings(H)

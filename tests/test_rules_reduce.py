@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from rule_truth import check, check_op, double_backward, positive
 from torch import Tensor
 
-from sharpkern.rop.rules.reduce import Extremum, Norm, Ranked, Variance
+from sharpkern.rop.rules.reduce import Extremum, Norm, PiecewiseLinearNorm, Ranked, Variance
 
 aten = torch.ops.aten
 
@@ -87,16 +87,21 @@ def test_variances(dim: Any, correction: int) -> None:
     check_op(lambda x: x.std(**options), (3, 2, 5))
 
 
-@pytest.mark.parametrize("order", [3, 0.7])
-def test_norms_of_other_orders_are_handed_to_the_fallback(order: float) -> None:
-    ops = ("aten.linalg_vector_norm.default",)
-    check_op(lambda x: torch.linalg.vector_norm(x, order, dim=-1), (3, 4), inner=positive, fallback=ops)
+@pytest.mark.parametrize("order", [3, 0.7, 1.5])
+def test_norms_of_other_orders_are_named_as_fallback(order: float) -> None:
+    fallback = ("aten.linalg_vector_norm.default",)
+    check_op(lambda x: torch.linalg.vector_norm(x, order, dim=-1), (3, 4), inner=positive, fallback=fallback)
 
 
-@pytest.mark.parametrize("order", [1, float("inf"), -float("inf")])
-@pytest.mark.parametrize("options", [{}, {"dim": -1}, {"dim": (0, 1), "keepdim": True}])
-def test_norms_of_order_one_and_infinity_are_sums_and_extrema(order: float, options: dict) -> None:
-    check_op(lambda x: torch.linalg.vector_norm(x, order, **options), (3, 4))
+@pytest.mark.parametrize("order", [0, 1, float("inf"), -float("inf")])
+def test_piecewise_linear_norms(order: float) -> None:
+    check_op(lambda x: torch.linalg.vector_norm(x, order, dim=-1) * x.sum(-1), (3, 4), rule=PiecewiseLinearNorm)
+    x = torch.tensor([[1.0, -1.0, 0.0], [0.5, 2.0, -2.0], [0.0, 0.0, 0.0]], dtype=torch.float64)
+
+    def loss(p: Any, _: Any) -> Tensor:
+        return (torch.linalg.vector_norm(p["x"], order, dim=-1) ** 3 + (p["x"] ** 3).sum(-1)).sum()
+
+    check({"x": x}, loss, rule=PiecewiseLinearNorm, truth=double_backward, values=1)
 
 
 def test_normalised_vectors() -> None:

@@ -78,26 +78,7 @@ def _table() -> dict[Any, Callable[..., Any]]:
     }.items():
         if op not in RULES:
             table[op] = f
-    table[aten.linalg_vector_norm.default] = vector_norm
     return table
-
-
-def vector_norm(
-    x: Tensor,
-    order: float = 2,
-    dim: Any = None,
-    keepdim: bool = False,
-    *,
-    dtype: torch.dtype | None = None,
-) -> Any:
-    """Norms of order 1 and infinity as sums and extrema of ``|x|``; other orders stay whole."""
-    if abs(order) != math.inf and order != 1:
-        return NotImplemented
-    size = torch.abs(x if dtype is None else x.to(dtype))
-    dims = list(range(x.ndim)) if dim is None else dim
-    if order == 1:
-        return torch.sum(size, dims, keepdim=keepdim)
-    return torch.amax(size, dims, keepdim=keepdim) if order > 0 else torch.amin(size, dims, keepdim=keepdim)
 
 
 def weight_norm_interface(v: Tensor, g: Tensor, dim: int = 0) -> tuple[Tensor, Tensor]:

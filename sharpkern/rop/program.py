@@ -120,16 +120,15 @@ class Program:
         for step in self.live:
             step.inputs = [_keep(entry, active) for entry in step.inputs]
             needs = tuple(_needs(entry) for entry in step.inputs)
-            cls = RULES.get(step.op)
-            known = cls is not None and cls.serves(step.template)
-            step.rule = cls(step.op, needs) if cls and known else Fallback(step.op, needs, step.kwarg_names)
+            cls = RULES[step.op].for_(step.template) if step.op in RULES else None
+            step.rule = cls(step.op, needs) if cls else Fallback(step.op, needs, step.kwarg_names)
             step.to_parameters = tuple(_needs(_keep(entry, own)) for entry in step.inputs)
             step.through = tuple(_needs(_keep(entry, active - own)) for entry in step.inputs)
         self.fallback_ops = sorted({str(step.op) for step in self.live if isinstance(step.rule, Fallback)})
         last = self.live[-1].rule if self.live and self.live[-1].outputs == [self.loss_slot] else None
-        self._ends_in_final = last is not None and last.may_be_final
+        self._ends_in_final = last is not None and last.can_end_program
         if last is not None:
-            last.final = last.may_be_final
+            last.ends_program = last.can_end_program
         self._find_last_uses()
         self._find_direct_results()
         model_part = set(self.output_slots)

@@ -28,21 +28,21 @@ class Rule:
     """
 
     differentiable: tuple[int, ...] | None = None  # indices of the differentiable outputs; None: every floating one
-    may_be_final = False  # a loss: as the last op its tangent may be None, and its dg, which is zero, is None
-    final = False
-    separable = False  # ``backward`` reads ``needs`` in each call, and omits the work for what is not needed
+    can_end_program = False  # a loss: as the last op its tangent may be None, and its dg, which is zero, is None
+    ends_program = False
+    reads_needs = False  # ``backward`` reads ``needs`` in each call, and omits the work for what is not needed
     keeps_cotangent = True  # products need the primal's cotangent of the result, after ``prepare``
-    tangents: tuple[str, ...] = ()  # attributes that ``tangent`` sets for ``backward_tangent``
-
-    @classmethod
-    def serves(cls, arguments: list[Any]) -> bool:  # noqa: ARG003
-        """Whether the rule knows the op for these schema arguments, tensors left out; else the fallback takes it."""
-        return True
+    freed_after_reverse: tuple[str, ...] = ()  # attributes that ``tangent`` sets for ``backward_tangent``
 
     def __init__(self, op: Op, needs: tuple[Any, ...]) -> None:
         self.op = op
         self.needs = needs
         self.destination: list[Tensor | None] = [None] * len(needs)
+
+    @classmethod
+    def for_(cls, template: list[Any]) -> type[Rule] | None:  # noqa: ARG003
+        """Choose the class for the op's constant arguments (schema order, None for tensors); None: the fallback."""
+        return cls
 
     def forward(self, *args: Any) -> Any:
         """Run the op on all its schema arguments (positional, in order); save what the other sweeps need."""
@@ -62,7 +62,7 @@ class Rule:
             return (None,) * len(wanted)
         needs = self.needs
         try:
-            if self.separable:
+            if self.reads_needs:
                 self.needs = wanted
             results = self.backward(g)
         finally:
@@ -83,7 +83,7 @@ class Rule:
         the tangents makes any rule's second order; rules with expensive products have a cheaper way.
         """
         k = next(d for d in _flat(dargs) if d is not None).shape[0]
-        dg = None if self.final else pytree.tree_map_only(Tensor, lambda t: t.new_zeros(k, *t.shape[1:]), g)
+        dg = None if self.ends_program else pytree.tree_map_only(Tensor, lambda t: t.new_zeros(k, *t.shape[1:]), g)
         results = self.backward_tangent(dg, g)
         total = None
         for d, part in zip(_flat(dargs), _flat(results), strict=True):
@@ -93,7 +93,7 @@ class Rule:
 
     def forget_tangents(self) -> None:
         """Free what ``tangent`` saved: the sweep has passed."""
-        for name in self.tangents:
+        for name in self.freed_after_reverse:
             setattr(self, name, None)
 
     def out(self, position: int, shape: tuple[int, ...], like: Tensor) -> Tensor:

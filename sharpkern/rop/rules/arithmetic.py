@@ -40,7 +40,7 @@ class Kind(NamedTuple):
 class Add(LinearInArgs):
     """``y = a + alpha b`` and its kin: ``c0 a + c1 b``."""
 
-    separable = True
+    reads_needs = True
 
     def forward(self, a: Tensor, b: Any, alpha: Any = 1) -> Tensor:
         """Save kinds and coefficients."""
@@ -88,7 +88,7 @@ class Binary(Rule):
 class Mul(Binary):
     """``y = a b``."""
 
-    tangents = ("da", "db")
+    freed_after_reverse = ("da", "db")
 
     def forward(self, a: Tensor, b: Any) -> Tensor:
         """Save both factors."""
@@ -129,7 +129,7 @@ class Mul(Binary):
 class Div(Binary):
     """``y = a / b``, with q = 1 / b: ``dy = (da - y db) q``, ``ga = g q``, ``gb = -g q y``, ``dq = -q q db``."""
 
-    tangents = ("dy", "db")
+    freed_after_reverse = ("dy", "db")
 
     def forward(self, a: Tensor, b: Any) -> Tensor:
         """Save the quotient and 1 / b."""
@@ -167,7 +167,7 @@ class Div(Binary):
 class Smooth(Binary):
     """``y = f(a, b)`` from its partial derivatives."""
 
-    tangents = ("dargs",)
+    freed_after_reverse = ("dargs",)
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         """Save arguments and result."""

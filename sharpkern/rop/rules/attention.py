@@ -91,7 +91,7 @@ class Attention(Rule):
 
     def forget_tangents(self) -> None:
         """Free them."""
-        for name in self.way.tangents:
+        for name in self.way.freed_after_reverse:
             setattr(self.way, name, None)
 
 
@@ -106,7 +106,7 @@ def _small(q: Tensor, k: Tensor, causal: bool) -> bool:
 class Kept:
     """Keeps P, dP and ``gP - <P, gP>``, ``[..., T, S]``: the fewest operations, and most memory."""
 
-    tangents = ("dq", "dk", "dv", "dP")
+    freed_after_reverse = ("dq", "dk", "dv", "dP")
 
     def __init__(self, scale: float, needs: tuple[bool, ...]) -> None:
         self.scale, self.needs = scale, needs
@@ -201,7 +201,7 @@ class Kept:
 class Blocked:
     """Keeps one number per query, and forms the probabilities again in each sweep: ``kernels.attention``."""
 
-    tangents = ("dq", "dk", "dv", "do", "m")
+    freed_after_reverse = ("dq", "dk", "dv", "do", "m")
 
     def __init__(self, scale: float) -> None:
         self.scale = scale

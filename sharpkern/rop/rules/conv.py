@@ -33,8 +33,8 @@ aten = torch.ops.aten
 class Convolution(Rule):
     """``y = conv(x, w) + b`` for x ``[N, C, *pixels]``."""
 
-    tangents = ("dx", "dw")
-    separable = True
+    freed_after_reverse = ("dx", "dw")
+    reads_needs = True
 
     def forward(self, x: Tensor, w: Tensor, b: Tensor | None = None, *options: Any) -> Tensor:
         """Save x, w and the geometry."""

@@ -28,7 +28,7 @@ class UnsupportedOpError(RuntimeError):
 class Fallback(Rule):
     """Reverse passes over one op; one vector of the block after the other."""
 
-    tangents = ("dprimals",)
+    freed_after_reverse = ("dprimals",)
 
     def __init__(self, op: Op, needs: tuple[Any, ...], kwarg_names: list[str]) -> None:
         super().__init__(op, needs)

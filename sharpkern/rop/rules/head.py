@@ -39,9 +39,9 @@ def linear_cross_entropy(x: Tensor, w: Tensor, b: Tensor | None, target: Tensor,
 class LinearCrossEntropy(Rule):
     """``cross_entropy(x W' + b, target)`` at the end of a loss."""
 
-    may_be_final = True
-    tangents = ("dx", "dw", "db")
-    separable = True
+    can_end_program = True
+    freed_after_reverse = ("dx", "dw", "db")
+    reads_needs = True
 
     def __init__(self, op: Any, needs: tuple[Any, ...]) -> None:
         super().__init__(op, needs)

@@ -22,8 +22,8 @@ aten = torch.ops.aten
 class Linear(Rule):
     """``y = x W' + b`` with x ``[..., in]``, W ``[out, in]``."""
 
-    tangents = ("dx", "dw")
-    separable = True
+    freed_after_reverse = ("dx", "dw")
+    reads_needs = True
     begun = False  # whether d(gW) holds its part that the tangent sweep knows
 
     def forward(self, x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
@@ -175,8 +175,8 @@ def _sum_of_products(pairs: list[tuple[Tensor | None, Tensor | None]], bias: Ten
 class MatMul(Rule):
     """``y = a b`` with any of matmul's broadcasting: the product rule, batched over k."""
 
-    tangents = ("da", "db")
-    separable = True
+    freed_after_reverse = ("da", "db")
+    reads_needs = True
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         """Save both factors, as matrices."""

@@ -50,8 +50,8 @@ class _Reduced(Rule):
 class CrossEntropy(_Reduced):
     """Cross-entropy of logits with class indices or class probabilities."""
 
-    may_be_final = True
-    tangents = ("dz",)
+    can_end_program = True
+    freed_after_reverse = ("dz",)
 
     def forward(
         self,
@@ -125,7 +125,7 @@ class CrossEntropy(_Reduced):
     def tangent(self, dz: Tensor, *_: None) -> Tensor | None:
         """Return ``<mass p - t, dz>``."""
         self.dz = self._rows(dz)
-        if self.final:
+        if self.ends_program:
             return None
         mean = (self.p * self.dz).sum(2, keepdim=True)
         if self.t is not None:
@@ -154,8 +154,8 @@ class CrossEntropy(_Reduced):
 class MSE(_Reduced):
     """``(x - y)^2``; both may depend on the parameters."""
 
-    may_be_final = True
-    tangents = ("de",)
+    can_end_program = True
+    freed_after_reverse = ("de",)
 
     def forward(self, x: Tensor, y: Tensor, reduction: int = MEAN) -> Tensor:
         """Save the difference."""
@@ -170,7 +170,7 @@ class MSE(_Reduced):
         de = parts[0] if parts[1] is None else -parts[1] if parts[0] is None else parts[0] - parts[1]
         assert de is not None
         self.de = de
-        if self.final:
+        if self.ends_program:
             return None
         return self._reduce_tangent((2 * self.e * de).expand(de.shape[0], *self.shape))
 
@@ -195,7 +195,7 @@ class BinaryCrossEntropy(_Reduced):
     With s = sigmoid(z): slope ``w [(1 - t) s - q t (1 - s)]``, second derivative ``w (1 + (q - 1) t) s (1 - s)``.
     """
 
-    tangents = ("dz",)
+    freed_after_reverse = ("dz",)
 
     def forward(
         self,

@@ -30,8 +30,8 @@ class _Norm(Rule):
 
     s: Standardised
     channels_first = False
-    tangents = ("dw", "dxhat", "along")
-    separable = True
+    freed_after_reverse = ("dw", "dxhat", "along")
+    reads_needs = True
 
     def _save(self, x: Tensor, w: Tensor | None, s: Standardised) -> None:
         self.shape, self.dtype, self.s = x.shape, x.dtype, s

@@ -34,7 +34,7 @@ class Unary(Rule):
     """``y = f(x, *constants)``, with the derivatives from the table below."""
 
     keeps_cotangent = False  # it is part of the curvature
-    tangents = ("dx",)
+    freed_after_reverse = ("dx",)
 
     def forward(self, x: Tensor, *constants: Any) -> Tensor:
         """Save what the derivatives are computed from."""

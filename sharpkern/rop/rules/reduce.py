@@ -84,7 +84,7 @@ class Sum(Reduction, LinearInArgs):
 class Variance(Reduction):
     """``y = sum (x - m)^2 / d``: with c = 2 (x - m) / d, ``dy = <c, dx>``, ``d(gx) = c dg + g 2 (dx - dm) / d``."""
 
-    tangents = ("dcentred",)
+    freed_after_reverse = ("dcentred",)
 
     def forward(self, x: Tensor, dim: Any = None, correction: Any = None, keepdim: bool = False) -> Any:
         """Save the centred x."""
@@ -132,19 +132,19 @@ class Variance(Reduction):
 
 @rule(aten.linalg_vector_norm.default)
 class Norm(Reduction):
-    """``y = |x|_2``: with u = x / y, ``dy = <u, dx>``, ``d(gx) = u dg + g (dx - u dy) / y``; 0 where y = 0.
+    """``y = |x|_2``: with u = x / y, ``dy = <u, dx>``, ``d(gx) = u dg + g (dx - u dy) / y``; 0 where y = 0."""
 
-    Orders 1 and infinity are decomposed before they come here; others go to the fallback.
-    """
-
-    tangents = ("dunit",)
+    freed_after_reverse = ("dunit",)
 
     @classmethod
-    def serves(cls, arguments: list[Any]) -> bool:
-        """Only the Euclidean norm, in the argument's own dtype."""
-        return arguments[1] == 2 and arguments[4] is None
+    def for_(cls, template: list[Any]) -> type[Rule] | None:
+        """Serve the orders 2, 1, 0 and the infinities; others, and norms in another dtype, go to the fallback."""
+        order, dtype = template[1], template[4]
+        if dtype is not None:
+            return None
+        return cls if order == 2 else PiecewiseLinearNorm if order in (0, 1, math.inf, -math.inf) else None
 
-    def forward(self, x: Tensor, order: float = 2, dim: Any = None, keepdim: bool = False, dtype: Any = None) -> Tensor:  # noqa: ARG002
+    def forward(self, x: Tensor, order: float = 2, dim: Any = None, keepdim: bool = False, dtype: Any = None) -> Tensor:
         x = self._start(x, dim, keepdim)
         y = torch.linalg.vector_norm(x, 2, self.dims, keepdim=True)
         self.inverse = torch.reciprocal(y).masked_fill_(y == 0, 0)
@@ -152,26 +152,48 @@ class Norm(Reduction):
         return self._primal(y)
 
     def tangent(self, dx: Tensor) -> Tensor:
-        """Return ``<u, dx>``."""
         dx = self._enter(dx)
         dy = (self.unit * dx).sum(self.dims_after_k, keepdim=True)
         self.dunit = torch.addcmul(dx, self.unit, dy, value=-1).mul_(self.inverse)
         return self._tangent(dy)
 
     def backward(self, g: Tensor) -> tuple[Tensor]:
-        """Return ``u g``."""
         return (self._leave(self.unit * self._restore(g)),)
 
     def backward_tangent(self, dg: Tensor, g: Tensor) -> tuple[Tensor]:
-        """Return ``u dg + du g``."""
         return (self._leave((self.unit * self._restore(dg)).addcmul_(self.dunit, self._restore(g))),)
+
+
+class _Weighted(Reduction, LinearInArgs):
+    """``dy = <share, dx>`` with a share that the primal fixes."""
+
+    share: Tensor
+
+    def tangent(self, dx: Tensor) -> Tensor:
+        return self._tangent((self.share * self._enter(dx)).sum(self.dims_after_k, keepdim=True))
+
+    def backward(self, g: Tensor) -> tuple[Tensor]:
+        return (self._leave(self.share * self._restore(g)),)
+
+
+class PiecewiseLinearNorm(_Weighted):
+    """``sum |x|``, ``max |x|``, ``min |x|``, or how many are not zero: the slope is a sign, ties share it evenly."""
+
+    def forward(self, x: Tensor, order: float, dim: Any = None, keepdim: bool = False, dtype: Any = None) -> Tensor:
+        x = self._start(x, dim, keepdim)
+        y = torch.linalg.vector_norm(x, order, self.dims, keepdim=True)
+        self.share = torch.sign(x) if order else torch.zeros_like(x)
+        if math.isinf(order):
+            hit = (x.abs() == y).to(x.dtype)
+            self.share.mul_(hit).div_(hit.sum(self.dims, keepdim=True))
+        return self._primal(y)
 
 
 @rule(aten.logsumexp.default)
 class LogSumExp(Reduction):
     """``y = log sum exp(x)``: with p = softmax(x), ``dy = <p, dx>``, ``d(gx) = p (dg + g (dx - dy))``."""
 
-    tangents = ("dcentred",)
+    freed_after_reverse = ("dcentred",)
 
     def forward(self, x: Tensor, dim: Any, keepdim: bool = False) -> Tensor:
         """Save the softmax."""
@@ -197,7 +219,7 @@ class LogSumExp(Reduction):
 
 
 @rule(aten.amax.default, aten.amin.default, aten.max.default, aten.min.default)
-class Extremum(Reduction, LinearInArgs):
+class Extremum(_Weighted):
     """Maximum or minimum over dimensions; a tie is shared evenly, as in torch."""
 
     def forward(self, x: Tensor, dim: Any = (), keepdim: bool = False) -> Tensor:
@@ -208,14 +230,6 @@ class Extremum(Reduction, LinearInArgs):
         hit = (x == y).to(x.dtype)
         self.share = hit / hit.sum(self.dims, keepdim=True)
         return self._primal(y)
-
-    def tangent(self, dx: Tensor) -> Tensor:
-        """Return the share-weighted sum."""
-        return self._tangent((self.share * self._enter(dx)).sum(self.dims_after_k, keepdim=True))
-
-    def backward(self, g: Tensor) -> tuple[Tensor]:
-        """Spread by share."""
-        return (self._leave(self.share * self._restore(g)),)
 
 
 @rule(

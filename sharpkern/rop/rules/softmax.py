@@ -23,7 +23,7 @@ aten = torch.ops.aten
 class Softmax(Rule):
     """``y = softmax(x)``, as rows of probabilities."""
 
-    tangents = ("dp",)
+    freed_after_reverse = ("dp",)
 
     def forward(self, x: Tensor, dim: int, *rest: Any) -> Tensor:
         """Save the probabilities."""
@@ -65,7 +65,7 @@ class Softmax(Rule):
 class LogSoftmax(Rule):
     """``y = log softmax(x)``."""
 
-    tangents = ("dl",)
+    freed_after_reverse = ("dl",)
 
     def forward(self, x: Tensor, dim: int, *rest: Any) -> Tensor:
         """Save the probabilities; the dimension is counted from the end, so that a leading k does not matter."""

@@ -1,0 +1,46 @@
+"""Ops without a rule, against autograd twice, where torch's forward mode of their backward is wrong or refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from rule_truth import check, double_backward
+from torch import Tensor
+
+import sharpkern as sk
+
+EYE, INDEX = torch.eye(3, dtype=torch.float64), torch.tensor([0, 0, 1, 1])
+
+CASES: dict[str, Callable[[Tensor], Tensor]] = {
+    "logdet": lambda w: torch.logdet(w.T @ w + EYE),
+    "slogdet": lambda w: torch.linalg.slogdet(w.T @ w + EYE)[1],
+    "det": lambda w: torch.linalg.det(w.T @ w + EYE),
+    "cholesky_inverse": lambda w: torch.cholesky_inverse(w[:3].tril() + 3 * EYE).pow(2).sum(),
+    "cumprod at 0": lambda w: ((w * torch.tensor([1.0, 0.0, 1.0])).cumprod(1) * torch.arange(1.0, 4)).sum(),
+    "scatter_reduce": lambda w: w.new_ones(2).scatter_reduce(0, INDEX, w[:, 0], "prod").pow(2).sum(),
+    "expanded cotangent": lambda w: w.prod(0).sum() + torch.lgamma(w.abs() + 1).mean(),
+    "several arguments": lambda w: torch.hypot(w[:, 0], w[:, 1]).sum(),
+    "several outputs": lambda w: torch.linalg.svdvals(w).sum() + torch.linalg.qr(w)[1].pow(3).sum(),
+    "scalar": lambda w: torch.lgamma(w.sum().abs() + 1) ** 2,
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_second_derivatives_are_those_of_autograd_twice(name: str) -> None:
+    """``check`` covers products with one and three vectors, and their quadratic forms."""
+
+    def loss(p: Any, _: Any) -> Tensor:
+        return CASES[name](p["w"])
+
+    w = torch.randn(4, 3, dtype=torch.float64)
+    params = {"w": torch.nn.Parameter(w)}
+    ops = tuple(named(params, loss))
+    assert ops, "the case does not reach the fallback"
+    check({"w": w}, loss, truth=double_backward, fallback=ops, tolerance=1e-9)
+
+
+def named(params: Any, loss: Any) -> list[str]:
+    return sk.HessianOperator(None, loss, (torch.zeros(1),), params=params).fallback_ops
