@@ -16,7 +16,7 @@ LAYERS = {
     "rop": "layout rule step rules.fallback rules.arithmetic rules.attention rules.conv rules.dropout rules.indexing "
     "rules.linear rules.loss rules.norm rules.pointwise rules.pool rules.reduce rules.selection rules.softmax "
     "rules.views rules.head export program recording.pool recording.tape recording.replayed double_backward",
-    "eigen": "common basis certificate krylov locally_optimal power warm",
+    "eigen": "common stopping state basis certificate krylov locally_optimal power warm",
     "optimizers": "norms gi_adam threshold preconditioner next_update",
     "curvature": "losses parameters base operators dataset preconditioned sharpness audit",
     "dynamics": "",

@@ -163,7 +163,7 @@ def test_certifying_leads_out_of_a_wrong_eigenvector() -> None:
     curvature = tracker._followed["sharpness"]
     state = curvature.solver.state_dict()
     second = torch.eye(5, dtype=torch.float64)[1:2]
-    curvature.solver.load_state_dict(state | {"_block": second, "_next": second[0], "_theta": 2 / 5 * 2.8**2})
+    curvature.solver.load_state_dict(state | {"block": second, "next": second[0], "theta": 2 / 5 * 2.8**2})
     assert tracker.step((x, y)).sharpness == pytest.approx(2 / 5 * 2.8**2)  # locked, with a residual of zero
     assert tracker.step((x, y), certify=True).sharpness == pytest.approx(2 / 5 * 9)
     assert tracker.step((x, y)).sharpness == pytest.approx(2 / 5 * 9)
