@@ -265,6 +265,34 @@ def test_resumed_tracker_continues_identically(tmp_path) -> None:
         optimizer.step()
 
 
+def test_a_second_operator_does_not_change_what_is_found_of_the_first() -> None:
+    problem, found = double(mlp()), []
+    for make in (torch.optim.Adam, torch.optim.SGD):  # with and without P^-1 H besides the Hessian
+        tracker = sk.SharpnessTracker(problem.model, problem.loss_fn, make(problem.model.parameters()))
+        found.append([tracker.step(problem.batch).sharpness for _ in range(40)])  # with an audit, which is random
+    assert found[0] == found[1]
+
+
+def test_a_state_of_another_version_or_with_other_fields_is_refused_by_name() -> None:
+    problem = double(mlp())
+    optimizer = optimizer_of("sgd", problem.model)
+    tracker = sk.SharpnessTracker(problem.model, problem.loss_fn, optimizer)
+    tracker.step(problem.batch)
+    state = tracker.state_dict()
+    with pytest.raises(ValueError, match="state of SharpnessTracker lacks budget"):
+        tracker.load_state_dict({name: v for name, v in state.items() if name != "budget"})
+    with pytest.raises(ValueError, match="version 1, got 3"):
+        tracker.load_state_dict(state | {"version": 3})
+    one = state["followed"]["sharpness"]
+    for part, match in (
+        ({name: v for name, v in one.items() if name != "speed"}, "state of a tracked operator lacks speed"),
+        (one | {"pace": 1.0}, "unknown fields: pace"),
+        (one | {"solver": one["solver"] | {"version": 0}}, "state of WarmLanczos must have version 1, got 0"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            tracker.load_state_dict(state | {"followed": {"sharpness": part}})
+
+
 def test_batch_norm_statistics_advance_once_per_step() -> None:
     model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 2)).double()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -32,7 +32,8 @@ class Record:
         eigenvalues: the k largest of the Hessian, or of P^-1 H for an adaptive optimizer; of the last measured step.
         overlaps: for each of their vectors, the length of its projection onto the span of those of the measured step
             before; None at the first. Small ones mark a crossing, or a cluster, whose single vectors mean nothing.
-        upper: with ``certify``: the (preconditioned) sharpness is below this, but with probability 0.01; else None.
+        upper: with ``certify``: with probability at least 0.99 over its random start, the (preconditioned) sharpness is
+            at most this. None at steps without ``certify``.
     """
 
     step: int

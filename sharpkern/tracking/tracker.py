@@ -18,6 +18,7 @@ from ..curvature.parameters import gradients_of
 from ..curvature.preconditioned import PreconditionedOperator
 from ..eigen import WarmLanczos
 from ..eigen import certify as certificate_of
+from ..eigen.state import check_state
 from ..optimizers.preconditioner import is_adaptive, preconditioner
 from ..optimizers.threshold import stability_threshold
 from .budget import Budget, Status
@@ -25,6 +26,7 @@ from .followed import Followed
 from .record import Record
 
 _CERTIFY_FAILURE = 0.01
+_VERSION = 1  # of a saved state: raise it when a field changes its name or its meaning
 _TF32_TOL = 0.005  # ten times TF32's rounding of a number: below, residuals would be mostly rounding
 
 _Tracked = HessianOperator | DatasetHessian | PreconditionedOperator
@@ -94,7 +96,6 @@ class SharpnessTracker:
         self.probe, self.loader, self.tf32 = probe, loader, tf32
         self.hessian: HessianOperator | None = None
         self._tracked: HessianOperator | DatasetHessian | None = None
-        self._generator = torch.Generator().manual_seed(0)
         self._steps = 0
         self._budget = None if budget is None else Budget(budget, tol)
         self._left_at: float | None = None  # clock at the end of the last step
@@ -130,10 +131,12 @@ class SharpnessTracker:
             start = time.perf_counter()
             at_most = None
             if self._budget is not None and self._budget.started and not certify:
-                at_most = min(self.max_matvecs, max(self.k, self._budget.products))
+                at_most = min(self.max_matvecs, max(self.k, self._budget.matvecs))
             operators = self._operators(gradients)
             for name, operator in operators.items():
-                curvature = self._followed.setdefault(name, Followed(self._solver(), self.tf32))
+                if name not in self._followed:
+                    self._followed[name] = self._new()
+                curvature = self._followed[name]
                 if status == "bounded":
                     curvature.bound(operator, step)
                     continue
@@ -194,8 +197,10 @@ class SharpnessTracker:
             raise NonFiniteLossError(error.loss, step) from None
         return gradients_of(self.hessian)
 
-    def _solver(self) -> WarmLanczos:
-        return WarmLanczos(self.k, self.tol, self.max_matvecs, self._generator)
+    def _new(self) -> Followed:
+        """Start to follow an operator. Its random numbers are its own: no other operator changes what is found."""
+        generator = torch.Generator().manual_seed(0)
+        return Followed(WarmLanczos(self.k, self.tol, self.max_matvecs, generator), self.tf32)
 
     def _choose(self, step: int, own_seconds: float, *, certify: bool) -> Status:
         if certify or not self._followed:
@@ -209,21 +214,21 @@ class SharpnessTracker:
         return self._budget.choose(own_seconds * self.every, deciding.drift(step), deciding.turned, ratio)
 
     def _start_budget(self, budget: Budget, operators: Mapping[str, _Tracked], step: int) -> int:
-        """Time a product and a form, now that their sweeps are recorded; return the products spent on it."""
-        products, product_seconds, form_seconds = 0, 0.0, 0.0
+        """Time a matvec and a form, now that their sweeps are recorded; return the matvecs spent on it."""
+        matvecs, matvec_seconds, form_seconds = 0, 0.0, 0.0
         for name, operator in operators.items():
             curvature = self._followed[name]
             curvature.bound(operator, step)  # records
             times = [time.perf_counter()]
             curvature.bound(operator, step)
             times.append(time.perf_counter())
-            products += (spent := curvature.solve(operator, step, None, None).matvecs)
+            matvecs += (spent := curvature.solve(operator, step, None, None).matvecs)
             times.append(time.perf_counter())
             form_seconds += times[1] - times[0]
-            product_seconds += (times[2] - times[1]) / spent
+            matvec_seconds += (times[2] - times[1]) / spent
         budget.operators = len(operators)
-        budget.start(product_seconds, form_seconds)
-        return products
+        budget.start(matvec_seconds, form_seconds)
+        return matvecs
 
     def _operators(self, gradients: dict[Tensor, Tensor]) -> dict[str, _Tracked]:
         """Return what to solve, at the present parameters."""
@@ -280,17 +285,21 @@ class SharpnessTracker:
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs to continue identically: tensors and plain Python only."""
         return {
+            "version": _VERSION,
             "steps": self._steps,
             "followed": {name: c.state_dict() for name, c in self._followed.items()},
             "budget": None if self._budget is None else self._budget.state_dict(),
-            "generator": self._generator.get_state(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore ``state_dict()``'s result."""
+        """Restore ``state_dict()``'s result; the tracker must have been made with the same options.
+
+        Raises:
+            ValueError: a field is missing or unknown, here or in a part's state, or a version is another one.
+        """
+        check_state("SharpnessTracker", state, ("steps", "followed", "budget"), _VERSION)
         self._steps = state["steps"]
-        self._generator.set_state(state["generator"])
-        self._followed = {name: Followed(self._solver(), self.tf32) for name in state["followed"]}
+        self._followed = {name: self._new() for name in state["followed"]}
         for name, curvature in self._followed.items():
             curvature.load_state_dict(state["followed"][name])
         if self._budget is not None and state["budget"] is not None:
