@@ -17,7 +17,7 @@ LAYERS = {
     "rules.linear rules.loss rules.norm rules.pointwise rules.pool rules.reduce rules.selection rules.softmax "
     "rules.views rules.head export program recording.pool recording.tape recording.replayed double_backward",
     "eigen": "common stopping state basis certificate krylov locally_optimal power warm",
-    "optimizers": "norms gi_adam threshold preconditioner next_update",
+    "optimizers": "gi_adam rules norms threshold preconditioner next_update",
     "curvature": "losses parameters base operators dataset preconditioned sharpness audit",
     "dynamics": "",
     "tracking": "budget record followed tracker",

@@ -19,7 +19,7 @@ from ..curvature.preconditioned import PreconditionedOperator
 from ..eigen import WarmLanczos
 from ..eigen import certify as certificate_of
 from ..eigen.state import check_state
-from ..optimizers.preconditioner import is_adaptive, preconditioner
+from ..optimizers.preconditioner import is_adaptive, threshold_preconditioner
 from ..optimizers.threshold import stability_threshold
 from .budget import Budget, Status
 from .followed import Followed
@@ -62,8 +62,8 @@ class SharpnessTracker:
         ValueError: an argument out of range, probe and loader together, tf32 with tol below 0.005; the optimizer lacks
             a trainable parameter.
 
-    Cost per measured step: a gradient and 2 to 10 Hessian-vector products; twice that for adaptive optimizers, whose
-    preconditioned sharpness is tracked besides.
+    Cost per measured step: a gradient and 2 to 10 Hessian-vector products; twice that for adaptive optimizers and for
+    parameter groups with learning rates or momenta of their own, whose preconditioned sharpness is tracked besides.
     """
 
     def __init__(
@@ -102,10 +102,10 @@ class SharpnessTracker:
         self._followed: dict[str, Followed] = {}
         try:
             stability_threshold(optimizer)
-            self._adaptive, self._has_threshold = is_adaptive(optimizer), True
+            self._has_threshold = True
         except TypeError as error:
             warnings.warn(f"SharpnessTracker reports no threshold: {error}", stacklevel=2)
-            self._adaptive = self._has_threshold = False
+            self._has_threshold = False
 
     def step(self, batch: Any, *, certify: bool = False) -> Record:
         """Compute loss and gradients on a batch, set ``p.grad``, and measure.
@@ -168,8 +168,10 @@ class SharpnessTracker:
         Raises:
             RuntimeError: nothing has been measured yet.
         """
-        if not self._followed:
-            raise RuntimeError("nothing to carry: the first step must be tracker.step(batch).")
+        if self._decisive() not in self._followed:
+            raise RuntimeError(
+                "nothing to carry: the first step, and one after groups part, must be tracker.step(batch)."
+            )
         self._steps += 1
         return self._record(loss, grad_norm, 0, "carried", converged=True, upper=None)
 
@@ -203,7 +205,7 @@ class SharpnessTracker:
         return Followed(WarmLanczos(self.k, self.tol, self.max_matvecs, generator), self.tf32)
 
     def _choose(self, step: int, own_seconds: float, *, certify: bool) -> Status:
-        if certify or not self._followed:
+        if certify or self._decisive() not in self._followed:
             return "measured"
         if (step - 1) % self.every:
             return "carried"
@@ -242,14 +244,18 @@ class SharpnessTracker:
         else:
             self._tracked = HessianOperator(self.model, self.loss_fn, self.probe)
         operators: dict[str, _Tracked] = {"sharpness": self._tracked}
-        if self._adaptive:
-            P = preconditioner(self.optimizer, gradients=gradients)
+        if self._decisive() not in operators:
+            P = threshold_preconditioner(self.optimizer, gradients)
             operators["preconditioned_sharpness"] = PreconditionedOperator(self._tracked, P)
         return operators
 
+    def _decisive(self) -> str:
+        """Name the curvature that the threshold is about, by the groups' present learning rates."""
+        adaptive = self._has_threshold and is_adaptive(self.optimizer)
+        return "preconditioned_sharpness" if adaptive else "sharpness"
+
     def _deciding(self) -> Followed:
-        """Return the curvature that the threshold is about."""
-        return self._followed["preconditioned_sharpness" if self._adaptive else "sharpness"]
+        return self._followed[self._decisive()]
 
     def _threshold_and_ratio(self) -> tuple[float | None, float | None]:
         if not self._has_threshold:
@@ -261,8 +267,8 @@ class SharpnessTracker:
         self, loss: float, grad_norm: float, matvecs: int, status: Status, *, converged: bool, upper: float | None
     ) -> Record:
         threshold, ratio = self._threshold_and_ratio()
-        sharpness, preconditioned = (self._followed.get(n) for n in ("sharpness", "preconditioned_sharpness"))
-        assert sharpness is not None
+        sharpness, deciding = self._followed["sharpness"], self._deciding()
+        preconditioned = None if deciding is sharpness else deciding
         return Record(
             step=self._steps,
             loss=loss,
@@ -277,8 +283,8 @@ class SharpnessTracker:
             matvecs=matvecs,
             status=status,
             converged=converged,
-            eigenvalues=self._deciding().eigenvalues,
-            overlaps=self._deciding().overlaps,
+            eigenvalues=deciding.eigenvalues,
+            overlaps=deciding.overlaps,
             upper=upper,
         )
 
