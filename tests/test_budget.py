@@ -12,7 +12,7 @@ from sharpkern.tracking.budget import Budget
 def ready(fraction: float = 0.25, operators: int = 1) -> Budget:
     budget = Budget(fraction, 0.01, operators)
     assert budget.choose(1.0, 0.0, 0.0, None) == "measured"  # the first step is free
-    budget.start(product_seconds=2.0, form_seconds=0.7)
+    budget.start(matvec_seconds=2.0, form_seconds=0.7)
     return budget
 
 
@@ -30,15 +30,15 @@ def test_moving_sharpness_gets_forms_until_they_prove_useless() -> None:
 
 
 @pytest.mark.parametrize("operators", [1, 2])
-def test_a_solve_gets_the_products_that_the_purse_pays(operators: int) -> None:
+def test_a_solve_gets_the_matvecs_that_the_purse_pays(operators: int) -> None:
     budget = ready(operators=operators)
     budget.purse = 11.0
-    assert budget.products == 5
+    assert budget.matvecs == 5
     budget.purse = -3.0
-    assert budget.products == 2
+    assert budget.matvecs == 2
     for _ in range(60):
         budget.spent(3.0 * 4, 4 * operators, 0.0)
-    assert budget.product_cost == pytest.approx(3.0)  # of all operators together
+    assert budget.matvec_cost == pytest.approx(3.0)  # of all operators together
 
 
 def test_spending_never_exceeds_what_was_saved() -> None:
@@ -50,7 +50,7 @@ def test_spending_never_exceeds_what_was_saved() -> None:
         income += budget.fraction * own
         status = budget.choose(own, rng.choice([0.0, 0.1]), rng.choice([0.0, 0.5]), rng.choice([None, 0.5, 0.95]))
         if status == "measured":
-            products = rng.randint(1, budget.products)
+            products = rng.randint(1, budget.matvecs)
             budget.spent(2.0 * products, products, rng.choice([0.0, 0.3]))
             spent += 2.0 * products
         elif status == "bounded":
@@ -63,4 +63,20 @@ def test_without_need_it_saves_for_two_whole_solves() -> None:
     budget = ready()
     seen = [budget.choose(1.0, 0.0, 0.0, None) for _ in range(400)]
     assert seen.index("measured") == 2 * 8 * 2 * 4 - 1  # two solves of 8 products of 2 s, at a quarter of a second
-    assert budget.products == 16
+    assert budget.matvecs == 16
+
+
+def test_a_saved_budget_continues_and_keeps_its_own_options() -> None:
+    budget = ready(operators=2)
+    budget.purse, budget.shortfall = 3.5, 0.2
+    other = Budget(0.5, 0.03)
+    other.load_state_dict(budget.state_dict())
+    assert (other.purse, other.shortfall, other.operators, other.matvec_cost) == (3.5, 0.2, 2, 2.0)
+    assert (other.fraction, other.tol) == (0.5, 0.03)
+    state = budget.state_dict()
+    with pytest.raises(ValueError, match="state of Budget lacks purse"):
+        other.load_state_dict({name: v for name, v in state.items() if name != "purse"})
+    with pytest.raises(ValueError, match="unknown fields: product_cost"):
+        other.load_state_dict(state | {"product_cost": 1.0})
+    with pytest.raises(ValueError, match="must have version 1, got 7"):
+        other.load_state_dict(state | {"version": 7})

@@ -132,11 +132,26 @@ def test_state_continues_identically() -> None:
         first.step(Dense(A))
     second = WarmLanczos(2, tol=0.01)
     second.load_state_dict(first.state_dict())
-    second.generator.set_state(first.generator.get_state())
     for A, want in zip(matrices[37:], results[37:], strict=True):
         got = second.step(Dense(A))
         assert torch.equal(got.eigenvalues, want.eigenvalues)
         assert torch.equal(got.eigenvectors, want.eigenvectors)
+
+
+def test_a_state_of_another_version_or_with_other_fields_is_refused_by_name() -> None:
+    solver = WarmLanczos()
+    solver.step(Dense(prescribed(with_top(3.0, 2.0, n=30))))
+    state, other = solver.state_dict(), WarmLanczos()
+    with pytest.raises(ValueError, match="state of WarmLanczos lacks gap, theta"):
+        other.load_state_dict({name: v for name, v in state.items() if name not in ("theta", "gap")})
+    with pytest.raises(ValueError, match="unknown fields: momentum"):
+        other.load_state_dict(state | {"momentum": 1.0})
+    for version in (0, 2):
+        with pytest.raises(ValueError, match=f"must have version 1, got {version}"):
+            other.load_state_dict(state | {"version": version})
+    with pytest.raises(ValueError, match="must have version 1, got None"):
+        other.load_state_dict({name: v for name, v in state.items() if name != "version"})
+    assert other._block is None  # nothing was loaded by halves
 
 
 def test_budget_and_wrong_arguments() -> None:
@@ -144,7 +159,7 @@ def test_budget_and_wrong_arguments() -> None:
     result = WarmLanczos(tol=1e-8, max_matvecs=5).step(Dense(A))
     assert not result.converged
     assert result.matvecs == 5
-    assert "max_matvecs=5" in result.reason
+    assert "max_matvecs=5" in result.reason and result.reason.endswith("raise max_matvecs or tol.")
     with pytest.raises(ValueError, match="got 0, 0.01 and 80"):
         WarmLanczos(0)
     with pytest.raises(ValueError, match="at most n = 3, got 4"):

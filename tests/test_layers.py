@@ -17,8 +17,8 @@ LAYERS = {
     "rules.indexing rules.linear rules.loss rules.norm rules.pointwise rules.pool rules.reduce rules.selection "
     "rules.softmax rules.views rules.head decompositions export program recording.pool recording.tape "
     "recording.replayed double_backward",
-    "eigen": "common basis certificate krylov locally_optimal power warm",
-    "optimizers": "norms gi_adam threshold preconditioner next_update",
+    "eigen": "common stopping state basis certificate krylov locally_optimal power warm",
+    "optimizers": "gi_adam rules norms threshold preconditioner next_update",
     "curvature": "losses parameters watch eager gate engines freshness base operators dataset preconditioned "
     "sharpness audit",
     "dynamics": "",

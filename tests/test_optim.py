@@ -138,7 +138,7 @@ def test_a_state_dict_resumes_identically(at: int, tmp_path: Any) -> None:
         set_gradients(params, gradients)
         optimizer.step()
     torch.save([optimizer.state_dict(), params], tmp_path / "state.pt")
-    state, others = torch.load(tmp_path / "state.pt", weights_only=False)
+    state, others = torch.load(tmp_path / "state.pt", weights_only=True)
     resumed = sk.GIAdam(others, lr=99.0)
     resumed.load_state_dict(state)
     for gradients in steps[at:]:

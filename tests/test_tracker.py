@@ -163,7 +163,7 @@ def test_certifying_leads_out_of_a_wrong_eigenvector() -> None:
     curvature = tracker._followed["sharpness"]
     state = curvature.solver.state_dict()
     second = torch.eye(5, dtype=torch.float64)[1:2]
-    curvature.solver.load_state_dict(state | {"_block": second, "_next": second[0], "_theta": 2 / 5 * 2.8**2})
+    curvature.solver.load_state_dict(state | {"block": second, "next": second[0], "theta": 2 / 5 * 2.8**2})
     assert tracker.step((x, y)).sharpness == pytest.approx(2 / 5 * 2.8**2)  # locked, with a residual of zero
     assert tracker.step((x, y), certify=True).sharpness == pytest.approx(2 / 5 * 9)
     assert tracker.step((x, y)).sharpness == pytest.approx(2 / 5 * 9)
@@ -263,6 +263,34 @@ def test_resumed_tracker_continues_identically(tmp_path) -> None:
     for want in first:
         assert tracker.step(problem.batch) == want
         optimizer.step()
+
+
+def test_a_second_operator_does_not_change_what_is_found_of_the_first() -> None:
+    problem, found = double(mlp()), []
+    for make in (torch.optim.Adam, torch.optim.SGD):  # with and without P^-1 H besides the Hessian
+        tracker = sk.SharpnessTracker(problem.model, problem.loss_fn, make(problem.model.parameters()))
+        found.append([tracker.step(problem.batch).sharpness for _ in range(40)])  # with an audit, which is random
+    assert found[0] == found[1]
+
+
+def test_a_state_of_another_version_or_with_other_fields_is_refused_by_name() -> None:
+    problem = double(mlp())
+    optimizer = optimizer_of("sgd", problem.model)
+    tracker = sk.SharpnessTracker(problem.model, problem.loss_fn, optimizer)
+    tracker.step(problem.batch)
+    state = tracker.state_dict()
+    with pytest.raises(ValueError, match="state of SharpnessTracker lacks budget"):
+        tracker.load_state_dict({name: v for name, v in state.items() if name != "budget"})
+    with pytest.raises(ValueError, match="version 1, got 3"):
+        tracker.load_state_dict(state | {"version": 3})
+    one = state["followed"]["sharpness"]
+    for part, match in (
+        ({name: v for name, v in one.items() if name != "speed"}, "state of a tracked operator lacks speed"),
+        (one | {"pace": 1.0}, "unknown fields: pace"),
+        (one | {"solver": one["solver"] | {"version": 0}}, "state of WarmLanczos must have version 1, got 0"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            tracker.load_state_dict(state | {"followed": {"sharpness": part}})
 
 
 def test_batch_norm_statistics_advance_once_per_step() -> None:

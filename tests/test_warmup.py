@@ -195,7 +195,7 @@ def test_the_smallest_threshold_of_several_groups_counts() -> None:
 
 def test_unknown_optimizers_are_refused_with_the_supported_ones() -> None:
     p = [nn.Parameter(torch.zeros(1))]
-    for unknown in (torch.optim.NAdam(p), torch.optim.Adagrad(p), torch.optim.LBFGS(p)):
+    for unknown in (torch.optim.NAdam(p), torch.optim.ASGD(p), torch.optim.LBFGS(p)):
         with pytest.raises(TypeError, match=f"{type(unknown).__name__}; supported: SGD, Adam, AdamW"):
             sk.stability_threshold(unknown)
 

@@ -19,8 +19,8 @@ class Certificate:
     Attributes:
         value: largest Ritz value.
         vector: ``[n]``, its unit Ritz vector.
-        upper: the largest eigenvalue lies below this but with probability ``failure`` over the random start;
-            infinite where ``matvecs`` are too few for n to say anything.
+        upper: with probability at least ``1 - failure`` over the random start, the largest eigenvalue is at most
+            this. Infinite where ``matvecs`` are too few for n to say anything.
         failure: that probability.
         matvecs: products spent.
     """
@@ -71,7 +71,10 @@ def certify(
         if basis.size == steps:
             break
         basis.extend(basis.residuals(theta[:1], Y[:, :1])[0])
+    # A Krylov space of the whole dimension holds every eigenvector: theta_1 is then the eigenvalue itself.
     eps = 0.0 if steps == op.n else (math.log(1.648 * math.sqrt(op.n) / (failure / 2)) / (2 * steps - 1)) ** 2
+    # eps is relative to the width of the spectrum, of which only the Ritz values' is known. Both ends may be off by
+    # eps of the width, so the width is at most theirs over 1 - 2 eps; from eps = 1/2 on this says nothing.
     width = float(theta[0] - theta[-1])
     upper = float(theta[0]) + eps * width / (1 - 2 * eps) if eps < 0.5 else math.inf
     return Certificate(float(theta[0]), basis.combination(Y[:, :1])[0], upper, failure, basis.matvecs)

@@ -100,12 +100,3 @@ def check_arguments(op: SymmetricOperator, k: int, tol: float, max_matvecs: int)
         raise ValueError(f"tol must be positive, got {tol}.")
     if max_matvecs < k:
         raise ValueError(f"max_matvecs must be at least k = {k}, got {max_matvecs}.")
-
-
-def reason_of(done: bool, norms: Tensor, theta: Tensor, tol: float, max_matvecs: int) -> str:
-    """Say why a solver stopped."""
-    worst = int((norms / theta.abs().clamp(min=torch.finfo(torch.float64).tiny)).argmax())
-    pair = f"residual norm {float(norms[worst]):.1e} at eigenvalue {float(theta[worst]):.4g}"
-    if done:
-        return f"converged: {pair}; tol was {tol:.1e}."
-    return f"stopped at max_matvecs={max_matvecs}, {pair}; tol was {tol:.1e}."

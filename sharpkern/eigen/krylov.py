@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from .basis import Basis
-from .common import EigenResult, SymmetricOperator, check_arguments, reason_of, rounding_level, start_rows
+from .common import EigenResult, SymmetricOperator, check_arguments, rounding_level, start_rows
+from .stopping import allowed_norms, converged, reason_of
 
 Which = Literal["largest", "smallest", "both"]
-_COLD = 0.1
+_COLD = 0.1  # of tol, from a random start: see tol in the docstring
+_COMPLETE = 10.0  # roundings allowed to a basis of the whole space, which has nothing left to improve
 
 
 def lanczos(
@@ -87,15 +89,15 @@ def lanczos(
         wanted = _wanted(which, k, basis.size)
         complete = basis.size == op.n
         residuals, norms = basis.residuals(theta[wanted], Y[:, wanted])
-        rounding = rounding_level(op, theta)
-        allowed = (goal * theta[wanted].abs()).clamp(min=10 * rounding if complete else rounding)
-        if bool((norms <= allowed).all()) or complete or basis.matvecs >= max_matvecs:
+        rounding = rounding_level(op, theta) * (_COMPLETE if complete else 1.0)
+        if converged(norms, theta[wanted], goal, rounding) or complete or basis.matvecs >= max_matvecs:
             break
         if basis.size == basis.limit:
             basis.restart(Y[:, _wanted(which, max(k + 1, basis.limit // (2 * ends)), basis.size)])
-        worst = int((norms / allowed).argmax())
+        # A residual beside its own limit: with both ends wanted, the eigenvalues may differ much in size.
+        worst = int((norms / allowed_norms(theta[wanted], goal, rounding)).argmax())
         basis.extend(residuals[worst : worst + 1])
-    done = bool((norms <= (tol * theta[wanted].abs()).clamp(min=10 * rounding if complete else rounding)).all())
+    done = converged(norms, theta[wanted], tol, rounding)
     if complete and not done:
         reason = (
             f"stopped with a basis of the whole space, yet a residual norm of {float(norms.max()):.1e}: the "

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from .basis import Basis
-from .common import EigenResult, SymmetricOperator, check_arguments, reason_of, rounding_level, start_rows
+from .common import EigenResult, SymmetricOperator, check_arguments, rounding_level, start_rows
+from .stopping import converged, reason_of
 
 
 def lobpcg(
@@ -52,10 +53,12 @@ def lobpcg(
     while True:
         theta, Y = basis.ritz()
         residuals, norms = basis.residuals(theta[:k], Y[:, :k])
-        rounding = rounding_level(op, theta)
-        done = bool((norms <= (tol * theta[:k].abs()).clamp(min=rounding)).all())
+        done = converged(norms, theta[:k], tol, rounding_level(op, theta))
         if done or basis.matvecs + k > max_matvecs:
             break
+        # X is a combination of the old X and of what was added to it: without the rows of the old X, the second part
+        # remains. Orthogonalised against X it is the conjugate direction, which saves the products of a full Krylov
+        # basis. The first iteration has added nothing yet.
         added = Y[:, :k].clone()
         added[:k] = 0  # rows of the old X
         kept = torch.linalg.qr(torch.cat([Y[:, :k], added], 1))[0] if basis.size > k else Y[:, :k]

@@ -13,10 +13,10 @@ from .common import (
     check_finite,
     multiply,
     random_rows,
-    reason_of,
     rounding_level,
     start_rows,
 )
+from .stopping import converged, reason_of
 
 
 def power_iteration(
@@ -81,7 +81,7 @@ def power_iteration(
         needed = -lowest * (1.05 if float(theta.min()) <= 0 else 0.55)
         settled = shift >= 0.9 * needed or k == op.n
         rounding = rounding_level(op, theta)
-        done = settled and bool((norms <= (tol * theta.abs()).clamp(min=rounding)).all())
+        done = settled and converged(norms, theta, tol, rounding)
         if done or matvecs + k > max_matvecs:
             break
         shift = needed

@@ -8,7 +8,7 @@ has the algorithm on one page, with what it costs and how often it fails.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,9 @@ from torch import Tensor
 
 from .. import kernels
 from .basis import Basis, Workspace
-from .common import EigenResult, SymmetricOperator, random_rows, reason_of, rounding_level
+from .common import EigenResult, SymmetricOperator, random_rows, rounding_level
+from .state import check_state
+from .stopping import converged, reason_of
 
 _FIRST_TOL = 0.1  # a random start stops more easily on a wrong eigenvector: ask for more, once
 _FIRST_AUDIT, _AUDIT_EVERY, _AUDIT_DEPTH = 16, 32, 8
@@ -24,9 +26,30 @@ _SENTINEL_EVERY = 8
 _CLOSE = 0.1  # relative gap below which a crossing is near, and every step starts with the next Ritz vector too
 _JUMP = 0.1  # relative change of the Rayleigh quotient from one step to the next
 _THROW = 0.3  # likewise: a catapult, after which the order of the eigenvalues is open
-_FORGET, _RIDGE = 0.7, 0.01  # of the prediction's least squares
+_FORGET_FIT = 0.7  # weight of the older steps in the prediction's least squares, per step
+_RIDGE = 0.01  # keeps the fitted multiple finite, and a little short, where the block hardly changed
 _BASIS = 40
 _KEPT_BYTES = 16 << 20  # of a vector, up to which the memory of a basis is kept between steps
+_VERSION = 1  # of a saved state: raise it when a field changes its name or its meaning
+# Attributes that a later step depends on, without their underscore. The workspace is memory, not knowledge.
+_KEPT = ("block", "change", "next", "theta", "gap", "normal", "right", "since_sentinel", "since_audit")
+
+
+@dataclass
+class _Guards:
+    """What one solve is to look at besides its own residuals.
+
+    Attributes:
+        todo: "next", "random" or "improve" for each vector to multiply, last one first.
+        sentinel: the next Ritz vector is looked at in this solve.
+        jumped: the start's Rayleigh quotient is far from the last value, and nothing has been done about it yet.
+        thrown: it is so far that the order of the eigenvalues is open.
+    """
+
+    todo: list[str]
+    sentinel: bool
+    jumped: bool
+    thrown: bool
 
 
 class WarmLanczos:
@@ -101,48 +124,44 @@ class WarmLanczos:
             raise ValueError(f"k must be at most n = {op.n}, got {self.k}.")
         k, first = self.k, self._block is None
         tol = self.tol * (_FIRST_TOL if first else 1.0)
-        basis = Basis(op, min(max(_BASIS, 2 * k + 20), op.n), self.generator, self._memory(op, first))
-        start = random_rows(k, op, self.generator) if first else self._start()
         most = self.max_matvecs if at_most is None else at_most
         near = not first and self._next is not None and self._gap < _CLOSE and most > k + 1
-        if near:
-            assert self._next is not None
-            start = torch.cat([start, self._next[None]])
-        basis.extend(start if extra is None else torch.cat([start, extra]))
+        basis = self._begin(op, extra, first=first, near=near)
         self.start_value = float(basis.T[0, 0])
-        todo = self._guards(first, near=near)
-        sentinel = near or "next" in todo
-        jump = 0.0 if first else abs(self.start_value - self._theta)
-        jumped, thrown = jump > _JUMP * abs(self._theta), jump > _THROW * abs(self._theta)
+        guards = self._guards(first=first, near=near)
         while True:
             theta, Y = basis.ritz()
             residuals, norms = basis.residuals(theta[:k], Y[:, :k])
             rounding = rounding_level(op, theta)
-            converged = bool((norms <= (tol * theta[:k].abs()).clamp(min=rounding)).all())
             if basis.size == op.n or basis.matvecs >= most:
                 break
-            if converged and not todo:
-                if not jumped or (basis.size >= k - 1 + self._short and not thrown):
-                    break
-                todo, sentinel, jumped = ["improve", "next"], True, False
-                self._since_sentinel = 0
-            if converged:
-                direction = self._look(todo.pop(), basis, theta, Y)
-            else:
+            if not converged(norms, theta[:k], tol, rounding):
                 worst = int((norms / theta[:k].abs()).argmax())
                 direction = residuals[worst : worst + 1]
+            elif guards.todo or self._suspects(guards, basis.size):
+                direction = self._look(guards.todo.pop(), basis, theta, Y)
+            else:
+                break
             if basis.size == basis.limit:
                 basis.restart(Y[:, : max(k + 1, basis.limit // 2)])
             basis.extend(direction)
-        if "random" in todo:  # guards that there were no products for stay due
-            self._since_audit = _AUDIT_EVERY
-        if "next" in todo:
-            self._since_sentinel = _SENTINEL_EVERY
-        within = bool((norms <= (self.tol * theta[:k].abs()).clamp(min=rounding)).all())
+        self._postpone(guards)
+        # The caller asked for tol, so a first solve that ran out of products between tol / 10 and tol has converged.
+        within = converged(norms, theta[:k], self.tol, rounding)
         reason = reason_of(within, norms, theta[:k], self.tol, most)
         result = basis.result(theta, Y, list(range(k)), norms, done=within, reason=reason, gaps=False)
-        self._remember(basis, theta, Y, result.eigenvectors, sentinel=sentinel)
+        self._remember(basis, theta, Y, result.eigenvectors, sentinel=guards.sentinel)
         return replace(result, error_bounds=self._bounds(basis, theta, Y, norms) + rounding)
+
+    def _begin(self, op: SymmetricOperator, extra: Tensor | None, *, first: bool, near: bool) -> Basis:
+        """Multiply what every solve multiplies: the start, the next Ritz vector while it is near, and the caller's."""
+        basis = Basis(op, min(max(_BASIS, 2 * self.k + 20), op.n), self.generator, self._memory(op, first))
+        rows = [random_rows(self.k, op, self.generator) if first else self._start()]
+        if near:
+            assert self._next is not None
+            rows.append(self._next[None])
+        basis.extend(torch.cat(rows if extra is None else [*rows, extra]))
+        return basis
 
     def _bounds(self, basis: Basis, theta: Tensor, Y: Tensor, norms: Tensor) -> Tensor:
         """Return the residual norms; of a pair and the next one together, where they are closer than twice ``tol``.
@@ -159,19 +178,40 @@ class WarmLanczos:
             following[k - 1] = basis.residuals(theta[k : k + 1], Y[:, k : k + 1])[1][0]
         return torch.where(close, torch.hypot(norms, following), norms)
 
-    def _guards(self, first: bool, *, near: bool) -> list[str]:
-        """Return the vectors to multiply besides, last one first."""
+    def _guards(self, *, first: bool, near: bool) -> _Guards:
+        """Say which vectors are to be multiplied besides, by the age of each guard, and how far the start jumped."""
         todo = []
         self._since_sentinel, self._since_audit = self._since_sentinel + 1, self._since_audit + 1
         if first or self._since_audit >= _AUDIT_EVERY:
             todo += ["improve"] * (_FIRST_AUDIT if first else _AUDIT_DEPTH) + ["random"]
             self._since_audit = 0
-        if near:
+        if near:  # the start holds the sentinel's vector already
             self._since_sentinel = 0
         elif not first and self._since_sentinel >= _SENTINEL_EVERY:
             todo += ["improve", "next"]
             self._since_sentinel = 0
-        return todo
+        jump = 0.0 if first else abs(self.start_value - self._theta)
+        size = abs(self._theta)
+        return _Guards(todo, near or "next" in todo, jumped=jump > _JUMP * size, thrown=jump > _THROW * size)
+
+    def _suspects(self, guards: _Guards, size: int) -> bool:
+        """Ask for the sentinel once, if the start jumped and the solve was too short to have looked around by itself.
+
+        A small residual after a jump may belong to a vector that is no longer the top one. After a catapult the order
+        of the eigenvalues is open, so that no length of the solve is enough.
+        """
+        if not guards.jumped or (size >= self.k - 1 + self._short and not guards.thrown):
+            return False
+        guards.todo, guards.sentinel, guards.jumped = ["improve", "next"], True, False
+        self._since_sentinel = 0
+        return True
+
+    def _postpone(self, guards: _Guards) -> None:
+        """Leave guards that there were no products for due at the next step."""
+        if "random" in guards.todo:
+            self._since_audit = _AUDIT_EVERY
+        if "next" in guards.todo:
+            self._since_sentinel = _SENTINEL_EVERY
 
     def _memory(self, op: SymmetricOperator, first: bool) -> Workspace:
         """Return the memory of the last solve, unless it would bind much: the first solve's basis is the longest."""
@@ -201,6 +241,7 @@ class WarmLanczos:
         """Keep the next start, fit the prediction, and keep the next Ritz vector of a basis that could see it."""
         k = self.k
         products = basis.combination(Y[:, :k], basis.W)  # a power step, for which the product is known
+        # Multiplied by a negative eigenvalue, a vector would turn its sign and a power step would favour the lower end.
         block = torch.where((theta[:k, None] > 0).to(products.device), products, vectors)
         block = block / torch.linalg.vector_norm(block, dim=1, keepdim=True)
         if self._block is None:
@@ -210,24 +251,33 @@ class WarmLanczos:
             # The block before, turned within its span to fit the new one: a sign for k = 1.
             U, cosines, V = torch.linalg.svd(kernels.gram(block, self._block).cpu())
             turn = (U @ V).to(block.device)
+            # Blocks that hardly overlap (a crossing, a catapult) have no change that a prediction could learn from.
             if float(cosines.min()) > 0.2:
                 now, before, size = (kernels.gram(t, self._change) for t in (vectors, self._block, self._change))
                 along = (turn * now).sum() - before.diagonal().sum()  # of the vectors turned back, less the block
-                self._normal = _FORGET * self._normal + float(size.diagonal().sum())
-                self._right = _FORGET * self._right + float(along)
+                self._normal = _FORGET_FIT * self._normal + float(size.diagonal().sum())
+                self._right = _FORGET_FIT * self._right + float(along)
             self._change = block - kernels.combine(turn, self._block)
         self._block, self._theta = block, float(theta[0])
+        # A small basis that was not given the next vector cannot see it: its Ritz vector k + 1 is a chance direction.
         if basis.size > k and (sentinel or basis.size >= k + 3 or self._next is None):
             row = basis.combination(Y[:, k : k + 1], basis.W if float(theta[k]) > 0 else basis.Q)[0]
             self._next = row / torch.linalg.vector_norm(row)
             self._gap = 1 - float(theta[k] / theta[k - 1]) if float(theta[k - 1]) > 0 else 0.0
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what continues identically, the generator apart: tensors and plain Python only."""
-        state = {name: value for name, value in vars(self).items() if name.startswith("_")}
-        return {name: v.clone() if isinstance(v, Tensor) else v for name, v in state.items()}
+        """Return what continues identically, the generator's state included: tensors and plain Python only."""
+        kept = {name: getattr(self, f"_{name}") for name in _KEPT}
+        copies = {name: v.clone() if isinstance(v, Tensor) else v for name, v in kept.items()}
+        return {"version": _VERSION, **copies, "generator": self.generator.get_state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore ``state_dict()``'s result."""
-        for name, value in state.items():
-            setattr(self, name, value)
+        """Restore ``state_dict()``'s result; k, tol and max_matvecs stay the constructor's.
+
+        Raises:
+            ValueError: a field is missing or unknown, or the state is of another version.
+        """
+        check_state("WarmLanczos", state, (*_KEPT, "generator"), _VERSION)
+        for name in _KEPT:
+            setattr(self, f"_{name}", state[name])
+        self.generator.set_state(state["generator"])

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
-
-from .norms import total_norm
 
 
 class GIAdam(torch.optim.Adam):
@@ -138,3 +137,8 @@ class GIAdam(torch.optim.Adam):
             first = {p: z.mul_(scale) for p, z in drawn.items()}
         for p, g in first.items():
             self.state[p]["exp_avg_sq"].copy_(g).square_()
+
+
+def total_norm(tensors: list[Tensor]) -> float:
+    """Return the Euclidean norm of all tensors together."""
+    return math.sqrt(sum(float(torch.linalg.vector_norm(t, dtype=torch.float64)) ** 2 for t in tensors))

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
-from torch import Tensor, nn
+from torch import nn
+
+from .gi_adam import total_norm
+from .rules import rule_of
 
 
 def optimizer_norms(optimizer: torch.optim.Optimizer) -> dict[str, float]:
     """Return the norms that tell a failing Adam: a spike of ``g`` inflates ``v`` for about ``1 / (1 - b2)`` steps.
 
     Args:
-        optimizer: any; the moments are those of Adam and its like, RMSprop, and SGD with momentum. Only read.
+        optimizer: any, only read. Without a rule (``optimizers.rules``), its moments are looked for under Adam's names.
 
     Returns:
         Euclidean norms over all parameters: "theta" parameters, "g" gradients in ``p.grad``, "m" first moment, "v"
@@ -24,13 +25,17 @@ def optimizer_norms(optimizer: torch.optim.Optimizer) -> dict[str, float]:
     >>> optimizer_norms(torch.optim.Adam([w]))
     {'theta': 5.0, 'g': 0.0, 'm': 0.0, 'v': 0.0}
     """
+    try:
+        first, second = rule_of(optimizer).moments
+    except TypeError:  # the usual names; norms need no rule
+        first, second = "exp_avg", "exp_avg_sq"
     params = [p for group in optimizer.param_groups for p in group["params"]]
     states = [optimizer.state.get(p, {}) for p in params]
     found = {
         "theta": [p.detach() for p in params],
         "g": [p.grad for p in params],
-        "m": [s.get("exp_avg", s.get("momentum_buffer")) for s in states],
-        "v": [s.get("exp_avg_sq", s.get("square_avg")) for s in states],
+        "m": [s.get(first) for s in states],
+        "v": [s.get(second) for s in states],
     }
     return {name: total_norm([t for t in tensors if t is not None]) for name, tensors in found.items()}
 
@@ -61,8 +66,3 @@ def dead_units(model: nn.Module) -> float:
         raise RuntimeError("no weight has a gradient: run backward() first.")
     dead = sum(int((g.flatten(1) == 0).all(1).sum()) for g in grads)
     return dead / sum(len(g) for g in grads)
-
-
-def total_norm(tensors: list[Tensor]) -> float:
-    """Return the Euclidean norm of all tensors together."""
-    return math.sqrt(sum(float(torch.linalg.vector_norm(t, dtype=torch.float64)) ** 2 for t in tensors))

@@ -9,7 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .. import kernels
+from .rules import Step, rule_of, unwrapped
+from .threshold import relative_lr, threshold_scales
 
 Gradients = Literal["next"] | Mapping[Tensor, Tensor] | None
 
@@ -69,22 +70,27 @@ def preconditioner(
 
         Adam, AdamW, GIAdam:  P_t = (1 - b1^t) (sqrt(v_t / (1 - b2^t)) + eps)
                               amsgrad: v_t is the running maximum
+        RAdam:                P_t = (1 - b1^t) (sqrt(v_t) + eps) / (r_t sqrt(1 - b2^t)), r_t the rectification;
+                              P_t = 1 - b1^t in the first steps, before r_t exists
+        Adamax:               P_t = (1 - b1^t) u_t, u_t the running maximum of |g| + eps
+        Adagrad:              P_t = (1 + (t - 1) lr_decay) (sqrt(sum of g^2) + eps)
         RMSprop:              P_t = sqrt(v_t) + eps
                               centered: v_t less the squared running mean of g
         SGD:                  P = 1
 
-    so that ``theta_{t+1} = theta_t - lr P_t^-1 m_t``, with m the *uncorrected* average of gradients for Adam
-    (decoupled weight decay apart): the correction of the first moment is part of P, and
+    so that ``theta_{t+1} = theta_t - lr P_t^-1 m_t``, with m the *uncorrected* average of gradients for
+    Adam, RAdam and Adamax, the gradient for the others without momentum (decoupled weight decay apart): the correction of the first moment is part of P, and
     ``stability_threshold`` belongs to this P. A parameter group whose lr differs from the first group's has
     its P divided by the ratio, so one lr, the first group's, speaks for all.
 
     Args:
-        optimizer: SGD, Adam, AdamW, GIAdam or RMSprop, or a subclass; only read.
+        optimizer: one of the list above, or of a class registered with ``optimizers.rules.register``; only read. A
+            subclass counts as its parent while it overrides neither ``step`` nor ``_init_group``.
         gradients: None for the state as it is, P of the step last taken. ``"next"`` for P of the step about
             to be taken with the gradients in ``p.grad`` (t = steps + 1; no earlier step is needed), or a
             mapping from parameter to gradient for the same without touching ``p.grad``. Coupled weight decay
             is added to them.
-        first_moment_correction: False leaves Adam's ``(1 - b1^t)`` out of P: ten times larger at t = 1 for b1
+        first_moment_correction: False leaves ``(1 - b1^t)`` out of P: ten times larger at t = 1 for b1
             = 0.9.
 
     Returns:
@@ -107,63 +113,72 @@ def preconditioner(
     >>> [round(x, 4) for x in preconditioner(adam, gradients="next").diagonal().tolist()]
     [0.4, 0.9]
     """
-    _check_supported(optimizer)
+    relative = [relative_lr(optimizer, group) for group in optimizer.param_groups]
+    return _scaled(optimizer, gradients, relative, first_moment_correction=first_moment_correction)
+
+
+def threshold_preconditioner(optimizer: torch.optim.Optimizer, gradients: Gradients = None) -> Preconditioner:
+    """Return ``P / S``, so that one threshold holds for all parameter groups: see ``threshold_scales``.
+
+    On a quadratic loss the optimizer is stable while ``lr`` of the first group times the largest eigenvalue of
+    ``S P^-1 H`` is below ``stability_threshold(optimizer)``. Where all groups have one threshold, this is P.
+
+    Args:
+        optimizer: with a rule; only read.
+        gradients: as for ``preconditioner``.
+
+    Raises:
+        As ``preconditioner`` and ``threshold_scales``.
+    """
+    return _scaled(optimizer, gradients, threshold_scales(optimizer), first_moment_correction=True)
+
+
+def is_adaptive(optimizer: torch.optim.Optimizer) -> bool:
+    """Say whether stability is a matter of ``S P^-1 H`` rather than of H: P is not the identity, or groups differ.
+
+    Groups differ when their learning rates do, or their thresholds by more than 1% (momentum, much weight decay).
+
+    Raises:
+        TypeError: the optimizer's rule is not known.
+        RuntimeError: the first group's lr is 0 and another's is not.
+        ValueError: a group is unstable by its weight decay alone.
+    """
+    return rule_of(optimizer).adaptive or any(scale != 1 for scale in threshold_scales(optimizer))
+
+
+def _scaled(
+    optimizer: torch.optim.Optimizer, gradients: Gradients, scales: list[float], *, first_moment_correction: bool
+) -> Preconditioner:
+    """Return P of every group over the group's scale."""
     if isinstance(gradients, str) and gradients != "next":
         raise ValueError(f"gradients must be None, 'next' or a mapping from parameter to gradient, got {gradients!r}.")
-    params = [p for group in optimizer.param_groups for p in group["params"]]
+    optimizer, rule = unwrapped(optimizer), rule_of(optimizer)
     result: dict[Tensor, Tensor] = {}
-    for group in optimizer.param_groups:
-        root = math.sqrt(_relative_lr(optimizer, group))
+    for group, scale in zip(optimizer.param_groups, scales, strict=True):
         for p in group["params"]:
             dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
-            if isinstance(optimizer, torch.optim.SGD):
-                result[p] = torch.full((p.numel(),), root, dtype=dtype, device=p.device)
+            if rule.inv_sqrt is None:
+                result[p] = torch.full((p.numel(),), math.sqrt(scale), dtype=dtype, device=p.device)
                 continue
             if not p.requires_grad or (isinstance(gradients, Mapping) and p not in gradients):
                 continue
             gradient = _gradient(p, group, gradients, dtype)
-            if isinstance(optimizer, torch.optim.Adam):
-                piece = _adam(optimizer, p, group, gradient, dtype, first_moment_correction)
-            else:
-                piece = _rmsprop(optimizer, p, group, gradient, dtype)
-            if not bool(piece.isfinite().all()):
-                bad = int((~piece.isfinite()).sum())
-                raise RuntimeError(
-                    f"P is zero or not finite for {bad} of {piece.numel()} elements of a parameter of shape "
-                    f"{list(p.shape)} (eps={group['eps']}): use a larger eps, or check the gradients."
-                )
-            result[p] = piece.mul_(root)
+            state = _state(optimizer, p, gradient)
+            piece = rule.inv_sqrt(Step(optimizer, group, state, gradient, dtype, first_moment_correction))
+            _check_finite(piece, p, group)
+            result[p] = piece.mul_(math.sqrt(scale))
     if not result:
         raise ValueError("gradients holds none of the optimizer's trainable parameters.")
-    return Preconditioner(params, result)
+    return Preconditioner([p for group in optimizer.param_groups for p in group["params"]], result)
 
 
-def is_adaptive(optimizer: torch.optim.Optimizer) -> bool:
-    """Say whether P of a supported optimizer is anything but the identity.
-
-    Raises:
-        TypeError: the optimizer's rule is not known.
-    """
-    _check_supported(optimizer)
-    return not isinstance(optimizer, torch.optim.SGD)
-
-
-def _check_supported(optimizer: torch.optim.Optimizer) -> None:
-    if not isinstance(optimizer, (torch.optim.SGD, torch.optim.Adam, torch.optim.RMSprop)):
-        raise TypeError(
-            f"no diagonal preconditioner is known for {type(optimizer).__name__}; supported: SGD, Adam, "
-            f"AdamW, sharpkern.GIAdam, RMSprop."
+def _check_finite(inv_sqrt: Tensor, p: Tensor, group: dict[str, Any]) -> None:
+    if not bool(inv_sqrt.isfinite().all()):
+        bad = int((~inv_sqrt.isfinite()).sum())
+        raise RuntimeError(
+            f"P is zero or not finite for {bad} of {inv_sqrt.numel()} elements of a parameter of shape "
+            f"{list(p.shape)} (eps={group.get('eps')}): use a larger eps, or check the gradients."
         )
-
-
-def _relative_lr(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> float:
-    """Return the group's lr in units of the first group's."""
-    first, lr = float(optimizer.param_groups[0]["lr"]), float(group["lr"])
-    if lr == first:
-        return 1.0
-    if first == 0:
-        raise RuntimeError(f"the first group's lr is 0 and another's is {lr}: P is relative to the first group's lr.")
-    return lr / first
 
 
 def _gradient(p: Tensor, group: dict[str, Any], gradients: Gradients, dtype: torch.dtype) -> Tensor | None:
@@ -179,9 +194,11 @@ def _gradient(p: Tensor, group: dict[str, Any], gradients: Gradients, dtype: tor
     if g.shape != p.shape:
         raise ValueError(f"the gradient of a parameter of shape {list(p.shape)} has shape {list(g.shape)}.")
     flat = g.detach().reshape(-1).to(dtype)
-    decay = 0.0 if group.get("decoupled_weight_decay") else float(group["weight_decay"])
+    if group.get("maximize"):  # before the decay is added, and signs matter to a running mean of gradients
+        flat = -flat
+    decay = 0.0 if group.get("decoupled_weight_decay") else float(group.get("weight_decay", 0.0))
     if decay:
-        flat = (-flat if group["maximize"] else flat) + decay * p.detach().reshape(-1).to(dtype)
+        flat = flat + decay * p.detach().reshape(-1).to(dtype)
     return flat
 
 
@@ -194,59 +211,3 @@ def _state(optimizer: torch.optim.Optimizer, p: Tensor, gradient: Tensor | None)
             f"optimizer.step() first, or pass gradients='next' after backward()."
         )
     return state
-
-
-def _adam(
-    optimizer: torch.optim.Adam,
-    p: Tensor,
-    group: dict[str, Any],
-    gradient: Tensor | None,
-    dtype: torch.dtype,
-    first_moment_correction: bool,
-) -> Tensor:
-    """``P^-1/2`` of one parameter, flat."""
-    beta1, beta2 = (float(b) for b in group["betas"])
-    state = _state(optimizer, p, gradient)
-    if gradient is None:
-        t = float(state["step"])
-        v = _flat(state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"], dtype)
-    else:
-        t = float(state["step"]) + 1 if state else 1.0
-        squared = gradient**2
-        if state:
-            v = _flat(state["exp_avg_sq"], dtype).lerp(squared, 1 - beta2)
-        elif getattr(optimizer, "starts_from_gradient", False):  # GIAdam: v_0 = g^2, so v_1 = g^2
-            v = squared
-        else:
-            v = squared.mul_(1 - beta2)
-        if group["amsgrad"] and state:
-            v = torch.maximum(v, _flat(state["max_exp_avg_sq"], dtype))
-    factor = 1 - beta1**t if first_moment_correction else 1.0
-    return kernels.inv_sqrt_adam(v, bias_correction2=1 - beta2**t, eps=float(group["eps"]), factor=factor)
-
-
-def _rmsprop(
-    optimizer: torch.optim.Optimizer,
-    p: Tensor,
-    group: dict[str, Any],
-    gradient: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    """``P^-1/2`` of one parameter, flat."""
-    state = _state(optimizer, p, gradient)
-    weight = 1 - float(group["alpha"])
-    if gradient is None:
-        v = _flat(state["square_avg"], dtype)
-    else:
-        v = _flat(state["square_avg"], dtype).lerp(gradient**2, weight) if state else gradient**2 * weight
-    if group["centered"]:
-        if gradient is None:
-            mean = _flat(state["grad_avg"], dtype)
-        else:
-            mean = _flat(state["grad_avg"], dtype).lerp(gradient, weight) if state else gradient * weight
-        v = (v - mean**2).clamp_(min=0)
-    return kernels.inv_sqrt_adam(v, bias_correction2=1.0, eps=float(group["eps"]), factor=1.0)
-
-
-def _flat(t: Tensor, dtype: torch.dtype) -> Tensor:
-    return t.reshape(-1).to(dtype)

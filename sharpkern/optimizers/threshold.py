@@ -6,6 +6,10 @@ from typing import Any
 
 import torch
 
+from .rules import rule_of
+
+_SAME = 0.01  # relative difference of thresholds that is none
+
 
 def stability_threshold(optimizer: torch.optim.Optimizer, *, first_step: bool = False) -> float:
     """Return kappa: on a quadratic loss, the optimizer is stable while ``lr * curvature < kappa``.
@@ -17,16 +21,19 @@ def stability_threshold(optimizer: torch.optim.Optimizer, *, first_step: bool = 
         SGD, momentum                    2 (1 + b) / (1 - d)
         SGD, Nesterov                    2 (1 + b) / (1 + 2b)
         Adam, AdamW, GIAdam              2 (1 + b1) / (1 - b1)
+        RAdam, Adamax                    2 (1 + b1) / (1 - b1)
+        Adagrad                          2
         RMSprop                          2 (1 + b)
         SGD's weight decay               kappa - lr w
-        decoupled decay (AdamW)          kappa (1 - lr w / 2)
+        decoupled decay (AdamW, RAdam)   kappa (1 - lr w / 2)
 
-    Coupled weight decay of Adam and RMSprop is not in kappa: the curvature is then that of ``P^-1 (H + w)``.
-    Where parameter groups differ, the smallest kappa is returned. Minibatch noise lowers the true threshold;
-    with cross-entropy the loss often still falls beyond it.
+    Coupled weight decay of all but SGD is not in kappa: the curvature is then that of ``P^-1 (H + w)``. Where
+    parameter groups differ, the smallest kappa is returned: a bound, which ``SharpnessTracker`` makes exact by
+    scaling each group (``optimizers.threshold.threshold_scales``). Minibatch noise lowers the true threshold; with
+    cross-entropy the loss often still falls beyond it.
 
     Args:
-        optimizer: SGD, Adam, AdamW, GIAdam or RMSprop, or a subclass.
+        optimizer: one of the table above, or of a class registered with ``optimizers.rules.register``.
         first_step: the bound for the very first step, when the momentum is still empty: the loss on a
             quadratic can rise at that step beyond it.
 
@@ -46,40 +53,52 @@ def stability_threshold(optimizer: torch.optim.Optimizer, *, first_step: bool = 
     >>> round(stability_threshold(torch.optim.Adam(p)), 6)
     38.0
     """
-    if isinstance(optimizer, torch.optim.SGD):
-        rule = _sgd
-    elif isinstance(optimizer, torch.optim.Adam):
-        rule = _adam
-    elif isinstance(optimizer, torch.optim.RMSprop):
-        rule = _rmsprop
-    else:
-        raise TypeError(
-            f"no stability threshold is known for {type(optimizer).__name__}; supported: SGD, Adam, AdamW, "
-            f"sharpkern.GIAdam, RMSprop."
-        )
-    return min(rule(group, first_step) for group in optimizer.param_groups)
+    kappa = rule_of(optimizer).kappa
+    return min(kappa(group, first_step) for group in optimizer.param_groups)
 
 
-def _sgd(group: dict[str, Any], first_step: bool) -> float:
-    b, dampening = float(group["momentum"]), float(group["dampening"])
-    if b == 0:
-        kappa = 2.0
-    elif first_step:  # the first buffer is the gradient itself, not dampened
-        kappa = 2 / (1 + b) if group["nesterov"] else 2.0
-    elif group["nesterov"]:
-        kappa = 2 * (1 + b) / (1 + 2 * b)
-    else:
-        kappa = 2 * (1 + b) / (1 - dampening)
-    return kappa - float(group["lr"]) * float(group["weight_decay"])
+def relative_lr(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> float:
+    """Return the group's lr in units of the first group's.
+
+    Raises:
+        RuntimeError: the first group's lr is 0 and the group's is not.
+    """
+    first, lr = float(optimizer.param_groups[0]["lr"]), float(group["lr"])
+    if lr == first:
+        return 1.0
+    if first == 0:
+        raise RuntimeError(f"the first group's lr is 0 and another's is {lr}: P is relative to the first group's lr.")
+    return lr / first
 
 
-def _adam(group: dict[str, Any], first_step: bool) -> float:
-    b = float(group["betas"][0])
-    kappa = 2 / (1 - b) if first_step else 2 * (1 + b) / (1 - b)
-    if group.get("decoupled_weight_decay"):
-        kappa *= 1 - float(group["lr"]) * float(group["weight_decay"]) / 2
-    return kappa
+def threshold_scales(optimizer: torch.optim.Optimizer) -> list[float]:
+    """Return how much nearer to instability each group is than the curvature alone says, relative to one kappa.
 
+        s_g = (lr_g / lr_1) (kappa / kappa_g),   kappa = stability_threshold(optimizer)
 
-def _rmsprop(group: dict[str, Any], first_step: bool) -> float:
-    return 2.0 if first_step else 2 * (1 + float(group["momentum"]))
+    The first direction to turn unstable swings with a period of two. There a group's momentum is a constant factor, so
+    ``2 x_g = (2 / kappa_g) lr_g P_g^-1 (H x)_g`` for every group: with S the diagonal of the s_g, the optimizer is
+    stable while ``lr_1`` times the largest eigenvalue of ``S P^-1 H`` is below kappa. Groups whose kappa lies within 1%
+    of the smallest count as equal to it, so that weight decay on a part of the parameters does not make SGD cost a
+    second solve; the threshold is then too low by at most that.
+
+    Args:
+        optimizer: with a rule; only read.
+
+    Returns:
+        A number for each parameter group; 1 for all where they agree.
+
+    Raises:
+        TypeError: the optimizer's threshold is not known.
+        RuntimeError: the first group's lr is 0 and another's is not.
+        ValueError: a group's kappa is not positive: its weight decay alone makes it unstable.
+    """
+    rule, groups = rule_of(optimizer), optimizer.param_groups
+    kappas = [rule.kappa(group, False) for group in groups]
+    smallest = min(kappas)
+    lrs = [relative_lr(optimizer, group) for group in groups]
+    if max(kappas) <= smallest + _SAME * abs(smallest):
+        return lrs
+    if smallest <= 0:
+        raise ValueError(f"weight decay alone makes a group unstable: the groups' thresholds are {kappas}.")
+    return [lr * smallest / kappa for lr, kappa in zip(lrs, kappas, strict=True)]

@@ -10,18 +10,18 @@ from torch import Tensor
 
 from .. import kernels
 from ..eigen import EigenResult, WarmLanczos
+from ..eigen.state import check_state
 from ..kernels.precision import tf32_products
 
 _FIRST_SPEED = 0.05  # relative change of the sharpness per step, until it has been seen to change
-
-
-_FORGET = 0.7
-
-
+_FORGET_SPEED = 0.7  # weight of the older looks in the running mean of the speed, per look
 _TINY = torch.finfo(torch.float64).tiny
-
-
 _ROUNDING_EVERY = 32  # solves
+_VERSION = 1  # of a saved state: raise it when a field changes its name or its meaning
+# What a later step depends on, besides the solver's own state; tf32 is the tracker's option.
+_KEPT = (
+    "value", "seen", "speed", "error_bound", "rounding", "solves", "shortfall", "eigenvalues", "overlaps", "vectors"
+)  # fmt: skip
 
 
 @dataclass
@@ -42,6 +42,7 @@ class Followed:
     vectors: Tensor | None = field(default=None, repr=False)  # [k, n]
 
     def solve(self, operator: Any, step: int, extra: Tensor | None, at_most: int | None) -> EigenResult:
+        """Solve at a step, see ``WarmLanczos.step``, and keep what was found."""
         with tf32_products(on=self.tf32 and self.solves > 0):  # the first one asks for a tenth of tol
             result = self.solver.step(operator, extra, at_most)
         self.solves += 1
@@ -55,7 +56,7 @@ class Followed:
         return result
 
     def measure_rounding(self, operator: Any) -> int:
-        """Compare both precisions on the Ritz vector, at times; return the products spent."""
+        """Compare both precisions on the Ritz vector, at times; return the matvecs spent."""
         if not self.tf32 or (self.solves - 1) % _ROUNDING_EVERY:
             return 0
         assert self.vectors is not None
@@ -73,9 +74,9 @@ class Followed:
         self._see(value, step)
 
     def _see(self, value: float, step: int) -> None:
-        if self.value:
+        if self.value:  # relative changes of a value of zero mean nothing, and there is none before the first
             speed = abs(value / self.value - 1) / max(1, step - self.seen)
-            self.speed = _FORGET * self.speed + (1 - _FORGET) * speed
+            self.speed = _FORGET_SPEED * self.speed + (1 - _FORGET_SPEED) * speed
         self.value, self.seen = value, step
 
     def drift(self, step: int) -> float:
@@ -93,9 +94,17 @@ class Followed:
         return self.error_bound + rounding + abs(self.value - self.eigenvalues[0]) + self.drift(step) * abs(self.value)
 
     def state_dict(self) -> dict[str, Any]:
-        state = {name: value for name, value in vars(self).items() if name not in ("solver", "tf32")}
-        return state | {"solver": self.solver.state_dict()}
+        """Return what continues identically: tensors and plain Python only."""
+        kept = {name: getattr(self, name) for name in _KEPT}
+        return {"version": _VERSION, **kept, "solver": self.solver.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore ``state_dict()``'s result.
+
+        Raises:
+            ValueError: a field is missing or unknown, here or in the solver's state, or a version is another one.
+        """
+        check_state("a tracked operator", state, (*_KEPT, "solver"), _VERSION)
         self.solver.load_state_dict(state["solver"])
-        vars(self).update({name: value for name, value in state.items() if name != "solver"})
+        for name in _KEPT:
+            setattr(self, name, state[name])

@@ -20,7 +20,9 @@ class Record:
         sharpness_error: at a measured step the residual norm (of the two largest Ritz pairs, where they are closer
             than twice ``tol``) and rounding: an eigenvalue lies this close to ``sharpness``. Else an estimate: that of
             the last measured step, and by how much the sharpness has probably moved since.
-        preconditioned_sharpness: largest eigenvalue of P^-1 H for an adaptive optimizer, else None.
+        preconditioned_sharpness: largest eigenvalue of P^-1 H for an adaptive optimizer, and for parameter groups with
+            learning rates or thresholds of their own, each group scaled so that one threshold holds for all
+            (``optimizers.threshold.threshold_scales``); else None.
         preconditioned_sharpness_error: likewise.
         threshold: kappa / lr: training is stable on a quadratic while the (preconditioned) sharpness is below it.
             Infinite when lr is 0; None for an optimizer without a known threshold.
@@ -29,10 +31,12 @@ class Record:
         status: "measured": solved to ``tol``, or ``converged`` is False. "bounded": the Rayleigh quotient of the last
             measured vector, a lower bound. "carried": the last value.
         converged: every solve of this step reached ``tol``.
-        eigenvalues: the k largest of the Hessian, or of P^-1 H for an adaptive optimizer; of the last measured step.
+        eigenvalues: the k largest at the last measured step, of ``preconditioned_sharpness``'s operator if there is
+            one, else of the Hessian.
         overlaps: for each of their vectors, the length of its projection onto the span of those of the measured step
             before; None at the first. Small ones mark a crossing, or a cluster, whose single vectors mean nothing.
-        upper: with ``certify``: the (preconditioned) sharpness is below this, but with probability 0.01; else None.
+        upper: with ``certify``: with probability at least 0.99 over its random start, the (preconditioned) sharpness is
+            at most this. None at steps without ``certify``.
     """
 
     step: int

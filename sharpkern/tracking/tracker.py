@@ -18,13 +18,15 @@ from ..curvature.parameters import gradients_of
 from ..curvature.preconditioned import PreconditionedOperator
 from ..eigen import WarmLanczos
 from ..eigen import certify as certificate_of
-from ..optimizers.preconditioner import is_adaptive, preconditioner
+from ..eigen.state import check_state
+from ..optimizers.preconditioner import is_adaptive, threshold_preconditioner
 from ..optimizers.threshold import stability_threshold
 from .budget import Budget, Status
 from .followed import Followed
 from .record import Record
 
 _CERTIFY_FAILURE = 0.01
+_VERSION = 1  # of a saved state: raise it when a field changes its name or its meaning
 _TF32_TOL = 0.005  # ten times TF32's rounding of a number: below, residuals would be mostly rounding
 
 _Tracked = HessianOperator | DatasetHessian | PreconditionedOperator
@@ -60,8 +62,8 @@ class SharpnessTracker:
         ValueError: an argument out of range, probe and loader together, tf32 with tol below 0.005; the optimizer lacks
             a trainable parameter.
 
-    Cost per measured step: a gradient and 2 to 10 Hessian-vector products; twice that for adaptive optimizers, whose
-    preconditioned sharpness is tracked besides.
+    Cost per measured step: a gradient and 2 to 10 Hessian-vector products; twice that for adaptive optimizers and for
+    parameter groups with learning rates or momenta of their own, whose preconditioned sharpness is tracked besides.
     """
 
     def __init__(
@@ -94,17 +96,16 @@ class SharpnessTracker:
         self.probe, self.loader, self.tf32 = probe, loader, tf32
         self.hessian: HessianOperator | None = None
         self._tracked: HessianOperator | DatasetHessian | None = None
-        self._generator = torch.Generator().manual_seed(0)
         self._steps = 0
         self._budget = None if budget is None else Budget(budget, tol)
         self._left_at: float | None = None  # clock at the end of the last step
         self._followed: dict[str, Followed] = {}
         try:
             stability_threshold(optimizer)
-            self._adaptive, self._has_threshold = is_adaptive(optimizer), True
+            self._has_threshold = True
         except TypeError as error:
             warnings.warn(f"SharpnessTracker reports no threshold: {error}", stacklevel=2)
-            self._adaptive = self._has_threshold = False
+            self._has_threshold = False
 
     def step(self, batch: Any, *, certify: bool = False) -> Record:
         """Compute loss and gradients on a batch, set ``p.grad``, and measure.
@@ -130,10 +131,12 @@ class SharpnessTracker:
             start = time.perf_counter()
             at_most = None
             if self._budget is not None and self._budget.started and not certify:
-                at_most = min(self.max_matvecs, max(self.k, self._budget.products))
+                at_most = min(self.max_matvecs, max(self.k, self._budget.matvecs))
             operators = self._operators(gradients)
             for name, operator in operators.items():
-                curvature = self._followed.setdefault(name, Followed(self._solver(), self.tf32))
+                if name not in self._followed:
+                    self._followed[name] = self._new()
+                curvature = self._followed[name]
                 if status == "bounded":
                     curvature.bound(operator, step)
                     continue
@@ -165,8 +168,10 @@ class SharpnessTracker:
         Raises:
             RuntimeError: nothing has been measured yet.
         """
-        if not self._followed:
-            raise RuntimeError("nothing to carry: the first step must be tracker.step(batch).")
+        if self._decisive() not in self._followed:
+            raise RuntimeError(
+                "nothing to carry: the first step, and one after groups part, must be tracker.step(batch)."
+            )
         self._steps += 1
         return self._record(loss, grad_norm, 0, "carried", converged=True, upper=None)
 
@@ -194,11 +199,13 @@ class SharpnessTracker:
             raise NonFiniteLossError(error.loss, step) from None
         return gradients_of(self.hessian)
 
-    def _solver(self) -> WarmLanczos:
-        return WarmLanczos(self.k, self.tol, self.max_matvecs, self._generator)
+    def _new(self) -> Followed:
+        """Start to follow an operator. Its random numbers are its own: no other operator changes what is found."""
+        generator = torch.Generator().manual_seed(0)
+        return Followed(WarmLanczos(self.k, self.tol, self.max_matvecs, generator), self.tf32)
 
     def _choose(self, step: int, own_seconds: float, *, certify: bool) -> Status:
-        if certify or not self._followed:
+        if certify or self._decisive() not in self._followed:
             return "measured"
         if (step - 1) % self.every:
             return "carried"
@@ -209,21 +216,21 @@ class SharpnessTracker:
         return self._budget.choose(own_seconds * self.every, deciding.drift(step), deciding.turned, ratio)
 
     def _start_budget(self, budget: Budget, operators: Mapping[str, _Tracked], step: int) -> int:
-        """Time a product and a form, now that their sweeps are recorded; return the products spent on it."""
-        products, product_seconds, form_seconds = 0, 0.0, 0.0
+        """Time a matvec and a form, now that their sweeps are recorded; return the matvecs spent on it."""
+        matvecs, matvec_seconds, form_seconds = 0, 0.0, 0.0
         for name, operator in operators.items():
             curvature = self._followed[name]
             curvature.bound(operator, step)  # records
             times = [time.perf_counter()]
             curvature.bound(operator, step)
             times.append(time.perf_counter())
-            products += (spent := curvature.solve(operator, step, None, None).matvecs)
+            matvecs += (spent := curvature.solve(operator, step, None, None).matvecs)
             times.append(time.perf_counter())
             form_seconds += times[1] - times[0]
-            product_seconds += (times[2] - times[1]) / spent
+            matvec_seconds += (times[2] - times[1]) / spent
         budget.operators = len(operators)
-        budget.start(product_seconds, form_seconds)
-        return products
+        budget.start(matvec_seconds, form_seconds)
+        return matvecs
 
     def _operators(self, gradients: dict[Tensor, Tensor]) -> dict[str, _Tracked]:
         """Return what to solve, at the present parameters."""
@@ -237,14 +244,18 @@ class SharpnessTracker:
         else:
             self._tracked = HessianOperator(self.model, self.loss_fn, self.probe)
         operators: dict[str, _Tracked] = {"sharpness": self._tracked}
-        if self._adaptive:
-            P = preconditioner(self.optimizer, gradients=gradients)
+        if self._decisive() not in operators:
+            P = threshold_preconditioner(self.optimizer, gradients)
             operators["preconditioned_sharpness"] = PreconditionedOperator(self._tracked, P)
         return operators
 
+    def _decisive(self) -> str:
+        """Name the curvature that the threshold is about, by the groups' present learning rates."""
+        adaptive = self._has_threshold and is_adaptive(self.optimizer)
+        return "preconditioned_sharpness" if adaptive else "sharpness"
+
     def _deciding(self) -> Followed:
-        """Return the curvature that the threshold is about."""
-        return self._followed["preconditioned_sharpness" if self._adaptive else "sharpness"]
+        return self._followed[self._decisive()]
 
     def _threshold_and_ratio(self) -> tuple[float | None, float | None]:
         if not self._has_threshold:
@@ -256,8 +267,8 @@ class SharpnessTracker:
         self, loss: float, grad_norm: float, matvecs: int, status: Status, *, converged: bool, upper: float | None
     ) -> Record:
         threshold, ratio = self._threshold_and_ratio()
-        sharpness, preconditioned = (self._followed.get(n) for n in ("sharpness", "preconditioned_sharpness"))
-        assert sharpness is not None
+        sharpness, deciding = self._followed["sharpness"], self._deciding()
+        preconditioned = None if deciding is sharpness else deciding
         return Record(
             step=self._steps,
             loss=loss,
@@ -272,25 +283,29 @@ class SharpnessTracker:
             matvecs=matvecs,
             status=status,
             converged=converged,
-            eigenvalues=self._deciding().eigenvalues,
-            overlaps=self._deciding().overlaps,
+            eigenvalues=deciding.eigenvalues,
+            overlaps=deciding.overlaps,
             upper=upper,
         )
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs to continue identically: tensors and plain Python only."""
         return {
+            "version": _VERSION,
             "steps": self._steps,
             "followed": {name: c.state_dict() for name, c in self._followed.items()},
             "budget": None if self._budget is None else self._budget.state_dict(),
-            "generator": self._generator.get_state(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore ``state_dict()``'s result."""
+        """Restore ``state_dict()``'s result; the tracker must have been made with the same options.
+
+        Raises:
+            ValueError: a field is missing or unknown, here or in a part's state, or a version is another one.
+        """
+        check_state("SharpnessTracker", state, ("steps", "followed", "budget"), _VERSION)
         self._steps = state["steps"]
-        self._generator.set_state(state["generator"])
-        self._followed = {name: Followed(self._solver(), self.tf32) for name in state["followed"]}
+        self._followed = {name: self._new() for name in state["followed"]}
         for name, curvature in self._followed.items():
             curvature.load_state_dict(state["followed"][name])
         if self._budget is not None and state["budget"] is not None:

@@ -80,7 +80,7 @@ def suggest_warmup(
         model: in training mode, at the state to start from; must allow ``copy.deepcopy`` together with the optimizer.
         loss_fn: ``(output, targets) -> scalar``.
         data: a ``DataLoader`` or list of batches, gone through again and again; or one batch, a tuple or dict.
-        optimizer: SGD, Adam, AdamW, GIAdam or RMSprop; learning rates are its first group's, the others keep their
+        optimizer: one that ``stability_threshold`` knows; learning rates are its first group's, the others keep their
             ratio to it.
         lr_target: the target that you want; None recommends the one that learnt most.
         probe_steps: longest warmup tried; a run has a quarter more steps. Longer training may fail later.

@@ -21,7 +21,8 @@ from ..curvature.preconditioned import PreconditionedOperator
 from ..dynamics import Regime, classify_regime
 from ..eigen import SymmetricOperator, lanczos
 from ..optimizers.gi_adam import GIAdam
-from ..optimizers.preconditioner import is_adaptive, preconditioner
+from ..optimizers.preconditioner import is_adaptive, preconditioner, threshold_preconditioner
+from ..optimizers.rules import rule_of
 from ..tracking.record import Record
 from ..tracking.tracker import SharpnessTracker
 from .critical import CriticalLR, critical_learning_rate
@@ -90,7 +91,7 @@ class Probe:
             operators: list[SymmetricOperator] = [hessian]
             if is_adaptive(self.optimizer):
                 gradients = gradients_of(hessian)
-                operators = [PreconditionedOperator(hessian, preconditioner(self.optimizer, gradients=gradients))]
+                operators = [PreconditionedOperator(hessian, threshold_preconditioner(self.optimizer, gradients))]
                 if type(self.optimizer) is torch.optim.Adam and not self.optimizer.state and not found:
                     group = self.optimizer.param_groups[0]
                     twin = GIAdam(list(gradients), betas=group["betas"], eps=group["eps"])
@@ -104,7 +105,7 @@ class Probe:
 
     def critical(self, batches: int, start: float) -> tuple[CriticalLR, float]:
         """Return eta_c of the first batch, and the median over batches."""
-        rise = 0.01 if is_adaptive(self.optimizer) else 0.1
+        rise = rule_of(self.optimizer).rise
         found: list[CriticalLR] = []
         for batch in itertools.islice(self.data, batches):
             found.append(

@@ -79,6 +79,8 @@ class Fallback(Rule):
         self.many = isinstance(result, tuple | list)
         parts = list(result) if self.many else [result]
         self.ys = [y for y in parts if isinstance(y, Tensor) and y.requires_grad]
+        if any(y.layout is not torch.strided for y in self.ys):
+            raise UnsupportedOpError(f"{self.op} gives a sparse tensor that depends on the parameters.")
         self.kinds = [isinstance(y, Tensor) and y.requires_grad for y in parts]
         self.floating = [isinstance(y, Tensor) and y.dtype.is_floating_point for y in parts]
         detached = [y.detach() if isinstance(y, Tensor) else y for y in parts]
