@@ -440,3 +440,37 @@ def test_buffers_and_random_states_are_left_alone() -> None:
     torch.set_rng_state(state)  # one primal sweep has drawn one mask, as a training step does
     loss = F.cross_entropy(model(data[0]), data[1])
     torch.testing.assert_close(H.loss, loss.detach())
+
+
+def test_the_tracker_follows_unfrozen_and_new_layers() -> None:
+    model, data = net(), batch()
+    model[0].requires_grad_(False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    tracker = sk.SharpnessTracker(model, F.cross_entropy, optimizer, tol=1e-6)
+    tracker.step(data)
+    model[0].requires_grad_(True)
+    for _ in range(2):
+        record = tracker.step(data)
+        assert record.sharpness == pytest.approx(sk.sharpness(model, F.cross_entropy, data, tol=1e-8).value, rel=1e-6)
+        assert float(model[0].weight.grad.norm()) > 0
+    model[2] = nn.Linear(6, 3).double()
+    tracker.optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    record = tracker.step(data)
+    loss, gradient, dense = eager(model, F.cross_entropy, data)
+    assert record.loss == pytest.approx(float(loss), rel=1e-12)
+    torch.testing.assert_close(torch.cat([p.grad.reshape(-1) for p in model.parameters()]), gradient)
+    assert record.sharpness == pytest.approx(float(torch.linalg.eigvalsh(dense)[-1]), rel=1e-6)
+
+
+def test_parameters_that_would_not_be_trained_as_in_eager_torch_are_refused() -> None:
+    model, data, weight = net(), batch(), nn.Parameter(torch.ones(()).double())
+    loss_fn = lambda o, t: weight * F.cross_entropy(o, t)  # noqa: E731
+    more = torch.optim.SGD([*model.parameters(), weight], lr=0.1)
+    with pytest.raises(ValueError, match="not the model's"):
+        sk.SharpnessTracker(model, loss_fn, more).step(data)
+    fewer = torch.optim.SGD(model[2].parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="lacks trainable parameters of the model: .'0.weight'"):
+        sk.SharpnessTracker(model, F.cross_entropy, fewer).step(data)
+    model[0].weight.register_post_accumulate_grad_hook(lambda p: None)  # noqa: ARG005
+    with pytest.raises(ValueError, match=r"backward\(\) only"):
+        sk.SharpnessTracker(model, F.cross_entropy, torch.optim.SGD(model.parameters(), lr=0.1)).step(data)

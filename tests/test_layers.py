@@ -18,7 +18,7 @@ LAYERS = {
     "rules.softmax rules.views rules.head decompositions export program recording.pool recording.tape "
     "recording.replayed double_backward",
     "eigen": "common stopping state basis certificate krylov locally_optimal power warm",
-    "optimizers": "gi_adam rules norms threshold preconditioner next_update",
+    "optimizers": "held gi_adam rules norms threshold preconditioner next_update",
     "curvature": "losses parameters watch eager gate engines freshness base operators dataset preconditioned "
     "sharpness audit",
     "dynamics": "",

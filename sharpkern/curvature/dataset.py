@@ -21,6 +21,7 @@ class DatasetHessian(ParameterOperator):
         loss_fn: ``(output, targets) -> scalar``, averaged or summed over the examples of a batch.
         batches: can be iterated again and again and gives the same examples (a list, a ``DataLoader``); a batch as for
             ``HessianOperator``, its first tensor one row per example.
+        verify: compare programs with the eager model; see ``HessianOperator``.
         reduction: "mean" if the loss is the examples' mean (batches are then weighted by their length), or "sum".
 
     Raises:
@@ -37,6 +38,7 @@ class DatasetHessian(ParameterOperator):
         batches: Iterable[Any],
         *,
         reduction: Literal["mean", "sum"] = "mean",
+        verify: bool = True,
     ) -> None:
         if reduction not in ("mean", "sum"):
             raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}.")
@@ -44,7 +46,7 @@ class DatasetHessian(ParameterOperator):
         first = next(iter(batches), None)
         if first is None:
             raise ValueError("the loader gives no batch.")
-        self._hessian = HessianOperator(model, loss_fn, first)
+        self._hessian = HessianOperator(model, loss_fn, first, verify=verify)
         self.params = self._hessian.params
         self.n, self.dtype, self.device = self._hessian.n, self._hessian.dtype, self._hessian.device
 

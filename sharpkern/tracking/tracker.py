@@ -19,6 +19,7 @@ from ..curvature.preconditioned import PreconditionedOperator
 from ..eigen import WarmLanczos
 from ..eigen import certify as certificate_of
 from ..eigen.state import check_state
+from ..optimizers.held import check_held
 from ..optimizers.preconditioner import is_adaptive, threshold_preconditioner
 from ..optimizers.threshold import stability_threshold
 from .budget import Budget, Status
@@ -57,10 +58,10 @@ class SharpnessTracker:
         tf32: let the products of all solves but the first round float32 factors to TF32 on a GPU (sums stay float32).
             What this changes is measured on the Ritz vector, at the first solve and every 32, for two products, and
             added to ``Record.sharpness_error``. Loss and gradients keep torch's own setting.
+        verify: compare each program with the eager model before it sets a gradient; see ``HessianOperator``.
 
     Raises:
-        ValueError: an argument out of range, probe and loader together, tf32 with tol below 0.005; the optimizer lacks
-            a trainable parameter.
+        ValueError: an argument out of range, probe and loader together, tf32 with tol below 0.005.
 
     Cost per measured step: a gradient and 2 to 10 Hessian-vector products; twice that for adaptive optimizers and for
     parameter groups with learning rates or momenta of their own, whose preconditioned sharpness is tracked besides.
@@ -80,6 +81,7 @@ class SharpnessTracker:
         probe: Any = None,
         loader: Iterable[Any] | None = None,
         tf32: bool = False,
+        verify: bool = True,
     ) -> None:
         if not 0 < tol < 1:
             raise ValueError(f"tol must lie between 0 and 1, got {tol}.")
@@ -93,13 +95,15 @@ class SharpnessTracker:
             raise ValueError("give probe or loader, not both.")
         self.model, self.loss_fn, self.optimizer = model, loss_fn, optimizer
         self.tol, self.every, self.max_matvecs, self.k = tol, every, max_matvecs, k
-        self.probe, self.loader, self.tf32 = probe, loader, tf32
+        self.probe, self.loader, self.tf32, self.verify = probe, loader, tf32, verify
         self.hessian: HessianOperator | None = None
         self._tracked: HessianOperator | DatasetHessian | None = None
         self._steps = 0
         self._budget = None if budget is None else Budget(budget, tol)
         self._left_at: float | None = None  # clock at the end of the last step
         self._followed: dict[str, Followed] = {}
+        self._present: list[int] = []  # ids of the parameters of model and optimizer
+        self._order: list[tuple[str, torch.Size]] | None = None  # of the vectors followed
         try:
             stability_threshold(optimizer)
             self._has_threshold = True
@@ -117,7 +121,8 @@ class SharpnessTracker:
 
         Raises:
             NonFiniteLossError: the loss is NaN or infinite; parameters and ``p.grad`` are as before the call.
-            ValueError: bad batch.
+            ValueError: bad batch; the optimizer lacks a trainable parameter of the model, or holds one of another
+                module, whose gradient would not be set; a parameter has a hook that runs in ``backward()`` only.
         """
         step, start = self._steps + 1, time.perf_counter()
         gradients = self._primal(batch, step)
@@ -192,12 +197,30 @@ class SharpnessTracker:
     def _primal(self, batch: Any, step: int) -> dict[Tensor, Tensor]:
         try:
             if self.hessian is None:
-                self.hessian = HessianOperator(self.model, self.loss_fn, batch, update_buffers=True)
+                self.hessian = HessianOperator(self.model, self.loss_fn, batch, update_buffers=True, verify=self.verify)
             else:
                 self.hessian.refresh(batch, update_buffers=True)
         except NonFiniteLossError as error:
             raise NonFiniteLossError(error.loss, step) from None
+        self._follow_parameters(self.hessian.params)
         return gradients_of(self.hessian)
+
+    def _follow_parameters(self, params: Mapping[str, Tensor]) -> None:
+        """Check who holds the parameters, when they are others than before; start anew if the flat order has changed.
+
+        A layer that was unfrozen or replaced by one of other shapes has no place in the vectors followed so far.
+        """
+        held = [p for group in self.optimizer.param_groups for p in group["params"]]
+        present = [id(p) for p in (*params.values(), *held)]
+        if present == self._present:
+            return
+        self._present = present
+        check_held(self.optimizer, params)
+        order = [(name, p.shape) for name, p in params.items()]
+        if self._order is not None and order != self._order:
+            self._followed.clear()
+            self._tracked = None
+        self._order = order
 
     def _new(self) -> Followed:
         """Start to follow an operator. Its random numbers are its own: no other operator changes what is found."""
@@ -238,11 +261,11 @@ class SharpnessTracker:
         if self.probe is None and self.loader is None:
             self._tracked = self.hessian
         elif self.loader is not None:
-            self._tracked = self._tracked or DatasetHessian(self.model, self.loss_fn, self.loader)
+            self._tracked = self._tracked or DatasetHessian(self.model, self.loss_fn, self.loader, verify=self.verify)
         elif isinstance(self._tracked, HessianOperator):
             self._tracked.refresh()
         else:
-            self._tracked = HessianOperator(self.model, self.loss_fn, self.probe)
+            self._tracked = HessianOperator(self.model, self.loss_fn, self.probe, verify=self.verify)
         operators: dict[str, _Tracked] = {"sharpness": self._tracked}
         if self._decisive() not in operators:
             P = threshold_preconditioner(self.optimizer, gradients)
