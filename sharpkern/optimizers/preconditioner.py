@@ -78,10 +78,10 @@ def preconditioner(
                               centered: v_t less the squared running mean of g
         SGD:                  P = 1
 
-    so that ``theta_{t+1} = theta_t - lr P_t^-1 m_t``, with m the *uncorrected* average of gradients for
-    Adam, RAdam and Adamax, the gradient for the others without momentum (decoupled weight decay apart): the correction of the first moment is part of P, and
-    ``stability_threshold`` belongs to this P. A parameter group whose lr differs from the first group's has
-    its P divided by the ratio, so one lr, the first group's, speaks for all.
+    so that ``theta_{t+1} = theta_t - lr P_t^-1 m_t``, decoupled weight decay apart. For Adam, RAdam and Adamax m is the
+    *uncorrected* average of gradients: the correction of the first moment is part of P, and ``stability_threshold``
+    belongs to this P. For the others without momentum m is the gradient. A parameter group whose lr differs from the
+    first group's has its P divided by the ratio, so one lr, the first group's, speaks for all.
 
     Args:
         optimizer: one of the list above, or of a class registered with ``optimizers.rules.register``; only read. A
