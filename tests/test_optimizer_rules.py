@@ -209,6 +209,16 @@ def test_the_tracker_sees_a_group_that_is_beyond_its_edge_from_the_step_its_rate
     assert record.ratio == pytest.approx(0.01) and record.preconditioned_sharpness is None
 
 
+def test_the_trackers_ratio_weighs_each_group_by_its_own_threshold() -> None:
+    model = TwoWeights()
+    batch = torch.diag(torch.tensor([1.0, 3.0], dtype=F64)), torch.zeros(2, dtype=F64)  # curvatures 2 and 18
+    groups = [{"params": [model.a]}, {"params": [model.b], "momentum": 0.9}]  # thresholds 2 and 3.8
+    tracker = sk.SharpnessTracker(
+        model, lambda out, y: (out - y).square().sum(), torch.optim.SGD(groups, lr=0.01), tol=1e-6
+    )
+    assert tracker.step(batch).ratio == pytest.approx(0.01 * 18 / 3.8)
+
+
 def test_a_little_weight_decay_on_a_part_needs_no_second_solve() -> None:
     p, q = (nn.Parameter(torch.zeros(1)) for _ in range(2))
     usual = torch.optim.SGD([{"params": [p], "weight_decay": 5e-4}, {"params": [q]}], lr=0.1, momentum=0.9)

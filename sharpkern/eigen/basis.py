@@ -57,12 +57,15 @@ class Basis:
         """Add vectors, orthonormalised: multiply them and complete T."""
         m, j = self.size, len(rows)
         self._reserve(m + j)
+        # One row after another: each must be orthogonal to the rows added before it, too.
         for i, row in enumerate(rows):
             self.Q[m + i] = row
+            # A row within the span of the basis adds nothing, and its direction after projection would be rounding.
             while not self._orthonormalise(m + i):
                 self.Q[m + i] = random_rows(1, self.op, self.generator)[0]
         self.W[m : m + j] = multiply(self.op, self.Q[m : m + j])
         self.size = m + j
+        # T on the CPU in float64: it is small, and Ritz values must not lose what float32 vectors still hold.
         block = kernels.gram(self.Q[: self.size], self.W[m : self.size]).cpu()
         check_finite(block, self.matvecs)
         self.matvecs += j
@@ -74,7 +77,9 @@ class Basis:
         rows, eps = self.Q[: at + 1], torch.finfo(self.Q.dtype).eps
         scratch = self.workspace.rows("scratch", 1)[:1]
         remains = factor = None
+        # Twice is enough for most rows (Parlett 1998); one that lies almost in the span may need more.
         for _ in range(4):
+            # The last product is the row's squared length: one pass over memory gives it with all cosines.
             products = kernels.gram(rows[at:], rows)[0].cpu()
             length = float(products[at].sqrt())
             remains = 1.0 if remains is None or factor is None else remains * length / factor
@@ -85,6 +90,7 @@ class Basis:
             factor = rest**-0.5
             C = factor * torch.cat([-cosines, cosines.new_ones(1) / length])
             self.Q[at] = kernels.combine(C[None].to(rows.device), rows, scratch)[0]
+            # Half of the squared length is left, so rounding was magnified by 1.4 at most: orthogonal enough.
             if rest > 0.49:
                 return True
         return True
@@ -92,6 +98,7 @@ class Basis:
     def ritz(self) -> tuple[Tensor, Tensor]:
         """Return Ritz values, descending, and their coordinates as columns."""
         T = self.T[: self.size, : self.size]
+        # T is symmetric up to rounding only; eigh would read one triangle and ignore the other.
         theta, Y = torch.linalg.eigh((T + T.t()) / 2)
         return theta.flip(0), Y.flip(1)
 
@@ -117,10 +124,12 @@ class Basis:
         )  # fmt: skip
 
     def _gap_estimates(self, theta: Tensor, Y: Tensor, wanted: list[int], norms: Tensor) -> Tensor:
+        # The nearest Ritz values that were not asked for: an eigenvalue in between could not be told apart.
         others = [i for i in {wanted[0] - 1, wanted[-1] + 1} | _holes(wanted) if 0 <= i < self.size]
         if not others:
             return norms * norms / math.inf if self.size == self.op.n else norms
         rest = self.residuals(theta[others], Y[:, others])[1]
+        # The neighbours are uncertain by their own residuals, which may close a gap.
         gap = ((theta[wanted][:, None] - theta[others]).abs() - rest).min(1).values
         return torch.where(gap > norms, norms * norms / gap, norms)
 

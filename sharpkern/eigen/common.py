@@ -50,11 +50,13 @@ class EigenResult:
 
 def random_rows(rows: int, op: SymmetricOperator, generator: torch.Generator) -> Tensor:
     """Standard normal ``[rows, n]``, the same on every device."""
+    # Drawn on the CPU: a CUDA generator gives other numbers, and results would depend on the device.
     return torch.randn(rows, op.n, dtype=op.dtype, generator=generator).to(op.device)
 
 
 def multiply(op: SymmetricOperator, rows: Tensor) -> Tensor:
     """``[k, n] -> [k, n]``."""
+    # Solvers keep vectors as rows, contiguous for the vector kernels; the public protocol has columns, as SciPy's.
     products = op.matmat(rows.t()).detach().t().contiguous()
     if products.shape != rows.shape:
         raise ValueError(
@@ -65,6 +67,7 @@ def multiply(op: SymmetricOperator, rows: Tensor) -> Tensor:
 
 def check_finite(block: Tensor, before: int) -> None:
     """Check ``Q W'`` ``[m, k]`` of k new products, of which some were made before."""
+    # Through the small Gram block that is needed anyway: a NaN anywhere in a product spoils its column.
     bad = ~block.isfinite().all(0)
     if bool(bad.any()):
         index = before + int(bad.nonzero()[0]) + 1
@@ -73,6 +76,7 @@ def check_finite(block: Tensor, before: int) -> None:
 
 def rounding_level(op: SymmetricOperator, theta: Tensor) -> float:
     """Return a residual norm that rounding alone may leave, from all Ritz values at hand."""
+    # An error of a product is relative to the operator's norm, so a small Ritz value gets the largest one's rounding.
     return 10 * torch.finfo(op.dtype).eps * float(theta.abs().max())
 
 
@@ -88,6 +92,7 @@ def start_rows(op: SymmetricOperator, k: int, v0: Tensor | None, generator: torc
     lengths = torch.linalg.vector_norm(rows, dim=1)
     if not bool((lengths.isfinite() & (lengths > 0)).all()):
         raise ValueError(f"v0's rows must be finite and not zero; their lengths are {lengths.tolist()}.")
+    # Fewer rows than wanted eigenvalues could not see a multiple eigenvalue at all.
     missing = k - len(rows)
     return (rows if missing <= 0 else torch.cat([rows, random_rows(missing, op, generator)])).contiguous()
 

@@ -81,6 +81,7 @@ def lanczos(
     if len(start) > min(max_matvecs, op.n):
         raise ValueError(f"v0 must have at most max_matvecs = {max_matvecs} and n = {op.n} rows, got {len(start)}.")
     basis = Basis(op, min(max(limit, len(start) + 1), op.n), generator)
+    # From several rows this is no block Lanczos: they are multiplied at once, and then one residual at a time.
     basis.extend(start)
     del start  # a vector less in memory
     goal = tol if v0 is not None else _COLD * tol
@@ -98,6 +99,7 @@ def lanczos(
         worst = int((norms / allowed_norms(theta[wanted], goal, rounding)).argmax())
         basis.extend(residuals[worst : worst + 1])
     done = converged(norms, theta[wanted], tol, rounding)
+    # A whole space has exact eigenvectors: a residual that is left is the operator's fault, not the budget's.
     if complete and not done:
         reason = (
             f"stopped with a basis of the whole space, yet a residual norm of {float(norms.max()):.1e}: the "

@@ -71,6 +71,7 @@ def power_iteration(
         T = kernels.gram(V, products).cpu()
         check_finite(T, matvecs)
         matvecs += k
+        # Ritz vectors of the block instead of the block: else the k vectors stay a mixture of the k eigenvectors.
         if k > 1:
             rotation = torch.linalg.eigh((T + T.t()) / 2)[1].flip(1).t().contiguous().to(V.device)
             V, products = kernels.combine(rotation, V), kernels.combine(rotation, products)
@@ -79,6 +80,7 @@ def power_iteration(
         lowest = min(lowest, float(theta.min()), _lower_end(V, products, before))
         before = V, products
         needed = -lowest * (1.05 if float(theta.min()) <= 0 else 0.55)
+        # A shift within 10% of what is needed is left as it is: each growth stirs the block, and progress is lost.
         settled = shift >= 0.9 * needed or k == op.n
         rounding = rounding_level(op, theta)
         done = settled and converged(norms, theta, tol, rounding)
@@ -88,7 +90,7 @@ def power_iteration(
         if not settled:
             V = _orthonormal_block(V + 0.1 * random_rows(k, op, generator) / op.n**0.5, op, generator)
         elif k == 1 and shift == 0:
-            V = following
+            V = following  # power_step has normalised it in the same pass
         else:
             V = _orthonormal_block(torch.add(products, V, alpha=shift), op, generator)
     order = theta.argsort(descending=True)

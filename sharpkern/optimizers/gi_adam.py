@@ -126,13 +126,16 @@ class GIAdam(torch.optim.Adam):
         first: dict[Tensor, Tensor] = {}
         for group in self.param_groups:
             decay = 0.0 if group["decoupled_weight_decay"] else group["weight_decay"]
+            # Under maximize Adam turns the gradient before it adds the decay; of -g + w p only the square counts.
             decay = -decay if group["maximize"] else decay
             for p in group["params"]:
                 if p.grad is not None and not self.state.get(p):
                     first[p] = p.grad if decay == 0 else p.grad.add(p, alpha=decay)
+            # Adam's own method creates the state, so that its keys, dtypes and devices are Adam's in every version.
             super()._init_group(group, [], [], [], [], [], [])
         if self.v0 == "random":
             drawn = {p: torch.randn_like(g) for p, g in first.items()}
+            # One scale for all parameters: RI-Adam keeps the size of v_0 and forgets how it is spread over layers.
             scale = total_norm(list(first.values())) / (total_norm(list(drawn.values())) or 1.0)
             first = {p: z.mul_(scale) for p, z in drawn.items()}
         for p, g in first.items():

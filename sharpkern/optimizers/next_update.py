@@ -31,6 +31,7 @@ def next_update(optimizer: torch.optim.Optimizer, gradients: Mapping[Tensor, Ten
     >>> next_update(torch.optim.SGD([w], lr=0.1, weight_decay=0.5), {w: torch.tensor([2.0])})[w].item()
     2.5
     """
+    # In float64, so that the difference of two parameters below has the digits of D and not those of the parameter.
     twins = {p: nn.Parameter(p.detach().to(torch.float64, copy=True)) for p in gradients}
     for p, twin in twins.items():
         twin.grad = gradients[p].detach().to(torch.float64, copy=True)
@@ -40,8 +41,10 @@ def next_update(optimizer: torch.optim.Optimizer, gradients: Mapping[Tensor, Ten
         lr = float(group["lr"])
         if first == 0 and lr != 0:
             raise RuntimeError(f"the first group's lr is 0 and another's is {lr}: their ratio is unknown.")
+        # A step with lr 1 is D itself, and is defined where the present lr is 0 as well.
         ratio = 1.0 if lr == first else lr / first
         groups.append({**group, "lr": ratio, "params": [twins[p] for p in group["params"] if p in twins]})
+    # The class's own __init__ may want arguments that nobody kept.
     stepper = object.__new__(type(optimizer))
     # A schedule puts its own ``step`` on the instance; without it the class's is found.
     stepper.__dict__.update({name: x for name, x in vars(optimizer).items() if name != "step"})

@@ -78,10 +78,10 @@ def preconditioner(
                               centered: v_t less the squared running mean of g
         SGD:                  P = 1
 
-    so that ``theta_{t+1} = theta_t - lr P_t^-1 m_t``, with m the *uncorrected* average of gradients for
-    Adam, RAdam and Adamax, the gradient for the others without momentum (decoupled weight decay apart): the correction of the first moment is part of P, and
-    ``stability_threshold`` belongs to this P. A parameter group whose lr differs from the first group's has
-    its P divided by the ratio, so one lr, the first group's, speaks for all.
+    so that ``theta_{t+1} = theta_t - lr P_t^-1 m_t``, decoupled weight decay apart. For Adam, RAdam and Adamax m is the
+    *uncorrected* average of gradients: the correction of the first moment is part of P, and ``stability_threshold``
+    belongs to this P. For the others without momentum m is the gradient. A parameter group whose lr differs from the
+    first group's has its P divided by the ratio, so one lr, the first group's, speaks for all.
 
     Args:
         optimizer: one of the list above, or of a class registered with ``optimizers.rules.register``; only read. A
@@ -157,7 +157,7 @@ def _scaled(
     for group, scale in zip(optimizer.param_groups, scales, strict=True):
         for p in group["params"]:
             dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
-            if rule.inv_sqrt is None:
+            if rule.inv_sqrt is None:  # P is known without a gradient, so a mapping's gaps do not matter
                 result[p] = torch.full((p.numel(),), math.sqrt(scale), dtype=dtype, device=p.device)
                 continue
             if not p.requires_grad or (isinstance(gradients, Mapping) and p not in gradients):
@@ -166,6 +166,7 @@ def _scaled(
             state = _state(optimizer, p, gradient)
             piece = rule.inv_sqrt(Step(optimizer, group, state, gradient, dtype, first_moment_correction))
             _check_finite(piece, p, group)
+            # Here and not in the rule: no optimizer's rule needs to know of other groups.
             result[p] = piece.mul_(math.sqrt(scale))
     if not result:
         raise ValueError("gradients holds none of the optimizer's trainable parameters.")
@@ -204,6 +205,7 @@ def _gradient(p: Tensor, group: dict[str, Any], gradients: Gradients, dtype: tor
 
 def _state(optimizer: torch.optim.Optimizer, p: Tensor, gradient: Tensor | None) -> dict[str, Any]:
     """Return the parameter's state, {} if it has none."""
+    # Adagrad, and GIAdam after initialize(), have a state before their first step: its step count tells.
     state: dict[str, Any] = optimizer.state.get(p, {})
     if gradient is None and (not state or float(state["step"]) == 0):
         raise RuntimeError(

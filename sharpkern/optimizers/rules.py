@@ -112,7 +112,7 @@ def rule_of(optimizer: Optimizer) -> Rule:
     known = ", ".join(f"sharpkern.{c.__name__}" if c is GIAdam else c.__name__ for c in _RULES)
     hint = f"supported: {known}; others by sharpkern.optimizers.rules.register(cls, rule)."
     if base is None:
-        raise TypeError(f"no preconditioner and no stability threshold are known for {cls.__name__}; {hint}")
+        raise TypeError(f"no preconditioner and no stability threshold is known for {cls.__name__}; {hint}")
     changed = [name for name in ("step", "_init_group") if _body(cls, name) is not _body(base, name)]
     if changed:
         raise TypeError(

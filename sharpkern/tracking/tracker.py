@@ -126,9 +126,11 @@ class SharpnessTracker:
         """
         step, start = self._steps + 1, time.perf_counter()
         gradients = self._primal(batch, step)
+        # Only now: after a loss that is not finite, step and gradients are as before the call.
         self._steps = step
         for p, g in gradients.items():
             p.grad = g
+        # From the end of the last call: the caller's update and data loading belong to what a step takes.
         own = time.perf_counter() - (start if self._left_at is None else self._left_at)
         status = self._choose(step, own, certify=certify)
         matvecs, converged, upper = 0, True, None
@@ -147,17 +149,20 @@ class SharpnessTracker:
                     continue
                 extra = None
                 if certify:
+                    # A fresh seed: the promise holds for a start that has had no part in the run.
                     certificate = certificate_of(operator, failure=_CERTIFY_FAILURE)
                     matvecs += certificate.matvecs
                     upper, extra = certificate.upper, certificate.vector[None]
                 result = curvature.solve(operator, step, extra, at_most)
                 matvecs += result.matvecs + curvature.measure_rounding(operator)
                 converged = converged and result.converged
+            # The first step is not paid for: its solve is long, and the sweeps are recorded during it.
             if self._budget is not None and self._budget.started:
                 self._budget.spent(time.perf_counter() - start, matvecs, self._deciding().shortfall)
             elif self._budget is not None:
                 matvecs += self._start_budget(self._budget, operators, step)
         assert self.hessian is not None
+        # Last, because reading a number waits for the device.
         loss, grad_norm = float(self.hessian.loss), float(torch.linalg.vector_norm(self.hessian.gradient))
         record = self._record(loss, grad_norm, matvecs, status, converged=converged, upper=upper)
         self._left_at = time.perf_counter()
@@ -243,7 +248,7 @@ class SharpnessTracker:
         matvecs, matvec_seconds, form_seconds = 0, 0.0, 0.0
         for name, operator in operators.items():
             curvature = self._followed[name]
-            curvature.bound(operator, step)  # records
+            curvature.bound(operator, step)  # records its sweep, which the second one only replays
             times = [time.perf_counter()]
             curvature.bound(operator, step)
             times.append(time.perf_counter())
@@ -258,6 +263,7 @@ class SharpnessTracker:
     def _operators(self, gradients: dict[Tensor, Tensor]) -> dict[str, _Tracked]:
         """Return what to solve, at the present parameters."""
         assert self.hessian is not None
+        # The probe's and the loader's operators are kept, as their export and recordings are.
         if self.probe is None and self.loader is None:
             self._tracked = self.hessian
         elif self.loader is not None:
