@@ -29,8 +29,8 @@ def check_held(optimizer: torch.optim.Optimizer, params: Mapping[str, Tensor]) -
     own = {id(p) for p in params.values()}
     if others := [list(p.shape) for p in held if p.requires_grad and id(p) not in own]:
         raise ValueError(
-            f"the optimizer holds parameters that are not the model's, of shapes {others[:5]}: their gradients would not "
-            "be set. Make them part of the model (a loss with parameters can be a submodule of it)."
+            f"the optimizer holds parameters that are not the model's, of shapes {others[:5]}: their gradients would "
+            "not be set. Make them part of the model (a loss with parameters can be a submodule of it)."
         )
     if hooked := [name for name, p in params.items() if p._post_accumulate_grad_hooks]:
         raise ValueError(

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .rules import Step, rule_of, unwrapped
+from .rules import Step, inner_optimizer, rule_of
 from .threshold import relative_lr, threshold_scales
 
 Gradients = Literal["next"] | Mapping[Tensor, Tensor] | None
@@ -152,7 +152,7 @@ def _scaled(
     """Return P of every group over the group's scale."""
     if isinstance(gradients, str) and gradients != "next":
         raise ValueError(f"gradients must be None, 'next' or a mapping from parameter to gradient, got {gradients!r}.")
-    optimizer, rule = unwrapped(optimizer), rule_of(optimizer)
+    optimizer, rule = inner_optimizer(optimizer), rule_of(optimizer)
     result: dict[Tensor, Tensor] = {}
     for group, scale in zip(optimizer.param_groups, scales, strict=True):
         for p in group["params"]:

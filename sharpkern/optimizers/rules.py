@@ -107,7 +107,7 @@ def rule_of(optimizer: Optimizer) -> Rule:
     Raises:
         TypeError: its class is not in the table, or overrides a part of the step of one that is.
     """
-    cls = type(unwrapped(optimizer))
+    cls = type(inner_optimizer(optimizer))
     base = next((c for c in cls.__mro__ if c in _RULES), None)
     known = ", ".join(f"sharpkern.{c.__name__}" if c is GIAdam else c.__name__ for c in _RULES)
     hint = f"supported: {known}; others by sharpkern.optimizers.rules.register(cls, rule)."
@@ -122,7 +122,7 @@ def rule_of(optimizer: Optimizer) -> Rule:
     return _RULES[base]
 
 
-def unwrapped(optimizer: Optimizer) -> Optimizer:
+def inner_optimizer(optimizer: Optimizer) -> Optimizer:
     """Return the optimizer that a trainer's wrapper steps; others that hold an optimizer may change its step."""
     inner = getattr(optimizer, "optimizer", None)
     trainer = type(optimizer).__module__.partition(".")[0] in _WRAPPERS

@@ -152,16 +152,17 @@ def _initial_sharpness(config: TrainConfig) -> float:
 
 def _critical(config: TrainConfig, data: Dataset) -> dict[str, Any]:
     """Find the critical learning rate at initialisation, and what warmup would gain by starting there."""
+    from ..optimizers.rules import rule_of
     from ..train.build import build_optimizer
     from ..warmup.critical import critical_learning_rate
     from ..warmup.formulas import steps_saved, steps_to_target
 
     model, loss_fn, (batch,) = _start(config, data, 1)
     o = config.optimizer
+    optimizer = build_optimizer(config, model)
     found = critical_learning_rate(
-        model, loss_fn, batch, build_optimizer(config, model), start=o.lr / o.warmup_steps,
-        rise=0.1 if o.name == "sgd" else 0.01,
-    )  # fmt: skip
+        model, loss_fn, batch, optimizer, start=o.lr / o.warmup_steps, rise=rule_of(optimizer).rise
+    )
     if not 0 < found.lower <= found.value < math.inf:  # no bracket was found
         return dict.fromkeys(("critical_lr", "forward_passes", "T_reach", "T_save"))
     return {

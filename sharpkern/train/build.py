@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..optimizers.gi_adam import GIAdam
+from ..optimizers.rules import rule_of
 from ..tracking.tracker import SharpnessTracker
 from ..warmup.schedule import WarmupLR
 from .config import TrainConfig
@@ -210,7 +211,7 @@ def build_schedule(config: TrainConfig, task: Task, optimizer: torch.optim.Optim
     o = config.optimizer
     return WarmupLR(
         optimizer, o.lr, o.warmup_steps, lr_init="critical" if o.critical_start else o.lr_init,
-        probe=(task.model, task.loss_fn, task.batch(1)), rise=0.1 if o.name == "sgd" else 0.01, power=o.power,
+        probe=(task.model, task.loss_fn, task.batch(1)), rise=rule_of(optimizer).rise, power=o.power,
         decay=o.decay, total_steps=config.steps,
     )  # fmt: skip
 
