@@ -9,7 +9,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 NATIVE := setup.py $(shell find csrc -type f)
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench conformance clean
 
 demo: .venv/installed
 	$(BIN)/sharpkern train --preset demo
@@ -26,6 +26,9 @@ lint: .venv/installed
 bench: .venv/installed
 	$(BIN)/python benchmarks/run.py $(BENCH)
 	$(BIN)/python -m pytest -q benchmarks/bench_kernels.py
+
+conformance: .venv/installed
+	$(BIN)/python scripts/conformance.py --samples 3 --out docs/conformance.md
 
 .venv/torch:
 	$(PYTHON) -m venv .venv

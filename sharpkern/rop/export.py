@@ -84,10 +84,18 @@ def export(module: nn.Module, batch: Any) -> Graph:
 
 
 def _read(exported: Any, module: nn.Module) -> Graph:
+    graph = Graph([], {}, {}, {}, [], None, [], {})  # type: ignore[arg-type]
+    _read_inputs(graph, exported, module)
+    _read_outputs(graph, exported)
+    _read_nodes(graph, exported)
+    return graph
+
+
+def _read_inputs(graph: Graph, exported: Any, module: nn.Module) -> None:
+    """Say what each placeholder stands for."""
     own = dict(module.named_parameters(remove_duplicate=False))
     # A closure's parameter arrives as a constant, on the parameter's memory: it is the parameter all the same.
     captured = {memory_of(p): p for p in own.values()}
-    graph = Graph([], {}, {}, {}, [], None, [], {})  # type: ignore[arg-type]
     for spec in exported.graph_signature.input_specs:
         if spec.kind == InputKind.PARAMETER:
             graph.parameters[spec.arg.name] = own[spec.target]
@@ -96,18 +104,24 @@ def _read(exported: Any, module: nn.Module) -> Graph:
         elif spec.kind == InputKind.USER_INPUT:
             graph.user_inputs.append(None if isinstance(spec.arg, ConstantArgument) else spec.arg.name)
         elif spec.kind != InputKind.TOKEN:
-            constant = exported.constants[spec.target]
-            if not isinstance(constant, Tensor):
-                kind = (
-                    "draws from a torch.Generator of its own"
-                    if "Generator" in type(constant).__name__
-                    else (f"holds an object that is no tensor ({type(constant).__name__})")
-                )
-                raise UnsupportedModelError(f"the model {kind}")
+            constant = _tensor(exported.constants[spec.target])
             if (parameter := captured.get(memory_of(constant))) is not None:
                 graph.parameters[spec.arg.name] = parameter
             else:
                 graph.constants[spec.arg.name] = constant
+
+
+def _tensor(constant: Any) -> Tensor:
+    """Return a lifted constant; an object that is no tensor may hold a state that the program would not move."""
+    if isinstance(constant, Tensor):
+        return constant
+    if "Generator" in type(constant).__name__:
+        raise UnsupportedModelError("the model draws from a torch.Generator of its own")
+    raise UnsupportedModelError(f"the model holds an object that is no tensor ({type(constant).__name__})")
+
+
+def _read_outputs(graph: Graph, exported: Any) -> None:
+    """Find the loss, the model's outputs, and the buffers that change."""
     by_name = {node.name: node for node in exported.graph.nodes}
     user: list[fx.Node] = []
     for out in exported.graph_signature.output_specs:
@@ -126,6 +140,10 @@ def _read(exported: Any, module: nn.Module) -> Graph:
             f"loss_fn must return a floating scalar, got shape {list(value.shape)} and {value.dtype}: "
             "reduce it, for example with .mean()."
         )
+
+
+def _read_nodes(graph: Graph, exported: Any) -> None:
+    """Keep the calls; refuse what no sweep can pass."""
     dropped: set[fx.Node] = set()
     for node in exported.graph.nodes:
         if (node.target is torch.ops.higher_order.with_effects and node.args[1] in _CHECKS) or (
@@ -133,21 +151,25 @@ def _read(exported: Any, module: nn.Module) -> Graph:
         ):
             dropped.add(node)
             continue  # torch 2.14 orders the checks of linear algebra by tokens; a failed one gives numbers not finite
-        if isinstance(node.target, torch._ops.HigherOrderOperator):
-            raise UnsupportedModelError(f"the model uses {node.target.name()}, which has no rule{_line(node)}")
-        if _is_complex(node.meta.get("val")):
-            raise UnsupportedModelError(f"the model computes with complex numbers ({node.target}){_line(node)}")
+        _check_node(node)
         if node.op == "call_function" and node.meta.get("val") is None:
             continue  # an assertion: no result
-        if isinstance(node.meta.get("val"), torch.SymInt | torch.SymBool | torch.SymFloat):
-            raise UnsupportedModelError(
-                "the model makes tensors whose size depends on values, as indexing with a boolean mask does: "
-                f"torch.where or a masked sum has a fixed size{_line(node)}"
-            )
         if node.op == "get_attr":
             graph.constants[node.name] = _attribute(exported.graph_module, str(node.target))
         graph.nodes.append(node)
-    return graph
+
+
+def _check_node(node: fx.Node) -> None:
+    value = node.meta.get("val")
+    if isinstance(node.target, torch._ops.HigherOrderOperator):
+        raise UnsupportedModelError(f"the model uses {node.target.name()}, which has no rule{_line(node)}")
+    if _is_complex(value):
+        raise UnsupportedModelError(f"the model computes with complex numbers ({node.target}){_line(node)}")
+    if isinstance(value, torch.SymInt | torch.SymBool | torch.SymFloat):
+        raise UnsupportedModelError(
+            "the model makes tensors whose size depends on values, as indexing with a boolean mask does: "
+            f"torch.where or a masked sum has a fixed size{_line(node)}"
+        )
 
 
 def _is_complex(value: Any) -> bool:
