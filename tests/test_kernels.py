@@ -191,6 +191,11 @@ def test_wrong_arguments_are_refused_with_what_was_wrong() -> None:
         kernels.scale(V, torch.randn(6), out=torch.empty(2, 5))
 
 
+def forget_choices() -> None:
+    dispatch._choice.cache_clear()
+    dispatch._fastest.cache_clear()
+
+
 def test_forced_backend_runs_or_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     V = torch.randn(1, 4)
     monkeypatch.setenv("SHARPKERN_BACKEND", "fpga")
@@ -201,9 +206,9 @@ def test_forced_backend_runs_or_raises(monkeypatch: pytest.MonkeyPatch) -> None:
         kernels.gram(V, V)
     monkeypatch.setenv("SHARPKERN_BACKEND", "cpu")
     monkeypatch.setattr(native, "REASON", "the compiled module is missing")
-    dispatch.forget()
+    forget_choices()
     with pytest.raises(RuntimeError, match="cannot run on backend 'cpu': the compiled module is missing"):
         kernels.gram(V, V)
     monkeypatch.delenv("SHARPKERN_BACKEND")
     assert torch.allclose(kernels.gram(V, V), V.double() @ V.double().T)  # falls to the reference by itself
-    dispatch.forget()
+    forget_choices()

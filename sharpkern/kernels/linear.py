@@ -11,9 +11,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .dispatch import choose, runs_on
+from .dispatch import choose, kernel, runs_on, triton
 
 
+@kernel(triton=triton("linear"))
 def dual_gemm(
     a: Tensor,
     b: Tensor,

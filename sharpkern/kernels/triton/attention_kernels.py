@@ -7,7 +7,6 @@ What keeps the registers of a thread within bounds: products over the head width
 operands anew, CHUNK columns at a time, rather than keep up to four blocks of a whole width over the loop; and a program
 sums PART columns of a result, so that a wider head is PARTS programs which each form the scores.
 """
-# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
 import triton
 import triton.language as tl
