@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from cuda_on_cpu import emulate
 from torch import Tensor
 
 from sharpkern import kernels
@@ -17,10 +18,14 @@ SHAPES = [(1, 1), (1, 1023), (3, 1024), (4, 2049), (7, 4099), (2, 3 * 8192 + 5)]
 DTYPES = [torch.float32, torch.float64]
 
 
-@pytest.fixture(params=["reference", "cpu"])
+@pytest.fixture(params=["reference", "cpu", "cuda"])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv("SHARPKERN_BACKEND", request.param)
-    return request.param
+    """CUDA is emulated on the CPU; ``test_kernels_cuda`` says what else holds of it."""
+    if request.param == "cuda":
+        emulate.install(monkeypatch)
+    else:
+        monkeypatch.setenv("SHARPKERN_BACKEND", request.param)
+    return str(request.param)
 
 
 def assert_close(got: Tensor, want: Tensor, *, ulps: float, scale: float | None = None) -> None:

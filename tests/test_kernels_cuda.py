@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import math
 import os
 import re
 import shutil
 import subprocess
-import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from cuda_on_cpu import emulate
 from torch import Tensor
 
 from sharpkern import kernels
-from sharpkern.kernels import cuda, dispatch, reference, vectors
+from sharpkern.kernels import cuda, dispatch, reference
 from sharpkern.kernels.cpu import native
 
-ROOT = Path(__file__).parents[1]
 GPU = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
@@ -40,34 +38,10 @@ def gpu(test: Callable[..., None]) -> Callable[..., None]:
     return test
 
 
-@pytest.fixture(scope="session")
-def emulation(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
-    """A module like ``sharpkern._C.cuda``: the same kernel source, compiled for the CPU."""
-    pybind11 = pytest.importorskip("pybind11")
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
-    if compiler is None:
-        pytest.skip("needs a C++ compiler")
-    target = tmp_path_factory.mktemp("cuda_on_cpu") / f"cuda_on_cpu{sysconfig.get_config_var('EXT_SUFFIX')}"
-    includes = [ROOT / "tests" / "cuda_on_cpu", ROOT / "csrc", pybind11.get_include(), sysconfig.get_path("include")]
-    flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-fvisibility=hidden", *(f"-I{folder}" for folder in includes)]
-    # a 16-byte access off 16 bytes ends the process, as it would end a kernel
-    flags += ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]
-    subprocess.run([compiler, *flags, str(ROOT / "tests/cuda_on_cpu/module.cpp"), "-o", str(target)], check=True)
-    spec = importlib.util.spec_from_file_location("cuda_on_cpu", target)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
-def emulated(emulation: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The emulation, in place of the compiled module: ``kernels.gram`` and the others run it on CPU tensors."""
-    monkeypatch.setattr(vectors, "choose", lambda kernel, x: cuda)
-    monkeypatch.setattr(cuda, "_cuda", emulation)
-    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=0))
-    return emulation
+def emulated(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The emulation, in place of the compiled module."""
+    return emulate.install(monkeypatch)
 
 
 @pytest.fixture(params=["emulated", pytest.param("gpu", marks=GPU)])
