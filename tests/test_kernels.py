@@ -11,7 +11,7 @@ from cuda_on_cpu import emulate
 from torch import Tensor
 
 from sharpkern import kernels
-from sharpkern.kernels import dispatch
+from sharpkern.kernels import dispatch, reference
 from sharpkern.kernels.cpu import native
 
 SHAPES = [(1, 1), (1, 1023), (3, 1024), (4, 2049), (7, 4099), (2, 3 * 8192 + 5)]  # tails, chunk borders
@@ -194,6 +194,18 @@ def test_wrong_arguments_are_refused_with_what_was_wrong() -> None:
         kernels.scale(V, torch.randn(5))
     with pytest.raises(ValueError, match=r"out must be contiguous \[2, 6\]"):
         kernels.scale(V, torch.randn(6), out=torch.empty(2, 5))
+
+
+@pytest.mark.parametrize("kernel", dispatch._versions)
+def test_a_registered_version_is_there(kernel: str) -> None:
+    """In the module that the registry names: a function, or an entry of the compiled module to launch."""
+    assert hasattr(reference, kernel)
+    for backend, version in dispatch._versions[kernel].items():
+        if dispatch._missing(version) is not None:
+            continue
+        compiled = native._C.cuda if backend == "cuda" else native._C
+        known = hasattr(dispatch._module(version), kernel) or hasattr(compiled, f"{kernel}_f32")
+        assert known or kernel == "orthonormalise", version  # made of gram and combine
 
 
 def forget_choices() -> None:

@@ -61,11 +61,11 @@ def launch(kernel: str, x: Tensor, *arguments: float | Tensor) -> None:
         _show(function, addresses, arguments)
 
 
-def _call(x: Tensor, struct: tuple[str, tuple[Any, ...]]) -> None:
+def _call(x: Tensor, struct: tuple[dict[torch.dtype, Any], tuple[Any, ...]]) -> None:
     """Call a kernel of x's dtype with a struct of ``_structs``; None stands for absent."""
-    kernel, fields = struct
+    functions, fields = struct
     addresses = [0 if a is None else a if type(a) is int else a.data_ptr() for a in fields]
-    function = _function(kernel, x.dtype)
+    function = functions[x.dtype]
     function(*addresses, torch.get_num_threads())
     if _recorders:
         _show(function, addresses, fields)
@@ -76,20 +76,24 @@ def _show(function: Any, addresses: list[float], arguments: tuple[Any, ...]) -> 
         recorder(function, (*addresses, torch.get_num_threads()), arguments)
 
 
-def _struct(kernel: str, names: tuple[str, ...]) -> Callable[..., tuple[str, tuple[Any, ...]]]:
-    """Return a function that takes a struct's fields by name, so that none can be swapped or forgotten."""
+@functools.cache
+def _function(kernel: str, dtype: torch.dtype) -> Any:
+    return getattr(_C, f"{kernel}_f64" if dtype == torch.float64 else f"{kernel}_f32")
+
+
+def _struct(kernel: str, names: tuple[str, ...]) -> Callable[..., Any]:
+    """Return a function that takes a struct's fields by name, so that none can be swapped or forgotten.
+
+    It returns the kernel's functions by dtype, and the fields in their order.
+    """
+    functions = {dtype: _function(kernel, dtype) for dtype in (torch.float32, torch.float64)}
     row = ", ".join(names)
     # compiled, as namedtuple does it: a dictionary of fields would take longer than a small kernel
-    struct: Callable[..., Any] = eval(f"lambda *, {row}: ({kernel!r}, ({row}))")
+    struct: Callable[..., Any] = eval(f"lambda *, {row}: (functions, ({row}))", {"functions": functions})
     return struct
 
 
 _structs = SimpleNamespace(**{} if _C is None else {name: _struct(name, row) for name, row in _C.fields.items()})
-
-
-@functools.cache
-def _function(kernel: str, dtype: torch.dtype) -> Any:
-    return getattr(_C, f"{kernel}_f64" if dtype == torch.float64 else f"{kernel}_f32")
 
 
 def on_huge_pages(block: Tensor) -> Tensor:
