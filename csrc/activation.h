@@ -1,18 +1,31 @@
 // Slope and curvature of smooth activations, one pass each. Formulas: csrc/cpu/activation.cpp.
 #pragma once
-#include <cstdint>
+#include "kernel.h"
 
-enum Activation { GELU = 0, GELU_TANH = 1, SILU = 2 };  // kernels/cpu/native.py counts the same way
+// By the names that torch gives them; Python takes their values from the compiled module.
+#define ACTIVATIONS(ACTIVATION) ACTIVATION(gelu) ACTIVATION(gelu_tanh) ACTIVATION(silu)
+
+#define ENUMERATOR(name) name,
+enum class Activation : int64_t { ACTIVATIONS(ENUMERATOR) };
+#undef ENUMERATOR
+
+// out = f'(x) for x, y = f(x), out [n]
+template <class T>
+struct ActivationSlope {
+  FIELDS(int64_t activation, n; const T* x, *y; T * out;)
+};
+
+// out = g f''(x) for x, g, out [n]
+template <class T>
+struct ActivationCurvature {
+  FIELDS(int64_t activation, n; const T* x, *g; T * out;)
+};
+
+#define ACTIVATION_KERNELS(KERNEL)          \
+  KERNEL(activation_slope, ActivationSlope) \
+  KERNEL(activation_curvature, ActivationCurvature)
 
 template <class T>
 struct ActivationKernels {
-  // out = f'(x) for x, y = f(x), out [n]
-  void (*slope)(int activation, const T* x, const T* y, int64_t n, T* out, int threads);
-  // out = g f''(x) for x, g, out [n]
-  void (*curvature)(int activation, const T* x, const T* g, int64_t n, T* out, int threads);
-};
-
-struct ActivationTable {
-  ActivationKernels<float> f32;
-  ActivationKernels<double> f64;
+  ACTIVATION_KERNELS(POINTER_TO)
 };

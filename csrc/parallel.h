@@ -4,8 +4,8 @@
 
 namespace {
 
-// Calls body(i) for 0 <= i < count. On one thread without OpenMP: a region that its `if` clause makes serial still takes
-// 0.4 us, as long as a small kernel.
+// Calls body(i) for 0 <= i < count. On one thread without OpenMP: a region that its `if` clause makes serial still
+// takes 0.4 us, as long as a small kernel.
 template <class Body>
 void each(int64_t count, int threads, const Body& body) {
   if (threads <= 1) {

@@ -7,20 +7,25 @@ import sys
 
 import pytest
 import torch
+from cuda_on_cpu import emulate
 from torch import Tensor
 
 from sharpkern import kernels
-from sharpkern.kernels import dispatch
+from sharpkern.kernels import dispatch, reference
 from sharpkern.kernels.cpu import native
 
 SHAPES = [(1, 1), (1, 1023), (3, 1024), (4, 2049), (7, 4099), (2, 3 * 8192 + 5)]  # tails, chunk borders
 DTYPES = [torch.float32, torch.float64]
 
 
-@pytest.fixture(params=["reference", "cpu"])
+@pytest.fixture(params=["reference", "cpu", "cuda"])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv("SHARPKERN_BACKEND", request.param)
-    return request.param
+    """CUDA is emulated on the CPU; ``test_kernels_cuda`` says what else holds of it."""
+    if request.param == "cuda":
+        emulate.install(monkeypatch)
+    else:
+        monkeypatch.setenv("SHARPKERN_BACKEND", request.param)
+    return str(request.param)
 
 
 def assert_close(got: Tensor, want: Tensor, *, ulps: float, scale: float | None = None) -> None:
@@ -191,6 +196,23 @@ def test_wrong_arguments_are_refused_with_what_was_wrong() -> None:
         kernels.scale(V, torch.randn(6), out=torch.empty(2, 5))
 
 
+@pytest.mark.parametrize("kernel", dispatch._versions)
+def test_a_registered_version_is_there(kernel: str) -> None:
+    """In the module that the registry names: a function, or an entry of the compiled module to launch."""
+    assert hasattr(reference, kernel)
+    for backend, version in dispatch._versions[kernel].items():
+        if dispatch._missing(version) is not None:
+            continue
+        compiled = native._C.cuda if backend == "cuda" else native._C
+        known = hasattr(dispatch._module(version), kernel) or hasattr(compiled, f"{kernel}_f32")
+        assert known or kernel == "orthonormalise", version  # made of gram and combine
+
+
+def forget_choices() -> None:
+    dispatch._choice.cache_clear()
+    dispatch._fastest.cache_clear()
+
+
 def test_forced_backend_runs_or_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     V = torch.randn(1, 4)
     monkeypatch.setenv("SHARPKERN_BACKEND", "fpga")
@@ -201,9 +223,9 @@ def test_forced_backend_runs_or_raises(monkeypatch: pytest.MonkeyPatch) -> None:
         kernels.gram(V, V)
     monkeypatch.setenv("SHARPKERN_BACKEND", "cpu")
     monkeypatch.setattr(native, "REASON", "the compiled module is missing")
-    dispatch.forget()
+    forget_choices()
     with pytest.raises(RuntimeError, match="cannot run on backend 'cpu': the compiled module is missing"):
         kernels.gram(V, V)
     monkeypatch.delenv("SHARPKERN_BACKEND")
     assert torch.allclose(kernels.gram(V, V), V.double() @ V.double().T)  # falls to the reference by itself
-    dispatch.forget()
+    forget_choices()

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from sharpkern.kernels import embedding, linear, pointwise, softmax
+from sharpkern.kernels.cpu import native
 
 DTYPES = [torch.float32, torch.float64]
 
@@ -95,15 +96,13 @@ def test_softmax_sweeps(backend: str, k: int, shape: tuple[int, int], dtype: tor
 @pytest.mark.parametrize("k", [1, 3])
 def test_dual_gemm_is_a_linear_layers_sweep(k: int) -> None:
     M, K, N = 5, 4, 3
-    x, w, z = (torch.randn(*s, dtype=torch.float64) for s in ((M, K), (N, K), (M, N)))
+    x, w = (torch.randn(*s, dtype=torch.float64) for s in ((M, K), (N, K)))
     dx, dw, db = (torch.randn(k, *s, dtype=torch.float64) for s in ((M, K), (N, K), (N,)))
-    slope, curvature = torch.randn(2, M, N, dtype=torch.float64)
-    dz = torch.randn(k, *z.shape, dtype=torch.float64)
-    got = linear.dual_gemm(dx, w.t(), x, dw.mT, db, slope, curvature, dz)
+    got = linear.dual_gemm(dx, w.t(), x, dw.mT, db)
     plain = linear.dual_gemm(x, dw.mT)
     for i in range(k):
         dy = torch.func.jvp(torch.nn.functional.linear, (x, w, torch.zeros(N).double()), (dx[i], dw[i], db[i]))[1]
-        close(got[i], slope * dy + curvature * dz[i], torch.float64)
+        close(got[i], dy, torch.float64)
         close(plain[i], x @ dw[i].t(), torch.float64)
 
 
@@ -115,6 +114,18 @@ def test_embedding_and_its_adjoint() -> None:
     for i in range(2):
         close(rows[i], torch.stack([tables[i, j] for j in index]), torch.float64)
         close(back[i], torch.stack([g[i, index == r].sum(0) for r in range(5)]), torch.float64)
+
+
+@pytest.mark.skipif(native.REASON is not None, reason=str(native.REASON))
+def test_a_structs_fields_go_by_name() -> None:
+    d = torch.randn(1, 5)
+    fields = {"slope": d[0], "d": d, "curvature": None, "dz": None, "out": d, "k": 1, "n": 5}
+    backwards = dict(reversed(fields.items()))
+    assert native._structs.slope_product(**backwards)[1] == tuple(fields.values())
+    with pytest.raises(TypeError, match="missing 1 required .* 'dz'"):
+        native._structs.slope_product(**{name: value for name, value in fields.items() if name != "dz"})
+    with pytest.raises(TypeError, match="unexpected .* 'dx'"):
+        native._structs.slope_product(**fields, dx=d)
 
 
 def test_number_of_threads_does_not_change_the_bits(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -93,49 +93,57 @@ struct Gated {
 
 template <class Body>
 void pass(int64_t n, int threads, const Body& body) {
-  each((n + STRETCH - 1) / STRETCH, n > SMALL ? threads : 1, [&](int64_t s) {
-    body(s * STRETCH, std::min(STRETCH, n - s * STRETCH));
+  each((n + STRETCH - 1) / STRETCH, n > SMALL ? threads : 1,
+       [&](int64_t s) { body(s * STRETCH, std::min(STRETCH, n - s * STRETCH)); });
+}
+
+template <class F, class T>
+void slope_of(const ActivationSlope<T>& a, int threads) {
+  pass(a.n, threads, [&](int64_t from, int64_t size) {
+    const T* __restrict__ x = a.x + from, * __restrict__ y = a.y + from;
+    T* __restrict__ out = a.out + from;
+    for (int64_t i = 0; i < size; ++i) out[i] = F::slope(x[i], y[i]);
   });
 }
 
 template <class F, class T>
-void slope_of(const T* x, const T* y, int64_t n, T* out, int threads) {
-  pass(n, threads, [=](int64_t from, int64_t size) {
-    const T *__restrict__ xs = x + from, *__restrict__ ys = y + from;
-    T* __restrict__ o = out + from;
-    for (int64_t i = 0; i < size; ++i) o[i] = F::slope(xs[i], ys[i]);
-  });
-}
-
-template <class F, class T>
-void curvature_of(const T* x, const T* g, int64_t n, T* out, int threads) {
-  pass(n, threads, [=](int64_t from, int64_t size) {
-    const T *__restrict__ xs = x + from, *__restrict__ gs = g + from;
-    T* __restrict__ o = out + from;
-    for (int64_t i = 0; i < size; ++i) o[i] = gs[i] * F::curvature(xs[i]);
+void curvature_of(const ActivationCurvature<T>& a, int threads) {
+  pass(a.n, threads, [&](int64_t from, int64_t size) {
+    const T* __restrict__ x = a.x + from, * __restrict__ g = a.g + from;
+    T* __restrict__ out = a.out + from;
+    for (int64_t i = 0; i < size; ++i) out[i] = g[i] * F::curvature(x[i]);
   });
 }
 
 template <class T>
-void slope(int activation, const T* x, const T* y, int64_t n, T* out, int threads) {
-  if (activation == GELU) slope_of<Gelu<T>>(x, y, n, out, threads);
-  if (activation == GELU_TANH) slope_of<Gated<T, GeluTanh>>(x, y, n, out, threads);
-  if (activation == SILU) slope_of<Gated<T, Silu>>(x, y, n, out, threads);
+void activation_slope(const ActivationSlope<T>& a, int threads) {
+  switch (Activation(a.activation)) {
+    case Activation::gelu:
+      return slope_of<Gelu<T>>(a, threads);
+    case Activation::gelu_tanh:
+      return slope_of<Gated<T, GeluTanh>>(a, threads);
+    case Activation::silu:
+      return slope_of<Gated<T, Silu>>(a, threads);
+  }
 }
 
 template <class T>
-void curvature(int activation, const T* x, const T* g, int64_t n, T* out, int threads) {
-  if (activation == GELU) curvature_of<Gelu<T>>(x, g, n, out, threads);
-  if (activation == GELU_TANH) curvature_of<Gated<T, GeluTanh>>(x, g, n, out, threads);
-  if (activation == SILU) curvature_of<Gated<T, Silu>>(x, g, n, out, threads);
+void activation_curvature(const ActivationCurvature<T>& a, int threads) {
+  switch (Activation(a.activation)) {
+    case Activation::gelu:
+      return curvature_of<Gelu<T>>(a, threads);
+    case Activation::gelu_tanh:
+      return curvature_of<Gated<T, GeluTanh>>(a, threads);
+    case Activation::silu:
+      return curvature_of<Gated<T, Silu>>(a, threads);
+  }
 }
 
 template <class T>
 constexpr ActivationKernels<T> table() {
-  return {slope<T>, curvature<T>};
+  return {ACTIVATION_KERNELS(VALUE_OF)};
 }
 
 }  // namespace
 
-extern const ActivationTable JOIN(activation_, LEVEL);
-const ActivationTable JOIN(activation_, LEVEL) = {table<float>(), table<double>()};
+EXPORT_TABLE(activation_, ActivationKernels)

@@ -16,8 +16,8 @@ constexpr int64_t SMALL = 16384;  // numbers below which waking the other thread
 
 // Calls body(first, count, channel): with one channel for each number (inner = 1) once for the whole row, with channel
 // the first one; otherwise once for each channel's run.
-template <class Body>
-void runs(const NormShape& s, int64_t row, Body body) {
+template <class Arguments, class Body>
+void runs(const Arguments& s, int64_t row, Body body) {
   const int64_t per = s.D / s.inner, base = (row % s.groups) * per;
   if (s.inner == 1) return body(int64_t(0), s.D, base);
   for (int64_t c = 0; c < per; ++c) body(c * s.inner, s.inner, base + c);
@@ -57,8 +57,8 @@ T at(const T* w, int64_t d) {
 }
 
 template <class T, bool VECTOR>
-void tangent_row(const NormShape& s, int64_t row, const T* __restrict__ x, T r, const T* w, const T* dx, const T* dw,
-                 const T* db, T* __restrict__ y, T* __restrict__ dxhat, T* along) {
+void tangent_row(const NormTangent<T>& s, int64_t row, const T* __restrict__ x, T r, const T* w, const T* dx,
+                 const T* dw, const T* db, T* __restrict__ y, T* __restrict__ dxhat, T* along) {
   T mean = 0, a = 0;
   if (dx && s.mode != FIXED) {
     Lanes<T> sums[2];
@@ -87,21 +87,20 @@ void tangent_row(const NormShape& s, int64_t row, const T* __restrict__ x, T r, 
 }
 
 template <class T>
-void tangent(NormShape s, const T* xhat, const T* r, const T* w, const T* dx, const T* dw, const T* db, T* y, T* dxhat,
-             T* along) {
+void norm_tangent(const NormTangent<T>& s, int threads) {
   const int64_t channels = s.groups * (s.D / s.inner), total = s.k * s.rows;
-  each(total, total * s.D > SMALL ? s.threads : 1, [&](int64_t i) {
+  each(total, total * s.D > SMALL ? threads : 1, [&](int64_t i) {
     const int64_t row = i % s.rows, vector = i / s.rows, here = i * s.D;
-    const T* dwv = dw ? dw + vector * channels : nullptr;
-    const T* dbv = db ? db + vector * channels : nullptr;
+    const T* dw = s.dw ? s.dw + vector * channels : nullptr;
+    const T* db = s.db ? s.db + vector * channels : nullptr;
     auto kernel = s.inner == 1 ? tangent_row<T, true> : tangent_row<T, false>;
-    kernel(s, row, xhat + row * s.D, r[row], w, dx ? dx + here : nullptr, dwv, dbv, y + here,
-           dx ? dxhat + here : nullptr, dx ? along + i : nullptr);
+    kernel(s, row, s.xhat + row * s.D, s.r[row], s.w, s.dx ? s.dx + here : nullptr, dw, db, s.y + here,
+           s.dx ? s.dxhat + here : nullptr, s.dx ? s.along + i : nullptr);
   });
 }
 
 template <class T, bool VECTOR>
-void backward_row(const NormShape& s, int64_t row, const T* __restrict__ x, T r, const T* w, const T* dw,
+void backward_row(const NormBackwardTangent<T>& s, int64_t row, const T* __restrict__ x, T r, const T* w, const T* dw,
                   const T* dxhat, T along, const T* g, const T* __restrict__ dg, T* out, T* dgw, T* dgb) {
   // u = g w and du = dg w + g dw; sums of du, xhat du, u, xhat u, dxhat u.
   const T count_all = T(s.D);
@@ -168,37 +167,40 @@ void backward_row(const NormShape& s, int64_t row, const T* __restrict__ x, T r,
 }
 
 template <class T>
-void backward_tangent(NormShape s, const T* xhat, const T* r, const T* w, const T* dw, const T* dxhat, const T* along,
-                      const T* g, const T* dg, T* out, T* dgw, T* dgb) {
+void norm_backward_tangent(const NormBackwardTangent<T>& s, int threads) {
   const int64_t channels = s.groups * (s.D / s.inner);
   const int64_t length = (s.rows + STRETCHES - 1) / STRETCHES, stretches = (s.rows + length - 1) / length;
-  std::vector<T> sums(dgw || dgb ? 2 * s.k * stretches * channels : 0);
-  each(s.k * stretches, s.k * s.rows * s.D > SMALL ? s.threads : 1, [&](int64_t job) {
+  std::vector<T> sums(s.dgw || s.dgb ? 2 * s.k * stretches * channels : 0);
+  each(s.k * stretches, s.k * s.rows * s.D > SMALL ? threads : 1, [&](int64_t job) {
     const int64_t vector = job / stretches, from = job % stretches * length, to = std::min(s.rows, from + length);
-    T* gw = dgw ? sums.data() + 2 * job * channels : nullptr;
-    T* gb = dgb ? sums.data() + (2 * job + 1) * channels : nullptr;
+    T* dgw = s.dgw ? sums.data() + 2 * job * channels : nullptr;
+    T* dgb = s.dgb ? sums.data() + (2 * job + 1) * channels : nullptr;
+    const T* dw = s.dw ? s.dw + vector * channels : nullptr;
     auto kernel = s.inner == 1 ? backward_row<T, true> : backward_row<T, false>;
     for (int64_t row = from; row < to; ++row) {
       const int64_t at_row = row * s.D, here = (vector * s.rows + row) * s.D;
-      kernel(s, row, xhat + at_row, r[row], w, dw ? dw + vector * channels : nullptr, dxhat ? dxhat + here : nullptr,
-             dxhat ? along[vector * s.rows + row] : T(0), g ? g + at_row : nullptr, dg + here,
-             out ? out + here : nullptr, gw, gb);
+      kernel(s, row, s.xhat + at_row, s.r[row], s.w, dw, s.dxhat ? s.dxhat + here : nullptr,
+             s.dxhat ? s.along[vector * s.rows + row] : T(0), s.g ? s.g + at_row : nullptr, s.dg + here,
+             s.out ? s.out + here : nullptr, dgw, dgb);
     }
   });
   for (int64_t vector = 0; vector < s.k; ++vector)
     for (int64_t c = 0; c < channels; ++c) {
       double gw = 0, gb = 0;
-      for (int64_t stretch = 0; stretch < stretches && (dgw || dgb); ++stretch) {
+      for (int64_t stretch = 0; stretch < stretches && (s.dgw || s.dgb); ++stretch) {
         const T* part = sums.data() + 2 * (vector * stretches + stretch) * channels;
         gw += part[c], gb += part[channels + c];
       }
-      if (dgw) dgw[vector * channels + c] = T(gw);
-      if (dgb) dgb[vector * channels + c] = T(gb);
+      if (s.dgw) s.dgw[vector * channels + c] = T(gw);
+      if (s.dgb) s.dgb[vector * channels + c] = T(gb);
     }
+}
+
+template <class T>
+constexpr NormKernels<T> table() {
+  return {NORM_KERNELS(VALUE_OF)};
 }
 
 }  // namespace
 
-extern const NormTable JOIN(norm_, LEVEL);
-const NormTable JOIN(norm_, LEVEL) = {{tangent<float>, backward_tangent<float>},
-                                      {tangent<double>, backward_tangent<double>}};
+EXPORT_TABLE(norm_, NormKernels)

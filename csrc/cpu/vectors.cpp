@@ -15,13 +15,13 @@
 
 namespace {
 
-constexpr int64_t CHUNK = 8192;  // numbers whose products are summed before the sum joins the others
+constexpr int64_t CHUNK = 8192;    // numbers whose products are summed before the sum joins the others
 constexpr int64_t STRETCH = 1024;  // numbers of each row that stay in L1 while all rows of a result are formed
-constexpr int SUMS = 8;          // registers of sums under way: as many additions as two units have in flight
+constexpr int SUMS = 8;            // registers of sums under way: as many additions as two units have in flight
 
 int64_t chunks_of(int64_t n) { return (n + CHUNK - 1) / CHUNK; }
 
-constexpr int64_t LINE = 64;          // bytes that a core moves at a time
+constexpr int64_t LINE = 64;            // bytes that a core moves at a time
 constexpr int64_t STREAMED = 16 << 20;  // bytes of a result that no cache keeps until it is read
 
 // Whether a result should go past the caches: reading its lines before they are overwritten costs a third of a copy.
@@ -39,7 +39,8 @@ void put(T* to, const T (&from)[COUNT], bool past) {
 #if defined(__AVX512F__)
   if (past) {
     for (unsigned i = 0; i < sizeof from / 32; ++i)
-      _mm256_stream_si256(reinterpret_cast<__m256i*>(to) + i, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from) + i));
+      _mm256_stream_si256(reinterpret_cast<__m256i*>(to) + i,
+                          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from) + i));
     return;
   }
 #elif defined(__SSE2__)
@@ -301,11 +302,10 @@ void inv_sqrt_adam(const T* v, int64_t n, double correction, double eps, double 
 }
 
 template <class T>
-constexpr VectorKernels<T> table() {
-  return {gram<T>, power_step<T>, combine<T>, scale<T>, inv_sqrt_adam<T>};
+constexpr CpuVectorKernels<T> table() {
+  return {VECTOR_KERNELS(VALUE_OF)};
 }
 
 }  // namespace
 
-extern const KernelTable JOIN(kernels_, LEVEL);
-const KernelTable JOIN(kernels_, LEVEL) = {TEXT(LEVEL), table<float>(), table<double>()};
+EXPORT_TABLE(vectors_, CpuVectorKernels)

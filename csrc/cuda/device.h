@@ -7,6 +7,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "cuda/vectors.h"  // Stream
+
 namespace cuda {
 
 constexpr int BLOCK = 256;  // threads

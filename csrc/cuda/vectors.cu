@@ -1,12 +1,11 @@
 // CUDA vector kernels. They are bound by memory: each reads a row as few times as its result allows, 16 bytes a thread.
-#include "cuda/vectors.h"
-
 #include "cuda/device.h"
+#include "cuda/vectors.h"
 
 namespace cuda {
 namespace {
 
-constexpr int64_t BLOCKS = 1024;  // of a sum: several for each multiprocessor, few enough to add up at once
+constexpr int64_t BLOCKS = 1024;       // of a sum: several for each multiprocessor, few enough to add up at once
 constexpr int64_t MOST_BLOCKS = 4096;  // of a kernel without sums, whose blocks then walk on
 
 // Into how many parts the columns are split when `rows` independent sums run at a time.
@@ -31,9 +30,9 @@ Tiles tiles_of(int64_t k, int64_t m) {
 // partial[tile, pair, part]. Rows past the last one repeat it: their products are computed and never read. Tiles that
 // share columns are neighbours in launch order, so that they find each other's rows in the L2 cache.
 template <class T, bool WIDE, int K, int M>
-__global__ void __launch_bounds__(BLOCK) gram_partials(const T* __restrict__ V, int64_t k, const T* __restrict__ W,
-                                                       int64_t m, int64_t n, Tiles tiles, int64_t parts, bool symmetric,
-                                                       double* __restrict__ partial) {
+__global__ void __launch_bounds__(BLOCK)
+    gram_partials(const T* __restrict__ V, int64_t k, const T* __restrict__ W, int64_t m, int64_t n, Tiles tiles,
+                  int64_t parts, bool symmetric, double* __restrict__ partial) {
   const int64_t tile = blockIdx.x % tiles.count(), part = blockIdx.x / tiles.count();
   const int64_t top = tile / tiles.across * K, left = tile % tiles.across * M;
   if (symmetric && top > left) return;
@@ -61,9 +60,9 @@ __global__ void __launch_bounds__(BLOCK) gram_partials(const T* __restrict__ V, 
 }
 
 // A block for each of the k x m sums. Below the diagonal of a symmetric result it adds up the mirrored partials.
-__global__ void __launch_bounds__(BLOCK) gram_finish(const double* __restrict__ partial, int64_t m, Tiles tiles,
-                                                     int64_t parts, bool symmetric, bool transposed,
-                                                     double* __restrict__ out) {
+__global__ void __launch_bounds__(BLOCK)
+    gram_finish(const double* __restrict__ partial, int64_t m, Tiles tiles, int64_t parts, bool symmetric,
+                bool transposed, double* __restrict__ out) {
   const int64_t row = blockIdx.x / m, column = blockIdx.x % m;
   const bool mirrored = symmetric && row > column;
   const int64_t i = mirrored ? column : row, j = mirrored ? row : column;
@@ -91,9 +90,9 @@ __global__ void __launch_bounds__(BLOCK) power_dots(const T* __restrict__ V, con
   if (threadIdx.x < 2) partial[(row * 2 + threadIdx.x) * parts + part] = sum;
 }
 
-__global__ void __launch_bounds__(BLOCK) power_dots_finish(const double* __restrict__ partial, int64_t parts,
-                                                           double* __restrict__ theta,
-                                                           double* __restrict__ inverse_norm) {
+__global__ void __launch_bounds__(BLOCK)
+    power_dots_finish(const double* __restrict__ partial, int64_t parts, double* __restrict__ theta,
+                      double* __restrict__ inverse_norm) {
   const int64_t row = blockIdx.x;
   const double sum = sum_parts<2>(partial + row * 2 * parts, parts);
   if (threadIdx.x == 0) theta[row] = sum;
@@ -102,10 +101,10 @@ __global__ void __launch_bounds__(BLOCK) power_dots_finish(const double* __restr
 
 // The residual is summed from h - theta v itself: |h|^2 - theta^2 would lose half its digits near an eigenvector.
 template <class T, bool WIDE>
-__global__ void __launch_bounds__(BLOCK) power_residual(const T* __restrict__ V, const T* __restrict__ H, int64_t n,
-                                                        int64_t parts, const double* __restrict__ theta,
-                                                        const double* __restrict__ inverse_norm, T* __restrict__ out,
-                                                        double* __restrict__ partial) {
+__global__ void __launch_bounds__(BLOCK)
+    power_residual(const T* __restrict__ V, const T* __restrict__ H, int64_t n, int64_t parts,
+                   const double* __restrict__ theta, const double* __restrict__ inverse_norm, T* __restrict__ out,
+                   double* __restrict__ partial) {
   const int64_t row = blockIdx.x / parts, part = blockIdx.x % parts;
   const double t = theta[row], s = inverse_norm[row];
   double sums[1] = {};
@@ -124,17 +123,17 @@ __global__ void __launch_bounds__(BLOCK) power_residual(const T* __restrict__ V,
   if (threadIdx.x == 0) partial[row * parts + part] = sum;
 }
 
-__global__ void __launch_bounds__(BLOCK) power_residual_finish(const double* __restrict__ partial, int64_t parts,
-                                                               double* __restrict__ residual) {
+__global__ void __launch_bounds__(BLOCK)
+    power_residual_finish(const double* __restrict__ partial, int64_t parts, double* __restrict__ residual) {
   const double sum = sum_parts<1>(partial + blockIdx.x * parts, parts);
   if (threadIdx.x == 0) residual[blockIdx.x] = sqrt(sum);
 }
 
-// M rows of the result at a time; the next M find the same columns of V in the cache. Four blocks a multiprocessor leave
-// registers enough to have several rows of V under way.
+// M rows of the result at a time; the next M find the same columns of V in the cache. Four blocks a multiprocessor
+// leave registers enough to have several rows of V under way.
 template <class T, bool WIDE, int M>
 __global__ void __launch_bounds__(BLOCK, 4) combine_rows(const double* __restrict__ C, int64_t m, int64_t k,
-                                                      const T* __restrict__ V, int64_t n, T* __restrict__ out) {
+                                                         const T* __restrict__ V, int64_t n, T* __restrict__ out) {
   for_columns<T, WIDE>(blockIdx.x, gridDim.x, n, [&](auto columns) {
     for (int64_t top = 0; top < m; top += M) {
       double sums[M][columns.COUNT] = {};
@@ -160,8 +159,7 @@ __global__ void __launch_bounds__(BLOCK, 4) combine_rows(const double* __restric
 
 // out may be V, hence no __restrict__; ROWS loads are under way before the first store.
 template <class T, bool WIDE, int ROWS>
-__global__ void __launch_bounds__(BLOCK) scale_rows(const T* V, int64_t k, int64_t n, const T* __restrict__ d,
-                                                    T* out) {
+__global__ void __launch_bounds__(BLOCK) scale_rows(const T* V, int64_t k, int64_t n, const T* __restrict__ d, T* out) {
   for_columns<T, WIDE>(blockIdx.x, gridDim.x, n, [&](auto columns) {
     const auto diagonal = columns.load(d);
     for (int64_t top = 0; top < k; top += ROWS) {
@@ -180,8 +178,8 @@ __global__ void __launch_bounds__(BLOCK) scale_rows(const T* V, int64_t k, int64
 }
 
 template <class T, bool WIDE>
-__global__ void __launch_bounds__(BLOCK) inv_sqrt_adam_rows(const T* v, int64_t n, double inverse_correction,
-                                                            double eps, double factor, T* out) {
+__global__ void __launch_bounds__(BLOCK)
+    inv_sqrt_adam_rows(const T* v, int64_t n, double inverse_correction, double eps, double factor, T* out) {
   for_columns<T, WIDE>(blockIdx.x, gridDim.x, n, [&](auto columns) {
     auto moment = columns.load(v);
 #pragma unroll
@@ -199,20 +197,10 @@ int64_t blocks_of(int64_t n) {
 
 template <class T, bool WIDE>
 auto gram_kernel(const Tiles& tiles) {
-  return tiles.K == 1 ? gram_partials<T, WIDE, 1, 1>
+  return tiles.K == 1   ? gram_partials<T, WIDE, 1, 1>
          : tiles.K == 2 ? gram_partials<T, WIDE, 2, 2>
          : tiles.K == 8 ? gram_partials<T, WIDE, 8, 1>
                         : gram_partials<T, WIDE, 4, 4>;
-}
-
-}  // namespace
-
-const char* problem() {
-  int devices = 0;
-  const cudaError_t error = cudaGetDeviceCount(&devices);
-  if (error == cudaSuccess) return nullptr;
-  cudaGetLastError();
-  return cudaGetErrorString(error);
 }
 
 template <class T>
@@ -236,8 +224,7 @@ void gram(const T* V, int64_t k, const T* W, int64_t m, int64_t n, double* out, 
   const int64_t parts = parts_of<T>(tiles.count(), n);
   const bool symmetric = V == W && k == m;
   const auto kernel = wide<T>(k, n, V, W) ? gram_kernel<T, true>(tiles) : gram_kernel<T, false>(tiles);
-  launch("gram", kernel, tiles.count() * parts, stream, V, k, W, m, n, tiles, parts, symmetric,
-         workspace);
+  launch("gram", kernel, tiles.count() * parts, stream, V, k, W, m, n, tiles, parts, symmetric, workspace);
   launch("gram", gram_finish, k * m, stream, workspace, m, tiles, parts, symmetric, transposed, out);
 }
 
@@ -262,7 +249,7 @@ void power_step(const T* V, const T* H, int64_t k, int64_t n, double* theta, dou
 }
 
 template <class T>
-void combine(const double* C, int64_t m, int64_t k, const T* V, int64_t n, T* out, Stream stream) {
+void combine(const double* C, int64_t m, int64_t k, const T* V, int64_t n, T* out, double*, Stream stream) {
   if (m < 1 || n < 1) return;
   const bool aligned = wide<T>(k > m ? k : m, n, V, out);
   const auto kernel = m == 1 ? (aligned ? combine_rows<T, true, 1> : combine_rows<T, false, 1>)
@@ -271,29 +258,42 @@ void combine(const double* C, int64_t m, int64_t k, const T* V, int64_t n, T* ou
 }
 
 template <class T>
-void scale(const T* V, int64_t k, int64_t n, const T* d, T* out, Stream stream) {
+void scale(const T* V, int64_t k, int64_t n, const T* d, T* out, double*, Stream stream) {
   if (k < 1 || n < 1) return;
   const auto kernel = wide<T>(k, n, V, d, out) ? scale_rows<T, true, 4> : scale_rows<T, false, 4>;
   launch("scale", kernel, blocks_of<T>(n), stream, V, k, n, d, out);
 }
 
 template <class T>
-void inv_sqrt_adam(const T* v, int64_t n, double correction, double eps, double factor, T* out, Stream stream) {
+void inv_sqrt_adam(const T* v, int64_t n, double correction, double eps, double factor, T* out, double*,
+                   Stream stream) {
   if (n < 1) return;
   const auto kernel = wide<T>(1, n, v, out) ? inv_sqrt_adam_rows<T, true> : inv_sqrt_adam_rows<T, false>;
   launch("inv_sqrt_adam", kernel, blocks_of<T>(n), stream, v, n, 1 / correction, eps, factor, out);
 }
 
-#define INSTANTIATE(T)                                                                                             \
-  template int64_t gram_workspace<T>(int64_t, int64_t, int64_t);                                                   \
-  template int64_t power_step_workspace<T>(int64_t, int64_t);                                                      \
-  template void gram<T>(const T*, int64_t, const T*, int64_t, int64_t, double*, double*, Stream);                  \
-  template void power_step<T>(const T*, const T*, int64_t, int64_t, double*, double*, T*, double*, Stream);        \
-  template void combine<T>(const double*, int64_t, int64_t, const T*, int64_t, T*, Stream);                        \
-  template void scale<T>(const T*, int64_t, int64_t, const T*, T*, Stream);                                        \
-  template void inv_sqrt_adam<T>(const T*, int64_t, double, double, double, T*, Stream);
-INSTANTIATE(float)
-INSTANTIATE(double)
-#undef INSTANTIATE
+template <class T>
+constexpr Kernels<T> table() {
+  return {VECTOR_KERNELS(VALUE_OF)};
+}
+
+#define WORKSPACE_OF(name, ...) name##_workspace<T>,
+template <class T>
+constexpr Workspaces<T> workspace_table() {
+  return {WORKSPACES(WORKSPACE_OF)};
+}
+
+}  // namespace
+
+const char* problem() {
+  int devices = 0;
+  const cudaError_t error = cudaGetDeviceCount(&devices);
+  if (error == cudaSuccess) return nullptr;
+  cudaGetLastError();
+  return cudaGetErrorString(error);
+}
+
+const Table<Kernels> kernels = {table<float>(), table<double>()};
+const Table<Workspaces> workspaces = {workspace_table<float>(), workspace_table<double>()};
 
 }  // namespace cuda

@@ -114,13 +114,10 @@ def _lower_end(V: Tensor, products: Tensor, before: tuple[Tensor, Tensor] | None
 
 
 def _orthonormal_block(V: Tensor, op: SymmetricOperator, generator: torch.Generator) -> Tensor:
-    """Orthonormalise k rows by Cholesky QR, twice; a block that has lost its rank is stirred first."""
-    V = V / torch.linalg.vector_norm(V, dim=1, keepdim=True).clamp(min=torch.finfo(V.dtype).tiny)
-    for _ in range(2):
-        L, info = torch.linalg.cholesky_ex(kernels.gram(V, V).cpu())
-        if int(info) or float(L.diagonal().min()) < 1e-5:
-            V = V + random_rows(len(V), op, generator) / op.n**0.5
-            L = torch.linalg.cholesky(kernels.gram(V, V).cpu())
-        inverse = torch.linalg.solve_triangular(L, torch.eye(len(V), dtype=torch.float64), upper=False)
-        V = kernels.combine(inverse.to(V.device), V)
-    return V
+    """Orthonormalise k rows; a block that has lost its rank is stirred first."""
+    try:
+        return kernels.orthonormalise(V)
+    except kernels.RankError:
+        # unit rows, so that the random ones weigh the same in each; a zero row becomes random
+        V = V / torch.linalg.vector_norm(V, dim=1, keepdim=True).clamp(min=torch.finfo(V.dtype).tiny)
+        return kernels.orthonormalise(V + random_rows(len(V), op, generator) / op.n**0.5)

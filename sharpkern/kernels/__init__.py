@@ -1,5 +1,11 @@
 """One public function per kernel, which checks its arguments, chooses a backend, and calls it."""
 
+from . import attention as attention  # with the module its kernels are registered, here as below
+from . import embedding as embedding
+from . import linear as linear
+from . import norm as norm
+from . import pointwise as pointwise
+from . import softmax as softmax
 from .dispatch import BACKENDS as BACKENDS
 from .dispatch import why_not as why_not
 from .saved import RankError as RankError

@@ -16,10 +16,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .dispatch import choose
+from .dispatch import Version, choose, kernel, triton
 from .saved import Heads as Heads
 
+# The CPU version is plain torch in blocks: it serves other devices and dtypes too.
+IN_BLOCKS = Version("cpu.blocked_attention")
 
+
+@kernel(cpu=IN_BLOCKS, triton=triton("attention"))
 def attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False, scale: float = 1.0
 ) -> Heads:
@@ -37,6 +41,7 @@ def attention(
     return result
 
 
+@kernel(cpu=IN_BLOCKS, triton=triton("attention"))
 def attention_tangent(h: Heads, dq: Tensor | None, dk: Tensor | None, dv: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return ``do`` ``[k, B, T, e]`` and ``m = <P, dS>`` ``[k, B, T]``.
 
@@ -50,6 +55,7 @@ def attention_tangent(h: Heads, dq: Tensor | None, dk: Tensor | None, dv: Tensor
     return result
 
 
+@kernel(cpu=IN_BLOCKS, triton=triton("attention"))
 def attention_backward(h: Heads, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the cotangents of q, k, v for cotangents g ``[k, B, T, e]`` of o, each with leading k.
 
@@ -59,6 +65,7 @@ def attention_backward(h: Heads, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return result
 
 
+@kernel(cpu=IN_BLOCKS, triton=triton("attention"))
 def attention_backward_tangent(
     h: Heads,
     dq: Tensor | None,

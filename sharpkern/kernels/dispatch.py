@@ -1,39 +1,61 @@
-"""Which backend runs a kernel: per call, explainable, never silent."""
+"""The registry of kernels, and which backend runs one: per call, explainable, never silent.
+
+A kernel is a public function with the decorator ``kernel``, which names for each backend the module that has a version:
+a function of the same name. ``reference`` has one of every kernel.
+"""
 
 from __future__ import annotations
 
 import functools
 import importlib
 import os
+from collections.abc import Callable
 from types import ModuleType
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from . import cuda, reference
-from .cpu import blocked_attention, native
+from . import cuda
+from .cpu.native import forced_backend
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")  # fastest first; the last always fits
-# The kernels that have a Triton version, and the module it is in.
-_TRITON = {
-    "attention": "attention",
-    "attention_backward": "attention",
-    "attention_backward_tangent": "attention",
-    "attention_tangent": "attention",
-    "dual_gemm": "linear",
-    "embedding": "embedding",
-    "embedding_backward": "embedding",
-    "norm_backward_tangent": "norm",
-    "norm_tangent": "norm",
-    "slope_product": "pointwise",
-    "activation_slope": "pointwise",
-    "activation_curvature": "pointwise",
-    "softmax_backward_tangent": "softmax",
-    "softmax_jacobian": "softmax",
-}
-# The kernels whose CPU version is plain torch in blocks: it serves other devices and dtypes too.
-_BLOCKED = ("attention", "attention_backward", "attention_backward_tangent", "attention_tangent")
-_TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_CALLED = {"cuda": "CUDA C++", "triton": "Triton", "cpu": "compiled CPU"}
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+class Version(NamedTuple):
+    """A backend's version of a kernel: its module in ``kernels/``, and the tensors that it takes; None for any."""
+
+    module: str
+    device: str | None = None
+    dtypes: tuple[torch.dtype, ...] | None = None
+
+
+COMPILED = Version("cpu.native", "cpu", (torch.float32, torch.float64))
+CUDA = Version("cuda", "cuda", (torch.float32, torch.float64))
+
+
+def triton(family: str) -> Version:
+    """Return the version that the module of a family in ``kernels/triton/`` has."""
+    return Version(f"triton.{family}", "cuda", (torch.float32, torch.bfloat16, torch.float16))
+
+
+_versions: dict[str, dict[str, Version]] = {}
+
+
+def kernel(**versions: Version) -> Callable[[Function], Function]:
+    """Register a public function as a kernel.
+
+    Args:
+        versions: backend = its version; a backend that is not named has none.
+    """
+
+    def register(function: Function) -> Function:
+        _versions[function.__name__] = versions
+        return function
+
+    return register
 
 
 def why_not(backend: str, kernel: str, x: Tensor) -> str | None:
@@ -42,35 +64,34 @@ def why_not(backend: str, kernel: str, x: Tensor) -> str | None:
 
 
 def _why_not(backend: str, kernel: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    if backend == "reference" or (backend == "cpu" and kernel in _BLOCKED):
+    if backend == "reference":
         return None
-    if backend == "cpu":
-        if native.REASON is not None:
-            return native.REASON
-        if not hasattr(native, kernel):
-            return f"sharpkern has no compiled CPU version of {kernel}; torch's own kernels run it"
-        if device.type != "cpu":
-            return f"the tensor is on {device}"
-        if dtype not in (torch.float32, torch.float64):
-            return f"{dtype} is not supported, float32 and float64 are"
-        return None
-    if backend == "triton":
-        if kernel not in _TRITON:
-            return f"sharpkern has no Triton version of {kernel}"
-        if reason := _no_triton(_TRITON[kernel]):
-            return reason
-        if dtype not in _TRITON_DTYPES:
-            return f"{dtype} is not supported, float32, bfloat16 and float16 are"
-        return None if device.type == "cuda" or interpreted() else f"the tensor is on {device}"
-    if cuda.REASON is not None:
-        return cuda.REASON
-    if not hasattr(cuda, kernel):
-        return f"sharpkern has no CUDA C++ version of {kernel}"
-    if device.type != "cuda":
+    version = _versions.get(kernel, {}).get(backend)
+    if version is None:
+        instead = "; torch's own kernels run it" if backend == "cpu" else ""
+        return f"sharpkern has no {_CALLED[backend]} version of {kernel}{instead}"
+    if reason := _missing(version):
+        return reason
+    # the interpreter runs Triton kernels on the CPU
+    if version.device not in (None, device.type) and not (backend == "triton" and interpreted()):
         return f"the tensor is on {device}"
-    if dtype not in (torch.float32, torch.float64):
-        return f"{dtype} is not supported, float32 and float64 are"
-    return cuda.problem(device)
+    if version.dtypes is not None and dtype not in version.dtypes:
+        *names, last = (str(d).removeprefix("torch.") for d in version.dtypes)
+        return f"{dtype} is not supported, {', '.join(names)} and {last} are"
+    return cuda.problem(device) if backend == "cuda" else None
+
+
+def _missing(version: Version) -> str | None:
+    try:
+        module = _module(version)
+    except ImportError as error:  # only Triton's modules import what may be missing
+        return f"Triton is missing ({error}): pip install triton"
+    reason: str | None = getattr(module, "REASON", None)
+    return reason
+
+
+def _module(version: Version) -> ModuleType:
+    return importlib.import_module(f"{__package__}.{version.module}")
 
 
 def choose(kernel: str, x: Tensor) -> ModuleType:
@@ -80,54 +101,34 @@ def choose(kernel: str, x: Tensor) -> ModuleType:
         ValueError: SHARPKERN_BACKEND names no backend.
         RuntimeError: the forced backend cannot run here, and why.
     """
-    return _choice(kernel, native.forced_backend(), x.device, x.dtype)
-
-
-@functools.cache
-def _choice(kernel: str, forced: str | None, device: torch.device, dtype: torch.dtype) -> ModuleType:
-    if not forced:
-        return _module(_fastest(kernel, device, dtype), kernel)
-    if forced not in BACKENDS:
-        raise ValueError(f"SHARPKERN_BACKEND is {forced!r}; known backends are {', '.join(BACKENDS)}.")
-    if reason := _why_not(forced, kernel, device, dtype):
-        raise RuntimeError(f"{kernel} cannot run on backend {forced!r}: {reason}.")
-    return _module(forced, kernel)
-
-
-@functools.cache
-def _fastest(kernel: str, device: torch.device, dtype: torch.dtype) -> str:
-    order = BACKENDS if device.type == "cuda" else ("cpu", "reference")
-    return next(b for b in order if _why_not(b, kernel, device, dtype) is None)
-
-
-def forget() -> None:
-    """Look again for what is installed: choices are kept, for a look costs more than a small kernel."""
-    _choice.cache_clear()
-    _fastest.cache_clear()
+    return _choice(kernel, forced_backend(), x.device, x.dtype)
 
 
 def runs_on(backend: str, kernel: str, x: Tensor) -> bool:
     """Whether ``choose`` takes this backend, for callers with a path of their own where it does not."""
-    return (native.forced_backend() or _fastest(kernel, x.device, x.dtype)) == backend
+    return (forced_backend() or _fastest(kernel, x.device, x.dtype)) == backend
+
+
+# Choices are kept: the reasons take longer to find than a small kernel to run.
+
+
+@functools.cache
+def _choice(kernel: str, forced: str | None, device: torch.device, dtype: torch.dtype) -> ModuleType:
+    if forced and forced not in BACKENDS:
+        raise ValueError(f"SHARPKERN_BACKEND is {forced!r}; known backends are {', '.join(BACKENDS)}.")
+    if forced and (reason := _why_not(forced, kernel, device, dtype)):
+        raise RuntimeError(f"{kernel} cannot run on backend {forced!r}: {reason}.")
+    backend = forced or _fastest(kernel, device, dtype)
+    return _module(Version("reference") if backend == "reference" else _versions[kernel][backend])
+
+
+@functools.cache
+def _fastest(kernel: str, device: torch.device, dtype: torch.dtype) -> str:
+    # on the CPU no GPU's backend unasked: Triton's interpreter is for tests
+    order = BACKENDS if device.type == "cuda" else ("cpu", "reference")
+    return next(b for b in order if _why_not(b, kernel, device, dtype) is None)
 
 
 def interpreted() -> bool:
     """Whether Triton kernels run in Triton's interpreter, on CPU tensors (``TRITON_INTERPRET=1``)."""
     return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def _module(backend: str, kernel: str) -> ModuleType:
-    if backend == "triton":
-        return importlib.import_module(f"{__package__}.triton.{_TRITON[kernel]}")
-    if backend == "cpu" and kernel in _BLOCKED:
-        return blocked_attention
-    return {"cuda": cuda, "cpu": native, "reference": reference}[backend]
-
-
-@functools.cache
-def _no_triton(module: str) -> str | None:
-    try:
-        importlib.import_module(f"{__package__}.triton.{module}")
-    except ImportError as error:
-        return f"Triton is missing ({error}): pip install triton"
-    return None

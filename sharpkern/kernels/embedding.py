@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .dispatch import choose, runs_on
+from .dispatch import choose, kernel, runs_on, triton
 
 
+@kernel(triton=triton("embedding"))
 def embedding(tables: Tensor, index: Tensor) -> Tensor:
     """Return ``tables[:, index]``.
 
@@ -23,6 +24,7 @@ def embedding(tables: Tensor, index: Tensor) -> Tensor:
     return result
 
 
+@kernel(triton=triton("embedding"))
 def embedding_backward(g: Tensor, index: Tensor, rows: int) -> Tensor:
     """Add up the cotangents of each row, in the order of the tokens: the same bits every time, no atomics.
 

@@ -1,38 +1,33 @@
-"""The dual GEMM: two products into one accumulator, with an activation's tangent as epilogue.
+"""The dual GEMM: two products into one accumulator, and a bias.
 
 Every line of a linear layer's tangent sweeps has this form (y = x W' + b; ' is the transpose):
 
     dy = dx W' + x dW' + db        d(gx) = dg W + g dW        d(gW) = dg' x + g' dx
-
-and the activation before or after it multiplies the result pointwise (``kernels/pointwise.py``).
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from .dispatch import choose, runs_on
+from .dispatch import choose, kernel, runs_on, triton
 
 
+@kernel(triton=triton("linear"))
 def dual_gemm(
     a: Tensor,
     b: Tensor,
     c: Tensor | None = None,
     d: Tensor | None = None,
     bias: Tensor | None = None,
-    slope: Tensor | None = None,
-    curvature: Tensor | None = None,
-    dz: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Return ``slope (a b + c d + bias) + curvature dz``; absent operands count as zero, an absent slope as one.
+    """Return ``a b + c d + bias``; absent operands count as zero.
 
     Args:
         a: ``[M, K]``, the same for all tangents, or ``[k, M, K]``; any strides (a transposed view costs nothing).
         b: ``[K, N]`` or ``[k, K, N]``. At least one of a and b has k.
         c: ``[M, L]`` or ``[k, M, L]``, with d ``[L, N]`` or ``[k, L, N]``; at least one of them has k.
         bias: ``[k, N]``.
-        slope: ``[M, N]``; curvature ``[M, N]`` goes with dz ``[k, M, N]``.
         out: ``[k, M, N]`` like the result, each ``[M, N]`` contiguous; allocated if None.
 
     Returns:
@@ -42,7 +37,7 @@ def dual_gemm(
 
     Cost: 2 k M N (K + L) operations; shared operands are read once for all k.
     """
-    result: Tensor = choose("dual_gemm", a).dual_gemm(a, b, c, d, bias, slope, curvature, dz, out)
+    result: Tensor = choose("dual_gemm", a).dual_gemm(a, b, c, d, bias, out)
     return result
 
 

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .dispatch import choose
+from .dispatch import COMPILED, choose, kernel, triton
 from .saved import CENTRED as CENTRED
 from .saved import FIXED as FIXED
 from .saved import RMS as RMS
 from .saved import Standardised as Standardised
 
 
+@kernel(cpu=COMPILED, triton=triton("norm"))
 def norm_tangent(
     s: Standardised, w: Tensor | None, dx: Tensor | None, dw: Tensor | None, db: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -41,6 +42,7 @@ def norm_tangent(
     return result
 
 
+@kernel(cpu=COMPILED, triton=triton("norm"))
 def norm_backward_tangent(
     s: Standardised,
     w: Tensor | None,

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .dispatch import choose
+from .dispatch import COMPILED, choose, kernel, triton
 
 
+@kernel(cpu=COMPILED, triton=triton("pointwise"))
 def slope_product(slope: Tensor, d: Tensor, curvature: Tensor | None = None, dz: Tensor | None = None) -> Tensor:
     """Return ``slope d + curvature dz`` in one pass, for k tangents at once.
 
@@ -31,6 +32,7 @@ def slope_product(slope: Tensor, d: Tensor, curvature: Tensor | None = None, dz:
     return result
 
 
+@kernel(cpu=COMPILED, triton=triton("pointwise"))
 def activation_slope(name: str, x: Tensor, y: Tensor) -> Tensor:
     """Return ``f'(x)`` of a smooth activation.
 
@@ -48,6 +50,7 @@ def activation_slope(name: str, x: Tensor, y: Tensor) -> Tensor:
     return result
 
 
+@kernel(cpu=COMPILED, triton=triton("pointwise"))
 def activation_curvature(name: str, x: Tensor, g: Tensor) -> Tensor:
     """Return ``g f''(x)``; name, x and result as for ``activation_slope``, g ``[*shape]`` like x."""
     result: Tensor = choose("activation_curvature", x).activation_curvature(name, x, g)

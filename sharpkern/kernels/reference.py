@@ -162,9 +162,6 @@ def dual_gemm(
     c: Tensor | None = None,
     d: Tensor | None = None,
     bias: Tensor | None = None,
-    slope: Tensor | None = None,
-    curvature: Tensor | None = None,
-    dz: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """See ``kernels.linear``."""
@@ -173,10 +170,6 @@ def dual_gemm(
         y = y + _wide(c) @ _wide(d)
     if bias is not None:
         y = y + _wide(bias)[:, None]
-    if slope is not None:
-        y = y * _wide(slope)
-    if curvature is not None and dz is not None:
-        y = y + _wide(curvature) * _wide(dz)
     return y.to(a.dtype) if out is None else out.copy_(y)
 
 

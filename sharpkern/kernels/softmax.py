@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .dispatch import choose
+from .dispatch import COMPILED, choose, kernel, triton
 
 
+@kernel(cpu=COMPILED, triton=triton("softmax"))
 def softmax_jacobian(p: Tensor, u: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Multiply the Jacobian of softmax with k blocks of rows.
 
@@ -30,6 +31,7 @@ def softmax_jacobian(p: Tensor, u: Tensor, weight: Tensor | None = None) -> tupl
     return result
 
 
+@kernel(cpu=COMPILED, triton=triton("softmax"))
 def softmax_backward_tangent(p: Tensor, dp: Tensor, inner: Tensor, dg: Tensor) -> Tensor:
     """Return the tangent of ``p (g - <p, g>)``.
 

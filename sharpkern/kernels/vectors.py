@@ -1,4 +1,7 @@
-"""Vector kernels: one public function each, which checks its arguments, chooses a backend, and calls it.
+"""Vector kernels: one public function each, which checks its arguments, chooses a backend, and launches its kernel.
+
+The compiled backends (``cpu.native``, ``cuda``) have the kernels of ``csrc/vectors.h`` and one ``launch`` each, which
+takes a kernel's arguments in the order that stands there.
 
 Blocks hold k vectors as rows, ``[k, n]``, contiguous, float32 or float64; sums are accumulated in float64.
 ``SHARPKERN_BACKEND`` (reference, cpu, triton, cuda) forces a backend, which then runs or raises.
@@ -9,11 +12,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .dispatch import choose
+from . import reference
+from .cholesky_qr import cholesky_qr
+from .cpu.native import on_huge_pages
+from .dispatch import COMPILED, CUDA, choose, kernel
 
 _DTYPES = (torch.float32, torch.float64)
 
 
+@kernel(cpu=COMPILED, cuda=CUDA)
 def gram(V: Tensor, W: Tensor) -> Tensor:
     """Return all inner products of the rows of two blocks, ``G = V W'``.
 
@@ -33,9 +40,16 @@ def gram(V: Tensor, W: Tensor) -> Tensor:
     11.0
     """
     _check_blocks("W", W, V)
-    return choose("gram", V).gram(V, W)
+    backend = choose("gram", V)
+    if backend is reference:
+        return reference.gram(V, W)
+    (k, n), m = V.shape, W.shape[0]
+    out = V.new_empty(k, m, dtype=torch.float64)
+    backend.launch("gram", V, V, k, W, m, n, out)
+    return out
 
 
+@kernel(cpu=COMPILED, cuda=CUDA)
 def power_step(V: Tensor, HV: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Rayleigh quotients, residual norms and next iterates of k unit vectors, in one call.
 
@@ -65,9 +79,18 @@ def power_step(V: Tensor, HV: Tensor, out: Tensor | None = None) -> tuple[Tensor
         raise ValueError(f"HV must match V ({list(V.shape)}), got {list(HV.shape)}.")
     if out is not None:
         _check_like("out", out, V.shape, V)
-    return choose("power_step", V).power_step(V, HV, out)
+    backend = choose("power_step", V)
+    if backend is reference:
+        return reference.power_step(V, HV, out)
+    k, n = V.shape
+    theta = V.new_empty(k, dtype=torch.float64)
+    residual = torch.empty_like(theta)  # views of one allocation would cost more
+    out = on_huge_pages(torch.empty_like(V)) if out is None else out
+    backend.launch("power_step", V, V, HV, k, n, theta, residual, out)
+    return theta, residual, out
 
 
+@kernel(cpu=COMPILED, cuda=CUDA)
 def combine(C: Tensor, V: Tensor, out: Tensor | None = None) -> Tensor:
     """Return linear combinations of the rows of a block, ``C V``.
 
@@ -94,9 +117,16 @@ def combine(C: Tensor, V: Tensor, out: Tensor | None = None) -> Tensor:
         )
     if out is not None:
         _check_like("out", out, (C.shape[0], V.shape[1]), V)
-    return choose("combine", V).combine(C.contiguous(), V, out)
+    backend, C = choose("combine", V), C.contiguous()
+    if backend is reference:
+        return reference.combine(C, V, out)
+    (m, k), n = C.shape, V.shape[1]
+    out = on_huge_pages(V.new_empty(m, n)) if out is None else out
+    backend.launch("combine", V, C, m, k, V, n, out)
+    return out
 
 
+@kernel(cpu=COMPILED, cuda=CUDA)
 def orthonormalise(V: Tensor) -> Tensor:
     """Return the Gram-Schmidt basis of the rows of a block, by Cholesky QR.
 
@@ -123,10 +153,12 @@ def orthonormalise(V: Tensor) -> Tensor:
         raise ValueError(f"V must have no more rows than columns to be orthonormalised, got {list(V.shape)}.")
     if V.shape[0] == 0:
         return torch.empty_like(V)
-    result: Tensor = choose("orthonormalise", V).orthonormalise(V)
-    return result
+    if choose("orthonormalise", V) is reference:
+        return reference.orthonormalise(V)
+    return cholesky_qr(V, gram, combine)
 
 
+@kernel(cpu=COMPILED, cuda=CUDA)
 def scale(V: Tensor, d: Tensor, out: Tensor | None = None) -> Tensor:
     """Multiply every row of a block by a diagonal.
 
@@ -150,9 +182,15 @@ def scale(V: Tensor, d: Tensor, out: Tensor | None = None) -> Tensor:
     _check_like("d", d, V.shape[1:], V)
     if out is not None:
         _check_like("out", out, V.shape, V)
-    return choose("scale", V).scale(V, d, out)
+    backend = choose("scale", V)
+    if backend is reference:
+        return reference.scale(V, d, out)
+    out = on_huge_pages(torch.empty_like(V)) if out is None else out
+    backend.launch("scale", V, V, *V.shape, d, out)
+    return out
 
 
+@kernel(cpu=COMPILED, cuda=CUDA)
 def inv_sqrt_adam(
     v: Tensor, *, bias_correction2: float, eps: float, factor: float, out: Tensor | None = None
 ) -> Tensor:
@@ -185,9 +223,12 @@ def inv_sqrt_adam(
         )
     if out is not None:
         _check_like("out", out, v.shape, v)
-    module = choose("inv_sqrt_adam", v)
-    result: Tensor = module.inv_sqrt_adam(v, bias_correction2=bias_correction2, eps=eps, factor=factor, out=out)
-    return result
+    backend = choose("inv_sqrt_adam", v)
+    if backend is reference:
+        return reference.inv_sqrt_adam(v, bias_correction2=bias_correction2, eps=eps, factor=factor, out=out)
+    out = on_huge_pages(torch.empty_like(v)) if out is None else out
+    backend.launch("inv_sqrt_adam", v, v, v.numel(), bias_correction2, eps, factor, out)
+    return out
 
 
 # Each check is one expression on the way that succeeds: a call on a short vector is mostly these.

@@ -10,5 +10,4 @@ from . import native
 
 def empty(rows: int, n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return ``[rows, n]``, not set, and on huge pages if it is large and on the CPU."""
-    block = torch.empty(rows, n, dtype=dtype, device=device)
-    return native.on_huge_pages(block) if device.type == "cpu" else block
+    return native.on_huge_pages(torch.empty(rows, n, dtype=dtype, device=device))

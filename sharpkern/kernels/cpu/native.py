@@ -1,4 +1,8 @@
-"""Tensors to addresses for the compiled kernels in ``sharpkern._C``; same names and results as ``reference``."""
+"""The compiled CPU kernels in ``sharpkern._C``: tensors become addresses.
+
+Vector kernels are launched from ``kernels.vectors``. The others have a function here, with the name and the results of
+the one in ``reference``.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +10,13 @@ import functools
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..cholesky_qr import cholesky_qr
-from ..saved import Standardised
+from ..saved import CENTRED, FIXED, RMS, Standardised
 
 try:
     from ... import _C
@@ -47,14 +51,29 @@ def recorded(recorder: Recorder) -> Iterator[None]:
         _recorders.pop()
 
 
-def _call(kernel: str, x: Tensor, *arguments: float | Tensor | None) -> None:
-    """Call a compiled kernel of x's dtype; tensors become addresses, None becomes 0."""
+def launch(kernel: str, x: Tensor, *arguments: float | Tensor) -> None:
+    """Call a vector kernel of x's dtype, with its arguments in the order of ``csrc/vectors.h``."""
+    # ints first: asking whether something is a tensor costs more than an address
+    addresses = [a if type(a) is int else a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
     function = _function(kernel, x.dtype)
-    # the common type first: asking whether something is a tensor costs more than an address
-    addresses = tuple([a if type(a) is int else a.data_ptr() if isinstance(a, Tensor) else a or 0 for a in arguments])
-    function(*addresses)
+    function(*addresses, torch.get_num_threads())
+    if _recorders:
+        _show(function, addresses, arguments)
+
+
+def _call(x: Tensor, struct: tuple[dict[torch.dtype, Any], tuple[Any, ...]]) -> None:
+    """Call a kernel of x's dtype with a struct of ``_structs``; None stands for absent."""
+    functions, fields = struct
+    addresses = [0 if a is None else a if type(a) is int else a.data_ptr() for a in fields]
+    function = functions[x.dtype]
+    function(*addresses, torch.get_num_threads())
+    if _recorders:
+        _show(function, addresses, fields)
+
+
+def _show(function: Any, addresses: list[float], arguments: tuple[Any, ...]) -> None:
     for recorder in _recorders:
-        recorder(function, addresses, arguments)
+        recorder(function, (*addresses, torch.get_num_threads()), arguments)
 
 
 @functools.cache
@@ -62,61 +81,29 @@ def _function(kernel: str, dtype: torch.dtype) -> Any:
     return getattr(_C, f"{kernel}_f64" if dtype == torch.float64 else f"{kernel}_f32")
 
 
+def _struct(kernel: str, names: tuple[str, ...]) -> Callable[..., Any]:
+    """Return a function that takes a struct's fields by name, so that none can be swapped or forgotten.
+
+    It returns the kernel's functions by dtype, and the fields in their order.
+    """
+    functions = {dtype: _function(kernel, dtype) for dtype in (torch.float32, torch.float64)}
+    row = ", ".join(names)
+    # compiled, as namedtuple does it: a dictionary of fields would take longer than a small kernel
+    struct: Callable[..., Any] = eval(f"lambda *, {row}: (functions, ({row}))", {"functions": functions})
+    return struct
+
+
+_structs = SimpleNamespace(**{} if _C is None else {name: _struct(name, row) for name, row in _C.fields.items()})
+
+
 def on_huge_pages(block: Tensor) -> Tensor:
-    """Advise the system (Linux) to back a large block, not yet written to, with pages of 2 MiB.
+    """Advise the system (Linux) to back a large block on the CPU, not yet written to, with pages of 2 MiB.
 
     Touching 4 KiB pages for the first time takes six times longer.
     """
-    if _C is not None and block.nbytes >= _ALWAYS_FRESH:
+    if _C is not None and block.nbytes >= _ALWAYS_FRESH and block.is_cpu:
         _C.use_huge_pages(block.data_ptr(), block.nbytes)
     return block
-
-
-def gram(V: Tensor, W: Tensor) -> Tensor:
-    """See ``kernels.gram``."""
-    (k, n), m = V.shape, W.shape[0]
-    out = torch.empty(k, m, dtype=torch.float64)
-    _call("gram", V, V, k, W, m, n, out, torch.get_num_threads())
-    return out
-
-
-def power_step(V: Tensor, HV: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """See ``kernels.power_step``."""
-    k, n = V.shape
-    theta = torch.empty(k, dtype=torch.float64)
-    residual = torch.empty_like(theta)  # views of one allocation would cost more
-    out = on_huge_pages(torch.empty_like(V)) if out is None else out
-    _call("power_step", V, V, HV, k, n, theta, residual, out, torch.get_num_threads())
-    return theta, residual, out
-
-
-def combine(C: Tensor, V: Tensor, out: Tensor | None = None) -> Tensor:
-    """See ``kernels.combine``."""
-    (m, k), n = C.shape, V.shape[1]
-    out = on_huge_pages(V.new_empty(m, n)) if out is None else out
-    _call("combine", V, C, m, k, V, n, out, torch.get_num_threads())
-    return out
-
-
-def orthonormalise(V: Tensor) -> Tensor:
-    """See ``kernels.orthonormalise``."""
-    return cholesky_qr(V, gram, combine)
-
-
-def scale(V: Tensor, d: Tensor, out: Tensor | None = None) -> Tensor:
-    """See ``kernels.scale``."""
-    out = on_huge_pages(torch.empty_like(V)) if out is None else out
-    _call("scale", V, V, *V.shape, d, out, torch.get_num_threads())
-    return out
-
-
-def inv_sqrt_adam(
-    v: Tensor, *, bias_correction2: float, eps: float, factor: float, out: Tensor | None = None
-) -> Tensor:
-    """See ``kernels.inv_sqrt_adam``."""
-    out = on_huge_pages(torch.empty_like(v)) if out is None else out
-    _call("inv_sqrt_adam", v, v, v.numel(), bias_correction2, eps, factor, out, torch.get_num_threads())
-    return out
 
 
 def level() -> str:
@@ -124,20 +111,24 @@ def level() -> str:
     return "none" if _C is None else str(_C.level())
 
 
+_MODES: dict[int, int] = {} if _C is None else dict(zip((FIXED, RMS, CENTRED), _C.norm_modes, strict=True))
+
+
 def norm_tangent(
     s: Standardised, w: Tensor | None, dx: Tensor | None, dw: Tensor | None, db: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """See ``kernels.norm.norm_tangent``."""
-    k = next(d for d in (dx, dw, db) if d is not None).shape[0]
     (rows, D), x = s.xhat.shape, s.xhat
+    dx, dw, db = [None if d is None else d.contiguous() for d in (dx, dw, db)]
+    k = [d for d in (dx, dw, db) if d is not None][0].shape[0]  # a generator takes twice the time
     dy = x.new_empty(k, rows, D)
     dxhat = None if dx is None else torch.empty_like(dy)
     along = None if dx is None else x.new_empty(k, rows)
-    dx, dw, db = (None if d is None else d.contiguous() for d in (dx, dw, db))
-    _call(
-        "norm_tangent", x, k, rows, D, s.groups, s.inner, s.mode, torch.get_num_threads(),
-        x, s.r, w, dx, dw, db, dy, dxhat, along,
+    fields = _structs.norm_tangent(
+        k=k, rows=rows, D=D, groups=s.groups, inner=s.inner, mode=_MODES[s.mode], xhat=x, r=s.r,
+        w=w, dx=dx, dw=dw, db=db, y=dy, dxhat=dxhat, along=along,
     )  # fmt: skip
+    _call(x, fields)
     return dy, dxhat, along
 
 
@@ -157,10 +148,11 @@ def norm_backward_tangent(
     out = torch.empty_like(dg) if needs[0] else None
     dgw = x.new_empty(k, s.channels) if needs[1] else None
     dgb = x.new_empty(k, s.channels) if needs[2] else None
-    _call(
-        "norm_backward_tangent", x, k, rows, D, s.groups, s.inner, s.mode, torch.get_num_threads(),
-        x, s.r, w, dw, dxhat, along, g, dg, out, dgw, dgb,
+    fields = _structs.norm_backward_tangent(
+        k=k, rows=rows, D=D, groups=s.groups, inner=s.inner, mode=_MODES[s.mode],
+        xhat=x, r=s.r, w=w, dw=dw, dxhat=dxhat, along=along, g=g, dg=dg, out=out, dgw=dgw, dgb=dgb,
     )  # fmt: skip
+    _call(x, fields)
     return out, dgw, dgb
 
 
@@ -168,28 +160,28 @@ def slope_product(slope: Tensor, d: Tensor, curvature: Tensor | None = None, dz:
     """See ``kernels.pointwise``."""
     d, dz = d.contiguous(), None if dz is None else dz.contiguous()
     out = torch.empty_like(d)
-    threads = torch.get_num_threads()
-    _call("slope_product", d, slope, d, curvature, dz, d.shape[0], slope.numel(), out, threads)
+    _call(
+        d, _structs.slope_product(slope=slope, d=d, curvature=curvature, dz=dz, out=out, k=d.shape[0], n=slope.numel())
+    )
     return out
 
 
-_ACTIVATIONS = {"gelu": 0, "gelu_tanh": 1, "silu": 2}  # csrc/activation.h
+_ACTIVATIONS: dict[str, int] = {} if _C is None else _C.activations
 
 
 def activation_slope(name: str, x: Tensor, y: Tensor) -> Tensor:
     """See ``kernels.pointwise``."""
-    return _activation("activation_slope", name, x, y)
+    x, y = x.contiguous(), y.contiguous()
+    out = torch.empty_like(x)
+    _call(x, _structs.activation_slope(activation=_ACTIVATIONS[name], n=x.numel(), x=x, y=y, out=out))
+    return out
 
 
 def activation_curvature(name: str, x: Tensor, g: Tensor) -> Tensor:
     """See ``kernels.pointwise``."""
-    return _activation("activation_curvature", name, x, g)
-
-
-def _activation(kernel: str, name: str, x: Tensor, other: Tensor) -> Tensor:
-    x, other = x.contiguous(), other.contiguous()
+    x, g = x.contiguous(), g.contiguous()
     out = torch.empty_like(x)
-    _call(kernel, x, _ACTIVATIONS[name], x, other, x.numel(), out, torch.get_num_threads())
+    _call(x, _structs.activation_curvature(activation=_ACTIVATIONS[name], n=x.numel(), x=x, g=g, out=out))
     return out
 
 
@@ -198,7 +190,7 @@ def softmax_jacobian(p: Tensor, u: Tensor, weight: Tensor | None = None) -> tupl
     u = u.contiguous()
     k, rows, C = u.shape
     out, mean = torch.empty_like(u), u.new_empty(k, rows)
-    _call("softmax_jacobian", p, p, u, weight, k, rows, C, out, mean, torch.get_num_threads())
+    _call(p, _structs.softmax_jacobian(p=p, u=u, weight=weight, out=out, mean=mean, k=k, rows=rows, C=C))
     return out, mean
 
 
@@ -206,5 +198,6 @@ def softmax_backward_tangent(p: Tensor, dp: Tensor, inner: Tensor, dg: Tensor) -
     """See ``kernels.softmax``."""
     dp, dg = dp.contiguous(), dg.contiguous()
     out = torch.empty_like(dg)
-    _call("softmax_backward_tangent", p, p, dp, inner, dg, *dg.shape, out, torch.get_num_threads())
+    k, rows, C = dg.shape
+    _call(p, _structs.softmax_backward_tangent(p=p, dp=dp, inner=inner, dg=dg, out=out, k=k, rows=rows, C=C))
     return out

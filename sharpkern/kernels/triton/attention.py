@@ -17,6 +17,7 @@ from ..dispatch import interpreted
 from ..precision import allows_tf32
 from ..saved import Heads
 from . import attention_kernels as kernels
+from . import attention_tiles as tiles
 
 ROWS = 32  # of a program of row_sums
 OPTIONS = {"num_warps": 4, "num_stages": 1, "maxnreg": 255}  # ptxas else spills a little for occupancy
@@ -164,7 +165,7 @@ def shape(name: str, width: int, width_v: int, precision: str) -> dict[str, Any]
     """Constants of a kernel that follow from the widths of q and v and from the precision of its products."""
     own, other, chunk = blocks(precision)
     result = width if name in SUMS_Q else width_v
-    part = min(64, kernels.padded(result))
+    part = min(64, tiles.padded(result))
     return {
         "WIDE": precision == "interpreted",
         "PRECISION": "tf32" if precision == "tf32" else "ieee",  # of no effect on 16-bit operands
@@ -172,7 +173,7 @@ def shape(name: str, width: int, width_v: int, precision: str) -> dict[str, Any]
         "WV": width_v,
         "M": other if name in BY_KEYS else own,
         "N": own if name in BY_KEYS else other,
-        "CHUNK": min(chunk, kernels.padded(max(width, width_v))),
+        "CHUNK": min(chunk, tiles.padded(max(width, width_v))),
         "PART": part,
         "PARTS": triton.cdiv(result, part),
     }

@@ -116,15 +116,25 @@ def _add_product(
 
 
 @triton.jit
+def _place(k, M, N, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
+    """A program's tangent, and the row and column at which its tile begins."""
+    # The tangents of one tile are neighbours, for they share the primal's tiles; then go the tiles of one group of
+    # rows, column by column.
+    program = tl.program_id(0)
+    tile = program // k
+    group = GROUP * tl.cdiv(N, BN)
+    first = tile // group * GROUP
+    height = tl.minimum(tl.cdiv(M, BM) - first, GROUP)
+    return (program % k).to(tl.int64), (first + tile % group % height) * BM, tile % group // height * BN
+
+
+@triton.jit
 def _dual_gemm(
     a,  # [k, M, K], any strides
     b,  # [k, K, N], any strides
     c,  # [k, M, L], any strides
     d,  # [k, L, N], any strides
     bias,  # [k, N]
-    slope,  # [M, N]
-    curvature,  # [M, N]
-    dz,  # [k, M, N]
     out,  # [k, M, N], any stride by tangent
     k,
     M,
@@ -146,8 +156,6 @@ def _dual_gemm(
     out_k,
     HAS_SECOND: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    HAS_SLOPE: tl.constexpr,
-    CURVED: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -156,17 +164,7 @@ def _dual_gemm(
     WIDEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    # The tangents of one tile are neighbours, for they share the primal's tiles; then go the tiles of one group of
-    # rows, column by column.
-    program = tl.program_id(0)
-    t = (program % k).to(tl.int64)
-    tile = program // k
-    group = GROUP * tl.cdiv(N, BN)
-    first = tile // group * GROUP
-    height = tl.minimum(tl.cdiv(M, BM) - first, GROUP)
-    row = (first + tile % group % height) * BM
-    col = tile % group // height * BN
-
+    t, row, col = _place(k, M, N, BM, BN, GROUP)
     acc = tl.zeros((BM, BN), tl.float32)
     acc = _add_product(
         acc, a + t * a_k, a_row, a_col, b + t * b_k, b_row, b_col, row, col, M, N, K,
@@ -185,11 +183,6 @@ def _dual_gemm(
     start = row.to(tl.int64) * N + col
     if HAS_BIAS:
         acc += tl.load(bias + (t * N + col) + j, mask=j < N - col, other=0.0).to(tl.float32)[None, :]
-    if HAS_SLOPE:
-        acc *= tl.load(slope + start + entry, mask=inside, other=0.0).to(tl.float32)
-    if CURVED:
-        curve = tl.load(curvature + start + entry, mask=inside, other=0.0).to(tl.float32)
-        acc += curve * tl.load(dz + (t * M * N + start) + entry, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + (t * out_k + start) + entry, acc.to(out.dtype.element_ty), mask=inside)
 
 
@@ -199,9 +192,6 @@ def dual_gemm(
     c: Tensor | None = None,
     d: Tensor | None = None,
     bias: Tensor | None = None,
-    slope: Tensor | None = None,
-    curvature: Tensor | None = None,
-    dz: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """See ``kernels.linear``."""
@@ -220,9 +210,6 @@ def dual_gemm(
         c,
         d,
         a if bias is None else bias.contiguous(),
-        a if slope is None else slope.contiguous(),
-        a if curvature is None else curvature.contiguous(),
-        a if dz is None else dz.contiguous(),
         out,
         k,
         M,
@@ -236,8 +223,6 @@ def dual_gemm(
         out.stride(0),
         HAS_SECOND=second,
         HAS_BIAS=bias is not None,
-        HAS_SLOPE=slope is not None,
-        CURVED=curvature is not None and dz is not None,
         BM=size.m,
         BN=size.n,
         BK=size.k,
