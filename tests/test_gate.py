@@ -474,3 +474,34 @@ def test_parameters_that_would_not_be_trained_as_in_eager_torch_are_refused() ->
     model[0].weight.register_post_accumulate_grad_hook(lambda p: None)  # noqa: ARG005
     with pytest.raises(ValueError, match=r"backward\(\) only"):
         sk.SharpnessTracker(model, F.cross_entropy, torch.optim.SGD(model.parameters(), lr=0.1)).step(data)
+
+
+def test_a_counter_of_forward_passes_costs_no_check_at_each_refresh() -> None:
+    class Counting(nn.Module):
+        calls = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return torch.tanh(x)
+
+    model, data = net(Counting()), batch()
+    H = sk.HessianOperator(model, F.cross_entropy, data)
+    assert isinstance(H.engine, ReplayedProgram)
+    seen = model[1].calls
+    for _ in range(10):
+        H.refresh()
+    assert model[1].calls <= seen + 1
+    agrees(H, model, F.cross_entropy, data)
+
+
+def test_values_that_change_now_and_then_stay_with_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sharpkern.curvature.engines._RECENT", 3)
+    model, data, weight = net(), batch(), 0.0
+    loss_fn = lambda o, t: F.cross_entropy(o, t) + weight * o.square().mean()  # noqa: E731
+    H = sk.HessianOperator(model, loss_fn, data)
+    for phase in range(6):
+        weight = 0.5 * phase
+        for _ in range(4):
+            H.refresh()
+        assert isinstance(H.engine, ReplayedProgram)
+        torch.testing.assert_close(H.loss, loss_fn(model(data[0]), data[1]).detach())

@@ -27,8 +27,10 @@ from .watch import Snapshot, changes
 
 CHECK_EVERY = 200  # refreshes between comparisons with the eager model: one gradient in two hundred
 _MOST_ENGINES = 8  # kept, least recently used first to go
-_MOST_EXPORTS = 3  # for changed Python values; a value that changes more often is not for an export
+_MOST_EXPORTS = 3  # for changed Python values, within _RECENT refreshes; what changes more often is not for an export
+_RECENT = 100
 _SAME = 16.0  # units of rounding within which a value that changed is taken to play no part
+_NOISE = 4.0  # or so many times the difference that the program had when it was new
 
 Engine = ReplayedProgram | DoubleBackward
 
@@ -49,7 +51,11 @@ class Engines:
         self.module, self.params, self.keep_outputs, self.verify = module, params, keep_outputs, verify
         self._kept: OrderedDict[Any, Engine] = OrderedDict()
         self._snapshot: Snapshot | None = None
-        self._exports = 0  # for changed values alone
+        self._holds = False  # what the last look at the snapshot has shown
+        self._last: tuple[pytree.TreeSpec, list[Any], Engine] | None = None  # of the refresh before
+        self._exports = 0  # for changed values alone, of late
+        self._refreshes = self._last_export = 0
+        self._noise: dict[int, float] = {}  # id of a program -> its difference from the eager model when it was new
         self._values: dict[Any, dict[str, Any]] = {}  # structure -> values that the last engine was made with
         self._latest: dict[Any, Engine] = {}
         self._eager_only = ""  # why no program is made any more
@@ -61,6 +67,11 @@ class Engines:
         """Modules that the loss function reaches without containing them."""
         return [] if self._snapshot is None else self._snapshot.others
 
+    def unchanged(self) -> bool:
+        """Look whether modules, parameters and the Python values that their code reads are as at the last refresh."""
+        self._holds = self._snapshot is not None and self._snapshot.holds()
+        return self._holds
+
     def __iter__(self) -> Iterator[Engine]:
         return iter({id(engine): engine for engine in self._kept.values()}.values())
 
@@ -68,28 +79,39 @@ class Engines:
         return len(list(iter(self)))
 
     def for_batch(self, leaves: list[Any], spec: pytree.TreeSpec) -> Engine:
-        """Return the engine for a batch, checked if it is time.
+        """Return the engine for a batch, checked if it is time; ``unchanged`` must have been called just before.
 
         Raises:
             ValueError: the loss is no floating scalar or does not depend on the parameters.
             NonFiniteLossError: the eager loss is NaN or infinite.
             Exception: whatever the user's own code raises.
         """
-        if self._snapshot is None or not self._snapshot.holds():
-            self._snapshot = Snapshot(self.module)
-        tensors = tuple((x.shape, x.dtype) if isinstance(x, Tensor) else None for x in leaves)
-        structure = (spec, tensors, self._snapshot.structure)
-        plain = {f"batch leaf {i}": x for i, x in enumerate(leaves) if not isinstance(x, Tensor)}
-        values = self._snapshot.values | plain
-        key = (structure, _hashable(values))
         self._since += 1
-        engine = self._kept.get(key)
+        self._refreshes += 1
+        due = self.verify and self._since >= CHECK_EVERY
+        signature = [(x.shape, x.dtype) if isinstance(x, Tensor) else x for x in leaves]
+        if self._snapshot is None or not self._holds:
+            self._snapshot = Snapshot(self.module)
+        elif self._last is not None and not due and self._last[:2] == (spec, signature):
+            return self._last[2]  # as at the refresh before: most are
+        structure, values = self._state(leaves, spec)
+        engine = self._kept.get((structure, _hashable(values)))
         if engine is None:
             engine = self._made(leaves, spec, structure, values)
-        elif self.verify and self._since >= CHECK_EVERY and isinstance(engine, ReplayedProgram):
+        elif due and isinstance(engine, ReplayedProgram):
             engine = self._checked(engine, leaves, spec)
-        self._keep(key, structure, values, engine)
+        # An eager pass may have left values behind, such as a counter: programs leave them as they are now.
+        structure, values = self._state(leaves, spec)
+        self._keep((structure, _hashable(values)), structure, values, engine)
+        self._last = spec, signature, engine
         return engine
+
+    def _state(self, leaves: list[Any], spec: pytree.TreeSpec) -> tuple[Any, dict[str, Any]]:
+        """Return what an engine belongs to: the structure, which needs another one, and values, which may."""
+        assert self._snapshot is not None
+        tensors = tuple((x.shape, x.dtype) if isinstance(x, Tensor) else None for x in leaves)
+        plain = {f"batch leaf {i}": x for i, x in enumerate(leaves) if not isinstance(x, Tensor)}
+        return (spec, tensors, self._snapshot.structure), self._snapshot.values | plain
 
     def _keep(self, key: Any, structure: Any, values: dict[str, Any], engine: Engine) -> None:
         self._kept[key] = engine
@@ -98,7 +120,8 @@ class Engines:
         while len(self._kept) > _MOST_ENGINES:
             (old, *_), _ = self._kept.popitem(last=False)
             if not any(structure == old for structure, _ in self._kept):
-                self._values.pop(old, None), self._latest.pop(old, None)
+                self._values.pop(old, None)
+                self._latest.pop(old, None)
 
     def _made(self, leaves: list[Any], spec: pytree.TreeSpec, structure: Any, values: dict[str, Any]) -> Engine:
         """Make an engine; where only Python values have changed, first ask whether they play a part."""
@@ -112,9 +135,11 @@ class Engines:
         eager = self._eager(leaves, spec)
         if not eager.unseen:
             verdict = compare(latest, self.module, leaves, spec, self.params, eager)
-            if verdict.agrees and verdict.difference <= _SAME * latest.program.graph.rounding:
+            usual = max(_SAME * latest.program.graph.rounding, _NOISE * self._noise.get(id(latest), 0.0))
+            if verdict.agrees and verdict.difference <= usual:
                 return latest
-        self._exports += 1
+        self._exports = 1 + (self._exports if self._refreshes - self._last_export <= _RECENT else 0)
+        self._last_export = self._refreshes
         if self._exports > _MOST_EXPORTS:
             self._eager_only = (
                 f"a Python value that it reads changes from step to step ({', '.join(names[:3])}): make it a 0-d "
@@ -147,6 +172,7 @@ class Engines:
             verdict = compare(engine, self.module, leaves, spec, self.params, eager)
             if not verdict.agrees:
                 raise UnsupportedModelError(f"the exported program differs from the eager model in {verdict.what}")
+            self._noise[id(engine)] = verdict.difference
             if engine.fallback_ops:
                 self._try_products(engine)
         return engine

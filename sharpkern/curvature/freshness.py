@@ -21,13 +21,24 @@ class Freshness:
 
     Args:
         params: whose elements are looked at.
-        inputs: tensors of the batch.
     """
 
-    def __init__(self, params: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
-        self._tensors = [*params, *inputs]
+    def __init__(self, params: Sequence[Tensor]) -> None:
+        self._params = list(params)
+        self._addresses: list[int] = []
+
+    def renew(self, inputs: Sequence[Tensor]) -> None:
+        """Take the present state as the one to compare with.
+
+        Args:
+            inputs: tensors of the batch.
+        """
+        self._tensors = [*self._params, *inputs]
         self._marks = self._present_marks()
-        self._words = [word for p in params if p.device.type == "cpu" for word in _samples(p)]
+        addresses = [p.data_ptr() if p.layout is torch.strided else 0 for p in self._params]
+        if addresses != self._addresses:
+            self._addresses = addresses
+            self._words = [word for p in self._params if p.device.type == "cpu" for word in _samples(p)]
         self._values = [word.value for word in self._words]
 
     def holds(self) -> bool:

@@ -52,6 +52,7 @@ class LossCurvature(ParameterOperator):
         """Begin anew with the present parameters: their number, dtype and device, and no engine."""
         layout = Layout(self.params)
         self.n, self.dtype, self.device = layout.n, layout.dtype, layout.device
+        self._freshness = Freshness(list(self.params.values()))
         self._engines = Engines(self.module, self.params, keep_outputs=self._needs_outputs, verify=self._verify)
 
     def _follow_parameters(self) -> None:
@@ -84,7 +85,8 @@ class LossCurvature(ParameterOperator):
         self.batch = self.batch if batch is None else self.module.accepted(batch)
         leaves, spec = pytree.tree_flatten(self.batch)
         self._inputs = [x for x in leaves if isinstance(x, Tensor)]
-        self._follow_parameters()
+        if not self._engines.unchanged():
+            self._follow_parameters()
         _check_batch(self._inputs, self.device)
         self._engine = self._engines.for_batch(leaves, spec)
         self.loss: Tensor = self._engine.forward(self.module, leaves, update_buffers=update_buffers)
@@ -93,7 +95,7 @@ class LossCurvature(ParameterOperator):
             raise NonFiniteLossError(value)
         self._engine.backward()
         self._gradient: Tensor | None = None
-        self._freshness = Freshness(list(self.params.values()), self._inputs)
+        self._freshness.renew(self._inputs)
 
     @property
     def gradient(self) -> Tensor:
