@@ -131,3 +131,22 @@ def test_a_learned_mask_in_which_a_row_sees_nothing() -> None:
         ),
         reference=plain,
     )
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 8, 13])
+def test_products_and_running_products_with_zeros(n: int) -> None:
+    x = torch.randn(n, 3).double()
+    x[n // 2, 0] = 0.0
+    x[0, 1] = x[-1, 1] = 0.0
+
+    def shifted(q):
+        return q["x"] + q["x"].square()  # zero where x is
+
+    for f in (
+        lambda y: y.prod(0),
+        lambda y: y.prod(1, keepdim=True),
+        lambda y: y.prod(),
+        lambda y: y.cumprod(0),
+        lambda y: y.T.cumprod(-1),
+    ):
+        check({"x": x}, lambda q, _, f=f: weighted(f(shifted(q))), truth=double_backward, values=1)

@@ -72,6 +72,9 @@ def _table() -> dict[Any, Callable[..., Any]]:
     for op, f in {
         aten._cdist_forward.default: pairwise_distances,
         aten._pdist_forward.default: distances_within,
+        aten.prod.default: product,
+        aten.prod.dim_int: product_along,
+        aten.cumprod.default: running_product,
         aten._embedding_bag.default: embedding_bag,
         aten._embedding_bag_forward_only.default: embedding_bag,
         aten.grid_sampler_2d.default: decomposition_table[aten.grid_sampler_2d.default],
@@ -91,6 +94,36 @@ def weight_norm_interface(v: Tensor, g: Tensor, dim: int = 0) -> tuple[Tensor, T
 def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     """Weight normalisation, the weight alone."""
     return weight_norm_interface(v, g, dim)[0]
+
+
+def product(x: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
+    """Product of all entries."""
+    return product_along(x.reshape(-1), 0, dtype=dtype)
+
+
+def product_along(x: Tensor, dim: int, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Tensor:
+    """Products as a tree of multiplications: no entry is divided by, so that zeros are as good as others."""
+    x = x if dtype is None else x.to(dtype)
+    if x.ndim == 0:
+        return x.clone()
+    if x.shape[dim] == 0:
+        return torch.ones_like(x.sum(dim, keepdim=keepdim))
+    while (n := x.shape[dim]) > 1:
+        pairs = x.narrow(dim, 0, n // 2) * x.narrow(dim, n // 2, n // 2)
+        x = pairs if n % 2 == 0 else torch.cat([pairs, x.narrow(dim, n - 1, 1)], dim)
+    return x if keepdim else x.squeeze(dim)
+
+
+def running_product(x: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Tensor:
+    """Running products by doubling: after step i each entry is the product of the last 2^i."""
+    x = x if dtype is None else x.to(dtype)
+    if x.ndim == 0:
+        return x.clone()
+    n, reach = x.shape[dim], 1
+    while reach < n:
+        x = torch.cat([x.narrow(dim, 0, reach), x.narrow(dim, reach, n - reach) * x.narrow(dim, 0, n - reach)], dim)
+        reach *= 2
+    return x.clone() if n <= 1 else x
 
 
 def pairwise_distances(x: Tensor, y: Tensor, p: float, mode: int | None = None) -> Tensor:  # noqa: ARG001

@@ -189,6 +189,10 @@ def _strictly_within(x: Tensor, low: float, high: float, value: float = 1) -> Te
     return torch.zeros_like(x).masked_fill_((x > low) & (x < high), value)
 
 
+def _erfinv_first(y: Tensor) -> Tensor:
+    return torch.exp(y * y) / _ERF
+
+
 FUNCTIONS: dict[Any, Function] = {
     aten.leaky_relu.default: Function(lambda x, y, slope=0.01: torch.full_like(x, slope).masked_fill_(x > 0, 1), None),
     aten.hardtanh.default: Function(lambda x, y, low=-1, high=1: _strictly_within(x, low, high), None),
@@ -237,6 +241,9 @@ FUNCTIONS: dict[Any, Function] = {
     aten.cosh.default: Function(lambda x, y: torch.sinh(x), lambda x, y: y),
     aten.asinh.default: Function(lambda x, y: torch.rsqrt(1 + x * x), lambda x, y: -x * (1 + x * x) ** -1.5),
     aten.atanh.default: Function(lambda x, y: 1 / (1 - x * x), lambda x, y: 2 * x / (1 - x * x) ** 2),
+    aten.lgamma.default: Function(lambda x, y: torch.digamma(x), lambda x, y: torch.polygamma(1, x)),
+    aten.digamma.default: Function(lambda x, y: torch.polygamma(1, x), lambda x, y: torch.polygamma(2, x)),
+    aten.erfinv.default: Function(lambda x, y: _erfinv_first(y), lambda x, y: 2 * y * _erfinv_first(y).square()),
     aten.erf.default: Function(lambda x, y: _ERF * torch.exp(-x * x), lambda x, y: -2 * _ERF * x * torch.exp(-x * x)),
     aten.erfc.default: Function(lambda x, y: -_ERF * torch.exp(-x * x), lambda x, y: 2 * _ERF * x * torch.exp(-x * x)),
 }
