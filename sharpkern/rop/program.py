@@ -167,7 +167,7 @@ class Program:
         parts = [] if out is None else list(self.layout.views(out))
         for index, step, position in self._direct:
             assert step.rule is not None
-            step.rule.destination[position] = parts[index] if parts and step.name not in linear_steps else None
+            step.rule.write_to(position, parts[index] if parts and step.name not in linear_steps else None)
         return parts
 
     # -- primal sweeps ------------------------------------------------------------------------------------------
@@ -311,6 +311,7 @@ class Program:
         for step in self.live:
             assert step.rule is not None
             dargs = tuple(_pick(tangents, entry) for entry in step.inputs)
+            step.rule.forget_primals()
             result = step.rule.tangent(*dargs)
             if second is not None and step.name not in linear_steps:
                 part = step.rule.second_order(dargs, step.g)
