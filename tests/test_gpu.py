@@ -14,7 +14,7 @@ from torch import Tensor
 
 import sharpkern as sk
 from sharpkern.kernels.precision import tf32_products
-from sharpkern.rop.recording import tape
+from sharpkern.rop.recording.cuda_graph import CUDAGraph
 
 pytestmark = [
     pytest.mark.gpu,
@@ -63,7 +63,7 @@ def test_products_follow_vectors_parameters_and_batches(name: str) -> None:
         batch = on_gpu(truth).batch
         H.refresh(batch)
     assert not H.fallback_ops
-    assert isinstance(H._engine._recordings["hvp", 1], tape.CUDAGraph)
+    assert isinstance(H._engine._recordings["hvp", 1], CUDAGraph)
 
 
 def test_tf32_is_only_in_its_block() -> None:

@@ -15,8 +15,8 @@ LAYERS = {
     "triton.attention triton.embedding triton.linear triton.norm_kernels triton.norm triton.pointwise triton.softmax",
     "rop": "layout rule step sandbox rules.fallback rules.arithmetic rules.attention rules.conv rules.dropout "
     "rules.indexing rules.linear rules.loss rules.norm rules.pointwise rules.pool rules.reduce rules.selection "
-    "rules.softmax rules.views rules.head decompositions export program recording.pool recording.tape "
-    "recording.replayed double_backward",
+    "rules.softmax rules.views rules.head decompositions export liveness program "
+    "recording.common recording.cuda_graph recording.pool recording.tape recording.replayed double_backward",
     "eigen": "common stopping state basis certificate krylov locally_optimal power warm",
     "optimizers": "held gi_adam rules norms threshold preconditioner next_update",
     "curvature": "losses parameters watch eager gate engines freshness base operators dataset preconditioned "

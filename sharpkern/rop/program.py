@@ -14,24 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from . import liveness
 from .export import Graph
 from .layout import Layout
-from .rule import RULES, any_of
+from .rule import any_of
 from .rules.fallback import Fallback
 from .rules.head import fuse_head
-from .step import NOTHING, Step, call, flat_slots, is_slot, step_of
-
-aten = torch.ops.aten
-
-# Ops that no derivative passes, although they give floating tensors: constants, random numbers, steps.
-_STOPS = {
-    op.default
-    for op in (
-        aten.detach, aten.zeros_like, aten.ones_like, aten.full_like, aten.empty_like, aten.rand_like,
-        aten.randn_like, aten.new_zeros, aten.new_ones, aten.new_full, aten.new_empty, aten.bernoulli, aten.sign,
-        aten.floor, aten.ceil, aten.round, aten.trunc,
-    )
-} | {aten.bernoulli.p, aten.round.decimals}  # fmt: skip
+from .step import NOTHING, Step, call, is_slot, step_of
 
 
 class Program:
@@ -99,75 +88,22 @@ class Program:
 
     def _mark_live(self) -> None:
         """Give a rule to each step on a path from a parameter to the loss; find the last use of every value."""
-        active = {slot for slot in self.param_slots if slot != NOTHING}
-        candidates = []
-        for step in self.steps:
-            differentiable = RULES[step.op].differentiable if step.op in RULES else None
-            outs = [s for i, s in enumerate(step.outputs) if differentiable is None or i in differentiable]
-            if step.op not in _STOPS and any(s in active for s in flat_slots(step.inputs)):
-                outs = [s for s in outs if s in self._floating]
-                active.update(outs)
-                if outs:
-                    candidates.append(step)
-        wanted = {self.loss_slot}
-        live = []
-        for step in reversed(candidates):
-            if any(slot in wanted and slot in active for slot in step.outputs):
-                wanted.update(flat_slots(step.inputs))
-                live.append(step)
-        self.live = live[::-1]
-        own = {slot for slot in self.param_slots if slot != NOTHING}
-        for step in self.live:
-            step.inputs = [_keep(entry, active) for entry in step.inputs]
-            needs = tuple(_needs(entry) for entry in step.inputs)
-            cls = RULES[step.op].for_(step.template) if step.op in RULES else None
-            step.rule = cls(step.op, needs) if cls else Fallback(step.op, needs, step.kwarg_names)
-            step.to_parameters = tuple(_needs(_keep(entry, own)) for entry in step.inputs)
-            step.through = tuple(_needs(_keep(entry, active - own)) for entry in step.inputs)
+        self.live = liveness.live_steps(self.steps, self.param_slots, self.loss_slot, self._floating)
         self.fallback_ops = sorted({str(step.op) for step in self.live if isinstance(step.rule, Fallback)})
         last = self.live[-1].rule if self.live and self.live[-1].outputs == [self.loss_slot] else None
         self._ends_in_final = last is not None and last.can_end_program
         if last is not None:
             last.ends_program = last.can_end_program
-        self._find_last_uses()
-        self._find_direct_results()
-        model_part = set(self.output_slots)
-        self.model_steps = []
-        for step in reversed(self.live):
-            if model_part.intersection(step.outputs):
-                model_part.update(flat_slots(step.inputs))
-                self.model_steps.append(step.name)
-
-    def _find_last_uses(self) -> None:
-        keep = {self.loss_slot, *self.output_slots, *(slot for _, slot in self._mutations)}
-        seen = set(keep)
-        for step in reversed(self.steps):
-            used = [slot for _, slot in step.refs] + [s for _, slots in step.list_refs for s in slots if is_slot(s)]
-            for slot in [*used, *step.outputs]:
-                if slot not in seen:
-                    seen.add(slot)
-                    step.last_use.append(slot)
-
-    def _find_direct_results(self) -> None:
-        """Find parameters used once: their rule may write its result into the flat vector itself."""
-        uses: dict[int, list[tuple[Step, int]]] = {}
-        for step in self.live:
-            for position, entry in enumerate(step.inputs):
-                for slot in entry if isinstance(entry, list) else [entry]:
-                    place = (step, -1 if isinstance(entry, list) else position)
-                    uses.setdefault(slot, []).append(place)
-        self._direct: list[tuple[int, Step, int]] = []
-        for index, slot in enumerate(self.param_slots):
-            places = uses.get(slot, [])
-            if slot != NOTHING and len(places) == 1 and places[0][1] >= 0:
-                self._direct.append((index, *places[0]))
+        liveness.mark_last_uses(self.steps, {self.loss_slot, *self.output_slots, *(s for _, s in self._mutations)})
+        self._direct = liveness.used_once(self.live, self.param_slots)
+        self.model_steps = liveness.steps_before(self.live, self.output_slots)
 
     def _direct_to(self, out: Tensor | None, linear_steps: frozenset[str] = frozenset()) -> list[Tensor]:
         """Let rules write to out, ``[k, n]``, but not those of the steps given; return its parts by parameter."""
         parts = [] if out is None else list(self.layout.views(out))
         for index, step, position in self._direct:
             assert step.rule is not None
-            step.rule.destination[position] = parts[index] if parts and step.name not in linear_steps else None
+            step.rule.write_to(position, parts[index] if parts and step.name not in linear_steps else None)
         return parts
 
     # -- primal sweeps ------------------------------------------------------------------------------------------
@@ -311,6 +247,7 @@ class Program:
         for step in self.live:
             assert step.rule is not None
             dargs = tuple(_pick(tangents, entry) for entry in step.inputs)
+            step.rule.forget_primals()
             result = step.rule.tangent(*dargs)
             if second is not None and step.name not in linear_steps:
                 part = step.rule.second_order(dargs, step.g)
@@ -354,18 +291,6 @@ class Program:
                 part.zero_()
             elif value is not part:
                 part.copy_(value)
-
-
-def _keep(entry: Any, active: set[int]) -> Any:
-    """Replace the slots that do not depend on the parameters by NOTHING."""
-    if isinstance(entry, list):
-        kept = [s if s in active else NOTHING for s in entry]
-        return kept if any(s != NOTHING for s in kept) else NOTHING
-    return entry if entry in active else NOTHING
-
-
-def _needs(entry: Any) -> Any:
-    return [s != NOTHING for s in entry] if isinstance(entry, list) else entry != NOTHING
 
 
 def _pick(values: list[Any], entry: Any) -> Any:

@@ -19,25 +19,45 @@ RULES: dict[Op, type[Rule]] = {}
 
 
 class Rule:
-    """One op of the program: the primal's saved tensors and four methods.
+    """One op of the program: what its forward pass saved, and the sweeps over it.
 
     ``tangent``, ``backward`` and ``backward_tangent`` see the *tensor* arguments of the op's schema, in order: one
     entry each (a list for ``Tensor[]``). An entry is None where the argument is no tensor or does not depend on the
-    parameters; ``needs`` says which. Results follow the same order; entries for which ``needs`` is False are ignored.
-    An op with several outputs gives and takes tuples.
+    parameters. Results follow the same order. An op with several outputs gives and takes tuples, in which an entry is
+    None where the output has no derivative or nobody uses it.
+
+    The contract of a rule, which ``conformance.check_rule`` tests:
+
+    - ``needs`` has an entry per tensor argument (a list for ``Tensor[]``): does the argument depend on the parameters?
+      It is fixed for the life of the rule. Cotangents of other arguments are ignored; None is best.
+    - No method writes into its arguments, nor into what it saved of them.
+    - A result may be an argument, a view of one, or expanded: the program copies before it adds. Its shape and dtype
+      are those of the output (``tangent``) or of the argument (``backward``), after the leading k.
+    - ``backward`` is linear in g for any k, saves nothing, and gives the same before and after ``tangent``.
+    - ``prepare`` runs after ``backward`` and before the first ``tangent``, perhaps twice: the capture of a CUDA graph
+      warms up first.
+    - ``backward_tangent`` or ``second_order`` follows the ``tangent`` whose saved values it reads.
+    - What ``tangent`` saves is named in ``freed_after_reverse``: it is set to None once the reverse sweep has passed.
+      What only ``forward`` and ``prepare`` read may be named in ``freed_before_tangent``; a new ``forward`` sets it.
+    - No method reads values into Python (``.item()``, ``nonzero``): the sweeps could no longer be recorded, and the
+      whole model would run without its recordings.
+    - All work goes through torch's dispatcher or the package's kernels, for only these are recorded. What NumPy, say,
+      computes would be frozen; the recorder refuses it.
+    - A rule holds no ``Fallback``. Where constant arguments decide that there is no closed form, ``for_`` returns
+      None, and the program names the op in ``fallback_ops``.
     """
 
     differentiable: tuple[int, ...] | None = None  # indices of the differentiable outputs; None: every floating one
     can_end_program = False  # a loss: as the last op its tangent may be None, and its dg, which is zero, is None
     ends_program = False
-    reads_needs = False  # ``backward`` reads ``needs`` in each call, and omits the work for what is not needed
     keeps_cotangent = True  # products need the primal's cotangent of the result, after ``prepare``
     freed_after_reverse: tuple[str, ...] = ()  # attributes that ``tangent`` sets for ``backward_tangent``
+    freed_before_tangent: tuple[str, ...] = ()  # attributes that ``forward`` sets for ``prepare`` alone
 
     def __init__(self, op: Op, needs: tuple[Any, ...]) -> None:
         self.op = op
         self.needs = needs
-        self.destination: list[Tensor | None] = [None] * len(needs)
+        self._places: dict[int, Tensor] = {}
 
     @classmethod
     def for_(cls, template: list[Any]) -> type[Rule] | None:  # noqa: ARG003
@@ -58,16 +78,7 @@ class Rule:
 
     def pull_back(self, g: Any, wanted: tuple[Any, ...]) -> tuple[Any, ...]:
         """Return ``backward(g)`` for some arguments, given like ``needs``; None for the others."""
-        if not any_of(wanted):
-            return (None,) * len(wanted)
-        needs = self.needs
-        try:
-            if self.reads_needs:
-                self.needs = wanted
-            results = self.backward(g)
-        finally:
-            self.needs = needs
-        return tuple(_only(result, want) for result, want in zip(results, wanted, strict=True))
+        return _only(self.backward(g), wanted) if any_of(wanted) else (None,) * len(wanted)
 
     def prepare(self, g: Any) -> None:
         """Compute what all products at these parameters share, from the primal's cotangent g ``[1, *shape]``."""
@@ -91,20 +102,44 @@ class Rule:
                 total = inner(part, d) if total is None else total + inner(part, d)
         return total
 
+    def forget_primals(self) -> None:
+        """Free what only ``forward`` and ``prepare`` read: products begin."""
+        for name in self.freed_before_tangent:
+            setattr(self, name, None)
+
     def forget_tangents(self) -> None:
         """Free what ``tangent`` saved: the sweep has passed."""
         for name in self.freed_after_reverse:
             setattr(self, name, None)
 
-    def out(self, position: int, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        """Return memory for the result at a position: the parameter's part of the flat result, or a new tensor."""
+    def write_to(self, position: int, place: Tensor | None) -> None:
+        """Let the result for an argument go to a part ``[k, *shape]`` of the flat result; None: no longer."""
+        if place is None:
+            self._places.pop(position, None)
+        else:
+            self._places[position] = place
+
+    def place(self, position: int, shape: tuple[int, ...], like: Tensor) -> Tensor | None:
+        """Return the argument's part of the flat result; None where the result cannot go there directly."""
+        place = self._places.get(position)
+        return place if place is not None and place.dtype == like.dtype and place.shape == shape else None
+
+    def result(self, position: int, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """Return memory for the result for an argument: its part of the flat result, or a new tensor."""
         place = self.place(position, shape, like)
         return like.new_empty(shape) if place is None else place
 
-    def place(self, position: int, shape: tuple[int, ...], like: Tensor) -> Tensor | None:
-        """Return the parameter's part of the flat result; None where the result cannot go there directly."""
-        dest = self.destination[position]
-        return dest if dest is not None and dest.dtype == like.dtype and dest.shape == shape else None
+
+class Selective(Rule):
+    """A rule whose ``backward`` can omit the work for some arguments."""
+
+    def backward(self, g: Any, wanted: tuple[Any, ...] | None = None) -> tuple[Any, ...]:
+        """Map g to the cotangents of the wanted arguments, given like ``needs``; None: of all that ``needs`` names."""
+        raise NotImplementedError
+
+    def pull_back(self, g: Any, wanted: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Return ``backward(g, wanted)``."""
+        return _only(self.backward(g, wanted), wanted) if any_of(wanted) else (None,) * len(wanted)
 
 
 class LinearInArgs(Rule):
@@ -133,10 +168,14 @@ def any_of(needs: tuple[Any, ...]) -> bool:
     return any(any(need) if isinstance(need, list) else need for need in needs)
 
 
-def _only(result: Any, want: Any) -> Any:
-    if isinstance(want, list):
-        return None if result is None else [part if flag else None for part, flag in zip(result, want, strict=True)]
-    return result if want else None
+def _only(results: tuple[Any, ...], wanted: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Replace what is not wanted by None."""
+    return tuple(
+        (None if result is None else [part if flag else None for part, flag in zip(result, want, strict=True)])
+        if isinstance(want, list)
+        else (result if want else None)
+        for result, want in zip(results, wanted, strict=True)
+    )
 
 
 def _flat(values: Any) -> list[Tensor | None]:

@@ -16,6 +16,7 @@ import sharpkern as sk
 from sharpkern.kernels.triton import embedding as triton_embedding
 from sharpkern.kernels.triton import linear as triton_linear
 from sharpkern.rop.recording import tape
+from sharpkern.rop.recording.common import NotReplayableError
 from sharpkern.rop.recording.pool import Pool
 
 Loss = Callable[[Mapping[str, Tensor], Any], Tensor]
@@ -103,5 +104,5 @@ def test_interpreted_calls_are_not_recorded(device: str) -> None:
     """The interpreter writes through NumPy, which a recording of torch's calls does not see."""
     if device == "cuda":
         pytest.skip("compiled kernels are captured in a CUDA graph")
-    with pytest.raises(tape.NotReplayableError, match="interpreter"):
+    with pytest.raises(NotReplayableError, match="interpreter"):
         tape.record(lambda: torch.zeros(1), [], [], Pool(), torch.device("cpu"))

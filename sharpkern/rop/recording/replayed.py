@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ...kernels.precision import within_tf32_products
 from ..program import Program
+from .common import NotReplayableError, Recording
 from .pool import Pool
-from .tape import NotReplayableError, Recording, record
+from .tape import record
 
 _MOST_VECTORS = 16  # at once: bounds the memory of tangents, which grows with their number
 _CACHED = 2 << 20  # bytes of activations above which, on a CPU, a block is slower than its vectors one by one

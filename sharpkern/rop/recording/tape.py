@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,23 +18,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ...kernels.cpu import native
 from ...kernels.dispatch import interpreted
+from .common import NotReplayableError, Recording, copy_all
+from .cuda_graph import CUDAGraph
 from .pool import Pool
 
 aten = torch.ops.aten
 _MAX_BYTES = 1 << 30  # of a pool; above that, calls are long enough not to need it
 _LARGE = 1 << 20  # bytes of vectors and results from which pointing all calls at them costs less than copying them
 _UNSIZED = (torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output)
-
-
-class NotReplayableError(Exception):
-    """The computation reads values (``.item()``, ``nonzero``), or its results are too large to keep."""
-
-
-class Recording(Protocol):
-    """A computation that can be run again."""
-
-    def replay(self, inputs: Sequence[Tensor], results: Sequence[Tensor]) -> None:
-        """Run it on other inputs and into other results, of the same shapes and dtypes, contiguous."""
 
 
 def record(
@@ -90,7 +81,7 @@ class Tape:
         if self._large:
             self._release()
         else:
-            _copy(self._results, results)
+            copy_all(self._results, results)
 
     def replay(self, inputs: Sequence[Tensor], results: Sequence[Tensor]) -> None:
         """Make the calls again."""
@@ -98,13 +89,13 @@ class Tape:
             if self._large:
                 self._point_at([*inputs, *results])
             else:
-                _copy(inputs, self._inputs)
+                copy_all(inputs, self._inputs)
             for function, args, kwargs in self._calls:
                 function(*args, **kwargs)
             if self._large:
                 self._release()
             else:
-                _copy(self._results, results)
+                copy_all(self._results, results)
 
     def _point_at(self, tensors: list[Tensor]) -> None:
         storages = [t.untyped_storage() for t in tensors]
@@ -122,36 +113,6 @@ class Tape:
         self._inputs = self._results = []
         for _, t in self._recorder.places:
             t.data = t.new_empty(0)
-
-
-class CUDAGraph:
-    """A captured stream of kernels: one launch from the host, between copies of inputs and results."""
-
-    def __init__(self, computation: Callable[..., None], inputs: Sequence[Tensor], results: Sequence[Tensor]) -> None:
-        self._inputs, self._results = [t.clone() for t in inputs], [t.clone() for t in results]
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side), torch.no_grad():  # libraries allocate their workspaces outside of the capture
-            computation(*self._inputs, *self._results)
-        torch.cuda.current_stream().wait_stream(side)
-        self._graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.no_grad(), torch.cuda.graph(self._graph):
-                computation(*self._inputs, *self._results)
-        except RuntimeError as error:
-            raise NotReplayableError(f"CUDA cannot capture it: {error}") from error
-        self.replay(inputs, results)
-
-    def replay(self, inputs: Sequence[Tensor], results: Sequence[Tensor]) -> None:
-        """Launch the graph."""
-        _copy(inputs, self._inputs)
-        self._graph.replay()
-        _copy(self._results, results)
-
-
-def _copy(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
-    for source, target in zip(sources, targets, strict=True):
-        target.copy_(source)
 
 
 class _Place(NamedTuple):
@@ -269,7 +230,7 @@ def _tensors(result: Any) -> list[Tensor]:
 
 
 def _copy_results(func: Any, args: Any, kwargs: Any, results: list[Tensor]) -> None:
-    _copy(_tensors(func(*args, **kwargs)), results)
+    copy_all(_tensors(func(*args, **kwargs)), results)
 
 
 @cache

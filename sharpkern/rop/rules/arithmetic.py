@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..rule import LinearInArgs, Rule, align, reduce_to, rule
+from ..rule import LinearInArgs, Rule, Selective, align, reduce_to, rule
 
 aten = torch.ops.aten
 
@@ -37,10 +37,8 @@ class Kind(NamedTuple):
 
 
 @rule(aten.add.Tensor, aten.sub.Tensor, aten.add.Scalar, aten.sub.Scalar, aten.rsub.Scalar, aten.rsub.Tensor)
-class Add(LinearInArgs):
+class Add(Selective, LinearInArgs):
     """``y = a + alpha b`` and its kin: ``c0 a + c1 b``."""
-
-    reads_needs = True
 
     def forward(self, a: Tensor, b: Any, alpha: Any = 1) -> Tensor:
         """Save kinds and coefficients."""
@@ -59,11 +57,11 @@ class Add(LinearInArgs):
         d = d if c == 1 else d * c
         return d if len(terms) == 1 else torch.add(d, terms[1][0], alpha=terms[1][1])
 
-    def backward(self, g: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(self, g: Tensor, wanted: tuple[Any, ...] | None = None) -> tuple[Tensor | None, ...]:
         """Return ``c0 g, c1 g``, summed over broadcast dimensions."""
         return tuple(
             kind.cotangent(g if c == 1 else g * c) if need else None
-            for need, c, kind in zip(self.needs, self.coefficients, self.kinds, strict=False)
+            for need, c, kind in zip(wanted or self.needs, self.coefficients, self.kinds, strict=False)
         )
 
 

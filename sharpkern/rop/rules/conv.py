@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..rule import Rule, fold, inner, rule
+from ..rule import Selective, fold, inner, rule
 from .fallback import UnsupportedOpError
 
 aten = torch.ops.aten
@@ -30,11 +30,11 @@ aten = torch.ops.aten
     aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input,
     aten.convolution.default,
 )  # fmt: skip
-class Convolution(Rule):
+class Convolution(Selective):
     """``y = conv(x, w) + b`` for x ``[N, C, *pixels]``."""
 
-    freed_after_reverse = ("dx", "dw")
-    reads_needs = True
+    freed_after_reverse = ("dx", "dw", "begun")
+    begun: Tensor | None = None  # d(gw), where it holds the part that the tangent sweep knows
 
     def forward(self, x: Tensor, w: Tensor, b: Tensor | None = None, *options: Any) -> Tensor:
         """Save x, w and the geometry."""
@@ -83,7 +83,7 @@ class Convolution(Rule):
         """Return ``conv(dx, w) + conv(x, dw) + db``."""
         if dx is not None and self.crop is not None:
             dx = aten.constant_pad_nd.default(dx, self.crop)
-        self.dx, self.dw, self.begun = dx, dw, False
+        self.dx, self.dw, self.begun = dx, dw, None
         k = next(d for d in (dx, dw, db) if d is not None).shape[0]
         y = None if dx is None else self._conv(fold(dx), self.w).unflatten(0, (k, -1))
         self._begin_weight(k)
@@ -101,23 +101,24 @@ class Convolution(Rule):
         if self.dx is not None and self.needs[1] and (out := self.place(1, (k, *self.w.shape), self.dx)) is not None:
             for i in range(k):
                 out[i] = self._to_w(self.g, self.dx[i])
-            self.dx, self.begun = None, True
+            self.dx, self.begun = None, out
 
     def prepare(self, g: Tensor) -> None:
         """Keep g at hand for the tangent sweep."""
         self.g = g[0]
 
-    def backward(self, g: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(self, g: Tensor, wanted: tuple[Any, ...] | None = None) -> tuple[Tensor | None, ...]:
         """Return ``convT(g, w), wgrad(x, g), sum g``."""
+        needs = wanted or self.needs
         if g.shape[0] == 1:
-            parts = self._backward(g[0], self.x, self.w, *self.needs)
+            parts = self._backward(g[0], self.x, self.w, *needs)
             gx, gw, gb = (None if p is None else p[None] for p in parts)
             return self._uncrop(gx), gw, gb
-        return self._blocks(g, None)
+        return self._blocks(g, None, needs)
 
     def backward_tangent(self, dg: Tensor, g: Tensor) -> tuple[Tensor | None, ...]:
         """Return the tangents of the cotangents."""
-        return self._blocks(dg, g[0])
+        return self._blocks(dg, g[0], self.needs)
 
     def second_order(self, dargs: tuple[Any, ...], g: Tensor) -> Tensor | None:
         """Return ``2 <g, conv(dx, dw)>``."""
@@ -126,11 +127,11 @@ class Convolution(Rule):
         pairs = zip(self.dx, self.dw, strict=True)
         return 2 * torch.cat([inner(g, self._conv(dx, dw)[None]) for dx, dw in pairs])
 
-    def _blocks(self, dg: Tensor, g: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Pull back k cotangents; with g, add its pull-back along the tangents of x and w."""
+    def _blocks(self, dg: Tensor, g: Tensor | None, needs: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
+        """Pull back k cotangents to what is needed; with g, add its pull-back along the tangents of x and w."""
         k = dg.shape[0]
         dgx = dgw = None
-        if self.needs[0]:
+        if needs[0]:
             dw = None if g is None else self.dw
             if g is not None and dw is not None and k == 1 and self.one_call:
                 dgx = self._to_x(torch.cat([dg[0], g], 1), torch.cat([self.w, dw[0]]))[None]
@@ -138,17 +139,19 @@ class Convolution(Rule):
                 dgx = self._to_x(fold(dg), self.w).unflatten(0, (k, -1))
                 if g is not None and dw is not None:
                     dgx = _add_each(dgx, (self._to_x(g, dw[i]) for i in range(k)), k)
-        if self.needs[1]:
-            dgw = self.out(1, (k, *self.w.shape), dg)
+        if needs[1]:
+            dgw = self.result(1, (k, *self.w.shape), dg)
+            begun = self.begun if g is not None else None
+            assert begun is None or begun.data_ptr() == dgw.data_ptr(), "the sweeps write to the same result"
             for i in range(k):
                 part = self._to_w(dg[i], self.x)
-                if g is not None and self.begun:
+                if begun is not None:
                     dgw[i].add_(part)
                 elif g is None or self.dx is None:
                     dgw[i] = part
                 else:
                     torch.add(part, self._to_w(g, self.dx[i]), out=dgw[i])
-        return self._uncrop(dgx), dgw, _sum(dg) if self.needs[2] else None
+        return self._uncrop(dgx), dgw, _sum(dg) if needs[2] else None
 
     def _to_x(self, g: Tensor, w: Tensor) -> Tensor:
         """Return ``convT(g, w)``; of x only the shape matters."""

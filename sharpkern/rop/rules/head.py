@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..rule import RULES, Rule, inner
+from ..rule import RULES, Selective, inner
 from ..step import NOTHING, Step, flat_slots
 from .linear import Linear
 from .loss import CrossEntropy
@@ -36,18 +36,20 @@ def linear_cross_entropy(x: Tensor, w: Tensor, b: Tensor | None, target: Tensor,
     return loss
 
 
-class LinearCrossEntropy(Rule):
+class LinearCrossEntropy(Selective):
     """``cross_entropy(x W' + b, target)`` at the end of a loss."""
 
     can_end_program = True
     freed_after_reverse = ("dx", "dw", "db")
-    reads_needs = True
 
     def __init__(self, op: Any, needs: tuple[Any, ...]) -> None:
         super().__init__(op, needs)
         self.linear = Linear(aten.linear.default, needs[:3])
-        self.linear.destination = self.destination
         self.loss = CrossEntropy(aten.cross_entropy_loss.default, (True, *needs[3:]))
+
+    def write_to(self, position: int, place: Tensor | None) -> None:
+        """The linear layer's results go there."""
+        self.linear.write_to(position, place)
 
     def forward(self, x: Tensor, w: Tensor, b: Tensor | None, target: Tensor, *options: Any) -> Tensor:
         """Save what linear and cross-entropy save."""
@@ -61,12 +63,12 @@ class LinearCrossEntropy(Rule):
         self.dx = None if dx is None else dx.reshape(dx.shape[0], *rows.shape)
         self.dw, self.db = dw, db
 
-    def backward(self, g: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(self, g: Tensor, wanted: tuple[Any, ...] | None = None) -> tuple[Tensor | None, ...]:
         """Return the cotangents of x, W and b."""
         gz = self.loss.backward(g)[0]
         assert gz is not None
-        self.linear.needs = self.needs[:3]
-        return *self.linear.backward(gz.view(g.shape[0], *self.logits_shape)), None, None
+        gz = gz.view(g.shape[0], *self.logits_shape)
+        return *self.linear.backward(gz, (wanted or self.needs)[:3]), None, None
 
     def prepare(self, g: Tensor) -> None:
         """Spread g over the tokens."""
@@ -78,8 +80,8 @@ class LinearCrossEntropy(Rule):
         x, w = self.linear.x, self.linear.w
         k = next(d for d in (self.dx, self.dw, self.db) if d is not None).shape[0]
         dgx = x.new_empty(k, *x.shape) if self.needs[0] else None
-        dgw = self.out(1, (k, *w.shape), x) if self.needs[1] else None
-        dgb = self.out(2, (k, w.shape[0]), x).zero_() if self.needs[2] else None
+        dgw = self.linear.result(1, (k, *w.shape), x) if self.needs[1] else None
+        dgb = self.linear.result(2, (k, w.shape[0]), x).zero_() if self.needs[2] else None
         for rows in self._chunks(k):
             dx = None if self.dx is None else self.dx[:, rows]
             dgz = self.loss.curve(self._logits_tangent(rows, dx, k), rows)

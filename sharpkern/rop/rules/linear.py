@@ -13,18 +13,17 @@ import torch
 from torch import Tensor
 
 from ...kernels.linear import dual_gemm, fused
-from ..rule import Rule, align, inner, reduce_to, rule
+from ..rule import Rule, Selective, align, inner, reduce_to, rule
 
 aten = torch.ops.aten
 
 
 @rule(aten.linear.default)
-class Linear(Rule):
+class Linear(Selective):
     """``y = x W' + b`` with x ``[..., in]``, W ``[out, in]``."""
 
-    freed_after_reverse = ("dx", "dw")
-    reads_needs = True
-    begun = False  # whether d(gW) holds its part that the tangent sweep knows
+    freed_after_reverse = ("dx", "dw", "begun")
+    begun: Tensor | None = None  # d(gW), where it holds the part that the tangent sweep knows
 
     def forward(self, x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
         """Save x as rows and W."""
@@ -38,7 +37,7 @@ class Linear(Rule):
         """Return ``dx W' + x dW' + db``, and begin ``d(gW)``."""
         self.dw = dw
         self.dx = None if dx is None else dx.reshape(dx.shape[0], *self.x.shape)
-        self.begun = False
+        self.begun = None
         k = _first(dx, dw, db).shape[0]
         if fused(self.x) and (self.dx is not None or dw is not None):
             return self._fused_tangent(db).view(k, *self.lead, self.w.shape[0])
@@ -66,7 +65,7 @@ class Linear(Rule):
         """Write ``g' dx`` to where d(gW) will be, so that no sweep needs dx any more: it is not kept."""
         if self.dx is not None and self.needs[1] and (out := self.place(1, (k, *self.w.shape), self.dx)) is not None:
             self._weight([(self.g.expand(k, *self.g.shape[1:]), self.dx)], out)
-            self.dx, self.begun = None, True
+            self.dx, self.begun = None, out
 
     def _dx0(self) -> Tensor | None:
         return None if self.dx is None else self.dx[0]
@@ -78,17 +77,18 @@ class Linear(Rule):
             return dual_gemm(self.x, moved, bias=db)
         return dual_gemm(self.dx, self.w.t(), None if moved is None else self.x, moved, db)
 
-    def backward(self, g: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(self, g: Tensor, wanted: tuple[Any, ...] | None = None) -> tuple[Tensor | None, ...]:
         """Return ``g W, g' x, sum g``."""
+        needs = wanted or self.needs
         k = g.shape[0]
         g = g.reshape(k, *self.x.shape[:1], self.w.shape[0])
         gx = gw = gb = None
-        if self.needs[0]:
+        if needs[0]:
             gx = (g @ self.w).view(k, *self.lead, -1)
-        if self.needs[1]:
-            gw = self._weight([(g, self.x.expand(k, *self.x.shape))], self.out(1, (k, *self.w.shape), g))
-        if self.needs[2]:
-            gb = torch.sum(g, 1, out=self.out(2, (k, g.shape[-1]), g))
+        if needs[1]:
+            gw = self._weight([(g, self.x.expand(k, *self.x.shape))], self.result(1, (k, *self.w.shape), g))
+        if needs[2]:
+            gb = torch.sum(g, 1, out=self.result(2, (k, g.shape[-1]), g))
         return gx, gw, gb
 
     def prepare(self, g: Tensor) -> None:
@@ -113,15 +113,17 @@ class Linear(Rule):
                 dgx.view(-1, dgx.shape[-1]).addmm_(dg.reshape(-1, dg.shape[-1]), self.w)
             dgx = dgx.view(k, *self.lead, -1)
         if self.needs[1] and fused(dg):
-            out = self.out(1, (k, *self.w.shape), dg)
+            out = self.result(1, (k, *self.w.shape), dg)
             dgw = dual_gemm(dg.mT, self.x, None if self.dx is None else g[0].mT, self.dx, out=out)
         elif self.needs[1]:
             pairs = [(dg, self.x.expand(k, *self.x.shape))]
             if self.dx is not None:
                 pairs.append((g.expand(k, *g.shape[1:]), self.dx))
-            dgw = self._weight(pairs, self.out(1, (k, *self.w.shape), dg), onto=self.begun)
+            out = self.result(1, (k, *self.w.shape), dg)
+            assert self.begun is None or self.begun.data_ptr() == out.data_ptr(), "the sweeps write to the same result"
+            dgw = self._weight(pairs, out, onto=self.begun is not None)
         if self.needs[2]:
-            dgb = torch.sum(dg, 1, out=self.out(2, (k, dg.shape[-1]), dg))
+            dgb = torch.sum(dg, 1, out=self.result(2, (k, dg.shape[-1]), dg))
         return dgx, dgw, dgb
 
     def second_order(self, dargs: tuple[Any, ...], g: Tensor) -> Tensor | None:
@@ -172,11 +174,10 @@ def _sum_of_products(pairs: list[tuple[Tensor | None, Tensor | None]], bias: Ten
 
 
 @rule(aten.mm.default, aten.bmm.default, aten.matmul.default)
-class MatMul(Rule):
+class MatMul(Selective):
     """``y = a b`` with any of matmul's broadcasting: the product rule, batched over k."""
 
     freed_after_reverse = ("da", "db")
-    reads_needs = True
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         """Save both factors, as matrices."""
@@ -212,11 +213,12 @@ class MatMul(Rule):
         assert y is not None
         return self._result(y)
 
-    def backward(self, g: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(self, g: Tensor, wanted: tuple[Any, ...] | None = None) -> tuple[Tensor | None, ...]:
         """Return ``g b', a' g``."""
+        needs = wanted or self.needs
         g = self._cotangent(g)
-        ga = g @ self.b.mT if self.needs[0] else None
-        gb = self.a.mT @ g if self.needs[1] else None
+        ga = g @ self.b.mT if needs[0] else None
+        gb = self.a.mT @ g if needs[1] else None
         return self._shrink(ga, gb)
 
     def backward_tangent(self, dg: Tensor, g: Tensor) -> tuple[Tensor | None, ...]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ...kernels.norm import CENTRED, FIXED, RMS, Standardised, norm_backward_tangent, norm_tangent
-from ..rule import Rule, rule
+from ..rule import Selective, rule
 
 aten = torch.ops.aten
 
@@ -25,13 +25,12 @@ def _wide(t: Tensor) -> Tensor:
     return t.float() if t.dtype in (torch.bfloat16, torch.float16) else t
 
 
-class _Norm(Rule):
+class _Norm(Selective):
     """The sweeps of a norm whose rows are a reshape of x (``channels_first``: of x with its channels in front)."""
 
     s: Standardised
     channels_first = False
     freed_after_reverse = ("dw", "dxhat", "along")
-    reads_needs = True
 
     def _save(self, x: Tensor, w: Tensor | None, s: Standardised) -> None:
         self.shape, self.dtype, self.s = x.shape, x.dtype, s
@@ -56,8 +55,8 @@ class _Norm(Rule):
     def _parameter(self, d: Tensor | None) -> Tensor | None:
         return None if d is None else d.reshape(d.shape[0], *self.weight_shape).to(self.dtype)
 
-    def _wanted(self) -> tuple[bool, bool, bool]:
-        x, w, b, *_ = (*self.needs, False, False)
+    def _three(self, wanted: tuple[Any, ...]) -> tuple[bool, bool, bool]:
+        x, w, b, *_ = (*wanted, False, False)
         return x, w, b
 
     def _results(self, gx: Tensor | None, gw: Tensor | None, gb: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -71,15 +70,16 @@ class _Norm(Rule):
         dy, self.dxhat, self.along = norm_tangent(self.s, self.w, dx, self.dw, self._channels(db))
         return self._back(dy)
 
-    def backward(self, g: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(self, g: Tensor, wanted: tuple[Any, ...] | None = None) -> tuple[Tensor | None, ...]:
         """Return ``J (g w), sum g xhat, sum g``."""
-        parts = norm_backward_tangent(self.s, self.w, None, None, None, None, self._rows(g), self._wanted())
+        three = self._three(wanted or self.needs)
+        parts = norm_backward_tangent(self.s, self.w, None, None, None, None, self._rows(g), three)
         return self._results(*parts)
 
     def backward_tangent(self, dg: Tensor, g: Tensor) -> tuple[Tensor | None, ...]:
         """Return the tangents of all three."""
         parts = norm_backward_tangent(
-            self.s, self.w, self.dw, self.dxhat, self.along, self._rows(g)[0], self._rows(dg), self._wanted()
+            self.s, self.w, self.dw, self.dxhat, self.along, self._rows(g)[0], self._rows(dg), self._three(self.needs)
         )
         return self._results(*parts)
 
@@ -173,9 +173,9 @@ class BatchNorm(_Norm):
         """Only the first output moves."""
         return (super().tangent(dx, dw, db), *[None] * (len(self.op._schema.returns) - 1))
 
-    def backward(self, g: Any) -> tuple[Tensor | None, ...]:
+    def backward(self, g: Any, wanted: tuple[Any, ...] | None = None) -> tuple[Tensor | None, ...]:
         """Use the first output's cotangent."""
-        return super().backward(g[0])
+        return super().backward(g[0], wanted)
 
     def backward_tangent(self, dg: Any, g: Any) -> tuple[Tensor | None, ...]:
         """Use the first output's cotangents."""

@@ -35,6 +35,8 @@ class Unary(Rule):
 
     keeps_cotangent = False  # it is part of the curvature
     freed_after_reverse = ("dx",)
+    freed_before_tangent = ("point",)
+    point: Any  # where the derivatives are evaluated: x, y and the constants
 
     def forward(self, x: Tensor, *constants: Any) -> Tensor:
         """Save what the derivatives are computed from."""
@@ -44,7 +46,7 @@ class Unary(Rule):
 
     def _start(self, function: Function, *point: Any) -> None:
         self.function = function
-        self.point: tuple[Any, ...] = point
+        self.point = point
         self.slope: Tensor | None = None
 
     def _call(self, x: Tensor, constants: tuple[Any, ...]) -> Tensor:
@@ -68,7 +70,6 @@ class Unary(Rule):
     def tangent(self, dx: Tensor) -> Tensor:
         """Return ``f'(x) dx``."""
         self.dx = dx
-        self.point = ()  # nothing asks for it any more; not in ``prepare``, which the capture of a graph runs twice
         return slope_product(self._slope(), dx)
 
     def backward(self, g: Tensor) -> tuple[Tensor]:
