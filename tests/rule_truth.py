@@ -15,7 +15,9 @@ from torch.func import jacrev, jvp
 
 from sharpkern.curvature.losses import FunctionalLoss
 from sharpkern.rop import Program, ReplayedProgram, export
+from sharpkern.rop.conformance import check_rule
 from sharpkern.rop.rule import RULES, Rule
+from sharpkern.rop.rules.fallback import Fallback
 
 Loss = Callable[[Mapping[str, Tensor], Any], Tensor]
 
@@ -59,6 +61,8 @@ def check(
         )
         for step, calls in zip(program.live, seen, strict=True):
             _backward_is_linear_in_blocks(step, calls["g"])
+            if not isinstance(step.rule, Fallback):
+                check_rule(type(step.rule), step.op, calls["args"], step.rule.needs)
         _replays_the_same(program, replayed, module, leaves)
         with torch.no_grad():
             for p in tied.values():
@@ -239,6 +243,7 @@ def _watch(rule: Any) -> dict[str, Any]:
         schema = rule.op._schema.arguments
         seen["in"] = [a for a, s in zip(args, schema, strict=False) if "Tensor" in str(s.type)]
         before = _copies(seen["in"])
+        seen["args"] = args
         seen["out"] = forward(*args)
         _same(before, seen["in"], f"{rule.op}.forward changed its argument")
         return seen["out"]

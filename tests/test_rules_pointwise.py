@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from rule_truth import check, check_op, curved, positive, within_one
 from torch import Tensor
 
+from sharpkern.rop.rules import pointwise
 from sharpkern.rop.rules.pointwise import Unary
+from sharpkern.rop.rules.selection import Clamp
 
 aten = torch.ops.aten
 
@@ -139,3 +141,41 @@ def gradient_at(f: Callable[..., Tensor], point: Tensor, reference: Callable[...
 def test_saturated_activations_stay_finite(name: str, size: float) -> None:
     far = size * torch.tensor([-1.0, 1.0, -0.9, 0.8], dtype=torch.float64)
     gradient_at(SMOOTH[name][0], far)
+
+
+@pytest.mark.parametrize(("passes", "slopes"), [(True, [0, 1, 1, 1, 0]), (False, [0, 0, 1, 0, 0])])
+def test_clamp_at_a_number_follows_the_convention_of_torch(
+    passes: bool, slopes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pointwise, "CLAMP_PASSES_AT_BOUND", passes)
+    rule = pointwise.Unary(aten.clamp.default, (True,))
+    rule.forward(torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0]), -1.0, 1.0)
+    assert rule.backward(torch.ones(1, 5))[0].tolist() == [slopes]
+    assert rule.tangent(torch.ones(1, 5)).tolist() == [slopes]
+
+
+@pytest.mark.parametrize(
+    ("shares", "x", "low", "high"),
+    [
+        (True, [0, 0.5, 1, 0.5, 0], [1, 0.5, 0, 0, 0], [0, 0, 0, 0.5, 1]),
+        (False, [0, 1, 1, 1, 0], [1, 0, 0, 0, 0], [0, 0, 0, 0, 1]),
+    ],
+)
+def test_clamp_at_a_tensor_follows_the_convention_of_torch(
+    shares: bool, x: list[float], low: list[float], high: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pointwise, "CLAMP_SHARES_TIES", shares)
+    rule = Clamp(aten.clamp.Tensor, (True, True, True))
+    rule.forward(torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0]), -torch.ones(5), torch.ones(5))
+    assert [g.tolist() for g in rule.backward(torch.ones(1, 5))] == [[x], [low], [high]]
+    infinite = torch.full((1, 5), torch.inf).where(torch.tensor(low) == 0, 1.0)  # where low has no share
+    moved = rule.tangent(torch.zeros(1, 5), infinite, torch.zeros(1, 5))
+    assert moved.tolist() == [low]
+
+
+def test_the_conventions_are_those_of_the_torch_that_runs() -> None:
+    x = torch.tensor([-1.0, 1.0], requires_grad=True)
+    at_numbers = torch.autograd.grad(x.clamp(-1.0, 1.0).sum(), x)[0]
+    at_tensors = torch.autograd.grad(x.clamp(-torch.ones(2), torch.ones(2)).sum(), x)[0]
+    assert at_numbers.tolist() == [float(pointwise.CLAMP_PASSES_AT_BOUND)] * 2
+    assert at_tensors.tolist() == [0.5 if pointwise.CLAMP_SHARES_TIES else 1.0] * 2

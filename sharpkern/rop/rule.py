@@ -33,7 +33,7 @@ class Rule:
     - No method writes into its arguments, nor into what it saved of them.
     - A result may be an argument, a view of one, or expanded: the program copies before it adds. Its shape and dtype
       are those of the output (``tangent``) or of the argument (``backward``), after the leading k.
-    - ``backward`` is linear in g for any k, saves nothing, and gives the same before and after ``tangent``.
+    - ``backward`` is linear in g for any k, saves nothing of g, and gives the same before and after ``tangent``.
     - ``prepare`` runs after ``backward`` and before the first ``tangent``, perhaps twice: the capture of a CUDA graph
       warms up first.
     - ``backward_tangent`` or ``second_order`` follows the ``tangent`` whose saved values it reads.
@@ -73,7 +73,7 @@ class Rule:
         raise NotImplementedError
 
     def backward(self, g: Any) -> tuple[Any, ...]:
-        """Map a cotangent ``[k, *shape]`` of the result to those of the arguments: linear in g, saves nothing."""
+        """Map a cotangent ``[k, *shape]`` of the result to those of the arguments: linear in g."""
         raise NotImplementedError
 
     def pull_back(self, g: Any, wanted: tuple[Any, ...]) -> tuple[Any, ...]:

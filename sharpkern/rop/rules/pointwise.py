@@ -23,6 +23,17 @@ Derivative = Callable[..., Tensor]
 _ERF = 2 / math.sqrt(math.pi)  # erf'(0)
 
 
+def _clamp_slope(low: float | Tensor) -> float:
+    with torch.enable_grad():
+        x = torch.zeros((), requires_grad=True)
+        return float(torch.autograd.grad(torch.clamp(x, min=low), x)[0])
+
+
+# torch 2.14 changed the slope of clamp where x equals a bound: from 1 to 0 at a number, to 1/2 at a tensor.
+CLAMP_PASSES_AT_BOUND = _clamp_slope(0.0) == 1
+CLAMP_SHARES_TIES = _clamp_slope(torch.zeros(())) == 0.5
+
+
 class Function(NamedTuple):
     """First and second derivative, as functions of (x, y, *the op's other arguments); second None where zero."""
 
@@ -177,12 +188,12 @@ def _elu_second(x: Tensor, y: Tensor, alpha: float = 1, scale: float = 1, inner:
 
 
 def _within(x: Tensor, low: float | None, high: float | None) -> Tensor:
-    """1 where low <= x <= high, else 0."""
+    """1 where x lies between low and high, else 0; at a bound as in torch."""
     inside = torch.ones_like(x)
     if low is not None:
-        inside.masked_fill_(x < low, 0)
+        inside.masked_fill_(x < low if CLAMP_PASSES_AT_BOUND else x <= low, 0)
     if high is not None:
-        inside.masked_fill_(x > high, 0)
+        inside.masked_fill_(x > high if CLAMP_PASSES_AT_BOUND else x >= high, 0)
     return inside
 
 

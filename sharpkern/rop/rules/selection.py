@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..rule import LinearInArgs, rule
+from . import pointwise
 from .arithmetic import Kind
 
 aten = torch.ops.aten
@@ -90,14 +91,33 @@ class Extreme(Select):
 
 @rule(aten.clamp.Tensor)
 class Clamp(Select):
-    """``y = min(max(x, low), high)``; x passes where it lies within the bounds, ends included, as in torch."""
+    """``y = min(max(x, low), high)``; where x equals a bound it passes, or shares with the bound, as in torch."""
 
     def forward(self, x: Tensor, low: Tensor | None = None, high: Tensor | None = None) -> Tensor:
         """Save where x and where each bound is taken."""
         y: Tensor = self.op(x, low, high)
+        if pointwise.CLAMP_SHARES_TIES:
+            return self._start(y, [x, low, high], self._shares(x, low, high, y))
         below = torch.zeros_like(y, dtype=torch.bool) if low is None else (x < low).expand(y.shape)
         above = torch.zeros_like(y, dtype=torch.bool) if high is None else (x > high).expand(y.shape)
         outside = below | above
         if low is not None and high is not None:
             below, above = below & (low < high), above | (high < low)
         return self._start(y, [x, low, high], [outside, ~below, ~above])
+
+    def _shares(self, x: Tensor, low: Tensor | None, high: Tensor | None, y: Tensor) -> list[Tensor | None]:
+        """Return the shares of x, low and high in each entry of y: 0, 1 or, at a tie, 1/2."""
+        one = torch.ones_like(y)
+        of_x = one if low is None else _share(x > low, x == low, one)
+        raised = x if low is None else torch.maximum(x, low)
+        of_raised = one if high is None else _share(raised < high, raised == high, one)
+        return [of_x * of_raised, (1 - of_x) * of_raised, 1 - of_raised]
+
+    def _keep(self, d: Tensor, drop: Tensor) -> Tensor:
+        if drop.dtype == torch.bool:
+            return super()._keep(d, drop)
+        return (d * drop).masked_fill_(drop == 0, 0)
+
+
+def _share(wins: Tensor, ties: Tensor, one: Tensor) -> Tensor:
+    return one * wins + one * ties * 0.5
