@@ -14,6 +14,8 @@ def test_python_blocks_of_the_readme_run() -> None:
     namespace: dict[str, object] = {}
     for block in blocks:
         exec(compile(block, "README.md", "exec"), namespace)
+    assert "tracker.step" in blocks[0]
+    assert namespace["rec"].step == 30
     assert namespace["report"].ok
     assert namespace["HV"].shape == (namespace["H"].n, 4)
 
