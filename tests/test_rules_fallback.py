@@ -19,12 +19,12 @@ CASES: dict[str, Callable[[Tensor], Tensor]] = {
     "slogdet": lambda w: torch.linalg.slogdet(w.T @ w + EYE)[1],
     "det": lambda w: torch.linalg.det(w.T @ w + EYE),
     "cholesky_inverse": lambda w: torch.cholesky_inverse(w[:3].tril() + 3 * EYE).pow(2).sum(),
-    "cumprod at 0": lambda w: ((w * torch.tensor([1.0, 0.0, 1.0])).cumprod(1) * torch.arange(1.0, 4)).sum(),
+    "logcumsumexp": lambda w: (torch.logcumsumexp(w, 1) * torch.arange(1.0, 4)).pow(2).sum(),
     "scatter_reduce": lambda w: w.new_ones(2).scatter_reduce(0, INDEX, w[:, 0], "prod").pow(2).sum(),
-    "expanded cotangent": lambda w: w.prod(0).sum() + torch.lgamma(w.abs() + 1).mean(),
+    "expanded cotangent": lambda w: torch.special.i0e(w).sum() + torch.special.i1(w.abs() + 1).mean(),
     "several arguments": lambda w: torch.hypot(w[:, 0], w[:, 1]).sum(),
     "several outputs": lambda w: torch.linalg.svdvals(w).sum() + torch.linalg.qr(w)[1].pow(3).sum(),
-    "scalar": lambda w: torch.lgamma(w.sum().abs() + 1) ** 2,
+    "scalar": lambda w: torch.special.i0(w.sum()) ** 2,
 }
 
 
