@@ -159,7 +159,7 @@ class _Case:
         for d, a in zip([t for part in self.dargs for t in _listed(part)], self.alone, strict=True):
             if d is not None and a is not None:
                 pulled = pulled + inner(a, d)
-        dtype = min((y.dtype for y in self.outputs if y is not None), key=lambda t: t.itemsize)
+        dtype = min((t.dtype for t in _tensors((self.outputs, self.dargs))), key=lambda t: t.itemsize)
         _assert_close(pushed, pulled, f"{self.name}.backward is not the adjoint of tangent.", dtype)
 
 
