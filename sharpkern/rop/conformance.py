@@ -59,6 +59,7 @@ class _Case:
         self.outputs = [t if _floating(t) and (chosen is None or i in chosen) else None for i, t in enumerate(ys)]
         self.g, self.other = self._cotangent(), self._cotangent()
         self.dargs = tuple(_each(self._random, p, n) for p, n in zip(self.primals, self.needs, strict=True))
+        self.coarsest = min((t.dtype for t in _tensors((self.outputs, self.dargs))), key=lambda t: t.itemsize)
 
     def _random(self, like: Tensor, k: int = _K) -> Tensor:
         d = torch.randn(k, *like.shape, generator=self.generator, dtype=torch.float64)
@@ -106,7 +107,7 @@ class _Case:
         for a, b, c in zip(self.alone, self._backward(self.other), self._backward(block), strict=True):
             if a is not None and b is not None and c is not None:
                 sentence = f"{self.name}.backward of a block is not what it is of each cotangent, or not linear in g."
-                _assert_close(c, torch.cat([a, b, 2 * a - 3 * b]), sentence)
+                _assert_close(c, torch.cat([a, b, 2 * a - 3 * b]), sentence, self.coarsest)
 
     def check_wanted(self) -> None:
         """See that a selective rule gives what is wanted and nothing else."""
@@ -159,7 +160,7 @@ class _Case:
         for d, a in zip([t for part in self.dargs for t in _listed(part)], self.alone, strict=True):
             if d is not None and a is not None:
                 pulled = pulled + inner(a, d)
-        dtype = min((y.dtype for y in self.outputs if y is not None), key=lambda t: t.itemsize)
+        dtype = self.coarsest
         _assert_close(pushed, pulled, f"{self.name}.backward is not the adjoint of tangent.", dtype)
 
 
