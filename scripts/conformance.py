@@ -230,7 +230,7 @@ def _near(a: Tensor, b: Tensor, size: float, allowed: float) -> bool:
     return float((a.double() - b.double()).norm()) <= allowed * max(size, 1e-10)
 
 
-def table(results: list[Result]) -> str:
+def table(results: list[Result], most: int) -> str:
     """Return the page: totals, then each op with how its samples ended."""
     totals = collections.Counter(r.status for r in results)
     lines = [
@@ -239,7 +239,7 @@ def table(results: list[Result]) -> str:
         f"torch {torch.__version__}, float64, {len(results)} samples of torch's own database;",
     ]
     lines += [
-        "`python scripts/conformance.py --out docs/conformance.md` makes this page.",
+        f"`python scripts/conformance.py --samples {most} --out docs/conformance.md` makes this page.",
         "",
         "| status | samples |",
         "|---|---|",
@@ -275,7 +275,7 @@ def main() -> int:
         if results[-1].status not in GOOD:
             print(*results[-1], sep=": ", flush=True)
     if given.out:
-        given.out.write_text(table(results))
+        given.out.write_text(table(results, given.samples))
     print({status: n for status, n in collections.Counter(r.status for r in results).items()})
     return int(any(r.status not in GOOD for r in results))
 
