@@ -7,6 +7,7 @@ import warnings
 from collections import UserDict
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -505,3 +506,20 @@ def test_values_that_change_now_and_then_stay_with_programs(monkeypatch: pytest.
             H.refresh()
         assert isinstance(H.engine, ReplayedProgram)
         torch.testing.assert_close(H.loss, loss_fn(model(data[0]), data[1]).detach())
+
+
+def test_arrays_in_a_batch_are_compared_by_their_numbers() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = net()
+
+        def forward(self, x: Tensor, y: Tensor, ids: np.ndarray) -> Tensor:  # noqa: ARG002
+            return self.inner(x)
+
+    data = [dict(zip("xy", batch(), strict=True)) | {"ids": np.arange(i, i + 5)} for i in range(3)]
+    with pytest.warns(UserWarning, match="numpy"):
+        H = sk.HessianOperator(Named(), lambda o, b: F.cross_entropy(o, b["y"]), data[0])
+    for d in data:
+        H.refresh(d)
+        torch.testing.assert_close(H.loss, F.cross_entropy(H.module.model.inner(d["x"]), d["y"]).detach())

@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -89,7 +90,7 @@ class Engines:
         self._since += 1
         self._refreshes += 1
         due = self.verify and self._since >= CHECK_EVERY
-        signature = [(x.shape, x.dtype) if isinstance(x, Tensor) else x for x in leaves]
+        signature = [(x.shape, x.dtype) if isinstance(x, Tensor) else _comparable(x) for x in leaves]
         if self._snapshot is None or not self._holds:
             self._snapshot = Snapshot(self.module)
         elif self._last is not None and not due and self._last[:2] == (spec, signature):
@@ -110,7 +111,7 @@ class Engines:
         """Return what an engine belongs to: the structure, which needs another one, and values, which may."""
         assert self._snapshot is not None
         tensors = tuple((x.shape, x.dtype) if isinstance(x, Tensor) else None for x in leaves)
-        plain = {f"batch leaf {i}": x for i, x in enumerate(leaves) if not isinstance(x, Tensor)}
+        plain = {f"batch leaf {i}": _comparable(x) for i, x in enumerate(leaves) if not isinstance(x, Tensor)}
         return (spec, tensors, self._snapshot.structure), self._snapshot.values | plain
 
     def _keep(self, key: Any, structure: Any, values: dict[str, Any], engine: Engine) -> None:
@@ -218,6 +219,13 @@ class Engines:
         """Run forward hooks on real tensors again: what they keep would otherwise be the export's fake ones."""
         if any(m._forward_hooks or m._forward_pre_hooks for m in self.module.modules()):
             self._eager(leaves, spec)
+
+
+def _comparable(leaf: Any) -> Any:
+    """Return what two leaves of batches are compared by: an array has no truth value of its own."""
+    if isinstance(leaf, np.ndarray):
+        return leaf.shape, str(leaf.dtype), leaf.tobytes()
+    return leaf if leaf.__hash__ is not None else repr(leaf)
 
 
 def _hashable(values: Mapping[str, Any]) -> tuple[Any, ...]:
