@@ -523,3 +523,23 @@ def test_arrays_in_a_batch_are_compared_by_their_numbers() -> None:
     for d in data:
         H.refresh(d)
         torch.testing.assert_close(H.loss, F.cross_entropy(H.module.model.inner(d["x"]), d["y"]).detach())
+
+
+def test_programs_that_take_turns_are_each_checked() -> None:
+    class Hidden:
+        __slots__ = ("value",)
+
+    hidden = Hidden()
+    hidden.value = 1.0
+    model, large = net(), batch()
+    small = large[0][:3], large[1][:3]
+    loss_fn = lambda o, t: getattr(hidden, "".join(["val", "ue"])) * F.cross_entropy(o, t)  # noqa: E731
+    H = sk.HessianOperator(model, loss_fn, large)
+    H.refresh(small)
+    hidden.value = 2.0
+    for _ in range(CHECK_EVERY + 1):
+        H.refresh(large)
+        H.refresh(small)
+    for data in (large, small):
+        H.refresh(data)
+        torch.testing.assert_close(H.loss, loss_fn(model(data[0]), data[1]).detach())

@@ -60,7 +60,7 @@ class Engines:
         self._values: dict[Any, dict[str, Any]] = {}  # structure -> values that the last engine was made with
         self._latest: dict[Any, Engine] = {}
         self._eager_only = ""  # why no program is made any more
-        self._since = 0
+        self._uses: dict[int, int] = {}  # id of a program -> refreshes since it was compared
         self._warned: set[str] = set()
 
     @property
@@ -87,25 +87,28 @@ class Engines:
             NonFiniteLossError: the eager loss is NaN or infinite.
             Exception: whatever the user's own code raises.
         """
-        self._since += 1
         self._refreshes += 1
-        due = self.verify and self._since >= CHECK_EVERY
         signature = [(x.shape, x.dtype) if isinstance(x, Tensor) else _comparable(x) for x in leaves]
         if self._snapshot is None or not self._holds:
             self._snapshot = Snapshot(self.module)
-        elif self._last is not None and not due and self._last[:2] == (spec, signature):
+        elif self._last is not None and self._last[:2] == (spec, signature) and not self._due(self._last[2]):
             return self._last[2]  # as at the refresh before: most are
         structure, values = self._state(leaves, spec)
         engine = self._kept.get((structure, _hashable(values)))
         if engine is None:
             engine = self._made(leaves, spec, structure, values)
-        elif due and isinstance(engine, ReplayedProgram):
+        elif isinstance(engine, ReplayedProgram) and self._due(engine):
             engine = self._checked(engine, leaves, spec)
         # An eager pass may have left values behind, such as a counter: programs leave them as they are now.
         structure, values = self._state(leaves, spec)
         self._keep((structure, _hashable(values)), structure, values, engine)
         self._last = spec, signature, engine
         return engine
+
+    def _due(self, engine: Engine) -> bool:
+        """Count a use, and say whether it is time to compare: each program by itself, for batches may alternate."""
+        self._uses[id(engine)] = self._uses.get(id(engine), 0) + 1
+        return self.verify and self._uses[id(engine)] >= CHECK_EVERY and isinstance(engine, ReplayedProgram)
 
     def _state(self, leaves: list[Any], spec: pytree.TreeSpec) -> tuple[Any, dict[str, Any]]:
         """Return what an engine belongs to: the structure, which needs another one, and values, which may."""
@@ -168,7 +171,7 @@ class Engines:
             graph = export(self.module, pytree.tree_unflatten(leaves, spec))
             engine = ReplayedProgram(Program(graph, self.params, keep_outputs=self.keep_outputs))
         self._clear_up(leaves, spec)
-        self._since = 0
+        self._uses[id(engine)] = 0
         if self.verify:
             verdict = compare(engine, self.module, leaves, spec, self.params, eager)
             if not verdict.agrees:
@@ -189,7 +192,7 @@ class Engines:
 
     def _checked(self, engine: ReplayedProgram, leaves: list[Any], spec: pytree.TreeSpec) -> Engine:
         """Compare an engine in use again; make a new one if it no longer agrees."""
-        self._since = 0
+        self._uses[id(engine)] = 0
         eager = self._eager(leaves, spec)
         if not eager.unseen and compare(engine, self.module, leaves, spec, self.params, eager).agrees:
             return engine
