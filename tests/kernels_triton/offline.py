@@ -14,8 +14,8 @@ from triton.compiler import ASTSource
 
 _CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 CHIPS = (80, 90, 100)  # A100, H100, B200
-# Bytes of stack a thread, else none: ptxas of these versions keeps two registers there across a few kernels' main loop.
-_STACK_LIMIT = {"3.6.0": 8, "3.8.0": 8}.get(triton.__version__, 0)
+# Bytes of stack a thread: before 3.9 triton's ptxas keeps two registers there across the main loop of a few kernels.
+_STACK_LIMIT = 8 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9) else 0
 _SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes of shared memory one block may use
 
 
