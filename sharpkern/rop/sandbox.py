@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import checkpoint as checkpointing
 
+RandomState = tuple[Tensor, dict[int, Tensor]]
+
 
 @contextmanager
 def buffers_on_copies(modules: Iterable[nn.Module], *, updated: nn.Module | None = None) -> Iterator[None]:
@@ -85,13 +87,13 @@ def kept_random_states(devices: Iterable[torch.device]) -> Iterator[None]:
         np.random.set_state(numpy)  # noqa: NPY002
 
 
-def random_state() -> tuple[Tensor, dict[int, Tensor]]:
+def random_state() -> RandomState:
     """Return the state of torch's global generators: the CPU's, and each CUDA device's in use, by index."""
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     return torch.get_rng_state(), {i: torch.cuda.get_rng_state(i) for i in devices}
 
 
-def set_random_state(state: tuple[Tensor, dict[int, Tensor]]) -> None:
+def set_random_state(state: RandomState) -> None:
     """Set what ``random_state`` returned, so that noise is drawn again."""
     torch.set_rng_state(state[0])
     for index, cuda in state[1].items():
