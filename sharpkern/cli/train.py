@@ -62,9 +62,9 @@ def _conclude(config: TrainConfig) -> None:
     if not finite:
         return
     from ..train.plots import plot_run
-    from ..train.summary import catapults_of, summarise
+    from ..train.summary import catapults_of, summary_lines
 
-    lines = summarise(rows)
+    lines = summary_lines(rows)
     (config.out / "summary.txt").write_text("\n".join(lines) + "\n")
     plot_run(finite, config.optimizer, catapults_of(finite), config.out / "sharpness.png", _title(config))
     print("\n".join(lines))

@@ -60,6 +60,7 @@ def batch_at(step: int, config: TrainConfig, inputs: Tensor, targets: Tensor) ->
         return inputs, targets
     per_epoch = len(inputs) // size
     epoch, index = divmod(step - 1, per_epoch)
+    # The factor is larger than any number of epochs, so that no two seeds ever share a permutation.
     order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(config.seed * 1_000_003 + epoch))
     chosen = order[index * size : (index + 1) * size]
     return inputs[chosen], targets[chosen]
@@ -72,6 +73,7 @@ def evaluated_at(step: int, config: TrainConfig) -> bool:
 
 def what_is_exported(config: TrainConfig) -> tuple[Any, ...]:
     """Return what runs with one exported program have in common."""
+    # Neither seed nor optimizer: a program reads parameters from their memory and holds none of their values.
     return config.task, config.model, config.data, config.loss, config.batch_size
 
 
@@ -122,6 +124,8 @@ class ReferenceTask:
         self.targets: Tensor = loss_targets(config, self.data.train_targets, self.data)
         self.model: nn.Module = build_model(config, self.data)
         if like is not None:
+            # The program is bound to the memory of that model's parameters: they get the new values, and not the other
+            # way round.
             like.model.load_state_dict(self.model.state_dict())
             like.model.zero_grad()
             self.model = like.model
@@ -143,13 +147,16 @@ class ReferenceTask:
     def evaluate(self) -> Row:
         """Accuracy on training and test data, and the test loss, at the present parameters."""
         result: Row = {}
+        # The mode is left alone: reference models have neither dropout nor batch norm.
         for split, inputs, targets in (
             ("train", self.data.train_inputs, self.data.train_targets),
             ("test", self.data.test_inputs, self.data.test_targets),
         ):
+            # In parts, as the activations of 60,000 images at once may not fit.
             output = torch.cat([self.model(x) for x in inputs.split(1000)])
             result[f"{split}_accuracy"] = float((output.argmax(-1) == targets).float().mean())
             if split == "test":
+                # Of all outputs together: a mean of the parts' means would weigh a smaller last part too much.
                 goal = loss_targets(self.config, targets, self.data)
                 result["test_loss"] = float(self.loss_fn(output, goal))
         return result
@@ -198,6 +205,7 @@ def build_task(config: TrainConfig, *, like: Task | None = None) -> Task:
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
+    # For a user's own function, RI-Adam's draw and dropout; reference models have generators of their own.
     torch.manual_seed(config.seed)
     if like is None:
         return ReferenceTask(config) if config.task is None else OwnTask(config.task)
@@ -244,6 +252,7 @@ def first_examples(task: Task, count: int) -> Any:
     left = count
     for batch in task.whole():
         leaves, spec = pytree.tree_flatten(batch)
+        # A batch may hold several inputs or a mask: all tensors have one row an example, and the first tells how many.
         rows = next(len(leaf) for leaf in leaves if isinstance(leaf, Tensor))
         parts.append([leaf[:left] if isinstance(leaf, Tensor) else leaf for leaf in leaves])
         left -= min(rows, left)

@@ -15,11 +15,14 @@ LossFunction = Callable[[Tensor, Tensor], Tensor]
 
 def half_mean_squares(output: Tensor, target: Tensor) -> Tensor:
     """Half the mean over batch and outputs of ``(output - target)^2``; the warmup paper's convention."""
+    # Without the half all sharpnesses would be twice, and all thresholds in lr half, those of the paper.
     return 0.5 * F.mse_loss(output, target)
 
 
 def token_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Mean cross-entropy over all tokens: ``[N, T, vocabulary], [N, T]``."""
+    # ``cross_entropy`` wants classes second. Flattening leaves the logits where they are; moving the classes would
+    # stride them.
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 

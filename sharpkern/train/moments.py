@@ -26,6 +26,7 @@ def draw_second_moment(
     """
     if not (isinstance(optimizer, GIAdam) and optimizer.v0 == "random"):
         return
+    # Not ``backward()``, whose forward pass would change batch-norm statistics before the first step.
     for p, gradient in gradients_of(HessianOperator(model, loss_fn, batch)).items():
         p.grad = gradient
     optimizer.initialize()
@@ -51,10 +52,14 @@ def initial_preconditioned_sharpness(
         return {}
     hessian = HessianOperator(model, loss_fn, batch)
     gradients = gradients_of(hessian)
+    # The trainer's optimizers have one group.
     group = optimizer.param_groups[0]
     found: Row = {}
     for name, cls in (("initial_adam", torch.optim.Adam), ("initial_gi_adam", GIAdam)):
+        # Fresh optimizers: P of the first step follows from betas, eps and the gradient, and the run's own state is not
+        # touched.
         P = preconditioner(cls(list(gradients), betas=group["betas"], eps=group["eps"]), gradients=gradients)
+        # The same start for both, so that their ratio does not come from two random vectors.
         generator = torch.Generator().manual_seed(0)
         result = lanczos(PreconditionedOperator(hessian, P), tol=1e-2, max_matvecs=100, generator=generator)
         found[name] = float(result.eigenvalues[0])

@@ -22,6 +22,8 @@ def threshold_curves(optimizer: OptimizerConfig) -> list[tuple[str, float, str]]
     """
     b = optimizer.beta1 if optimizer.name != "sgd" else optimizer.momentum
     if optimizer.name != "sgd":
+        # At first m = (1 - b1) g, so the curvature may reach 2 / ((1 - b1) lr). Later the average of gradients that
+        # change sign is smaller than g, which is where 2 + 2 b1 comes from (Cohen et al. 2022).
         late, early = (2 + 2 * b) / (1 - b), 2 / (1 - b)
         return [
             (f"(2+2β₁)/((1-β₁)η) = {late:.3g}/η", late, "solid"),
@@ -42,9 +44,11 @@ def plot_run(rows: list[Row], optimizer: OptimizerConfig, catapults: list[Catapu
         path: where to write.
         title: above the panels.
     """
+    # matplotlib is an optional dependency and slow to import. Without pyplot there is no global state and no display.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    # The row of a divergence holds no learning rate. ``catapults`` counts rows without it, as the caller's do.
     rows = [row for row in rows if row.get("loss") is not None]
     step = _column(rows, "step")
     figure = Figure(figsize=(9, 9), layout="constrained")
@@ -78,8 +82,11 @@ def plot_run(rows: list[Row], optimizer: OptimizerConfig, catapults: list[Catapu
             label="sharpness λ (not the stability variable)",
         )
     for name, kappa, style in threshold_curves(optimizer):
+        # A rate of 0 has an infinite threshold, which is not drawn.
         with np.errstate(divide="ignore"):
             bottom.plot(step, kappa / lr, color=_RED, linestyle="-" if style == "solid" else ":", label=name)
+    # Limits from the sharpness alone: at the start of a warmup the threshold is so high that nothing else would be
+    # seen.
     shown = np.concatenate([value, _column(rows, "sharpness")]) if adaptive else value
     positive = shown[np.isfinite(shown) & (shown > 0)]
     if positive.size:
