@@ -43,6 +43,7 @@ class DatasetHessian(ParameterOperator):
         if reduction not in ("mean", "sum"):
             raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}.")
         self.batches, self.reduction = batches, reduction
+        # Only to export: every product begins again from the first batch.
         first = next(iter(batches), None)
         if first is None:
             raise ValueError("the loader gives no batch.")
@@ -52,6 +53,7 @@ class DatasetHessian(ParameterOperator):
 
     def _weighted(self) -> Iterator[float]:
         """Bring the operator to one batch after the other, and yield its weight in the sum."""
+        # Each product runs the primal sweeps of every batch again, as only one batch's activations fit into memory.
         for batch in self.batches:
             self._hessian.refresh(batch)
             yield float(_examples(batch)) if self.reduction == "mean" else 1.0
@@ -66,12 +68,15 @@ class DatasetHessian(ParameterOperator):
         total, weights = None, 0.0
         for weight in self._weighted():
             part = term() * weight
+            # ``part`` is a new tensor (the product with the weight), so adding to it in place changes nothing of the
+            # operator's.
             total = part if total is None else total.add_(part)
             weights += weight
         if total is None:
             raise ValueError(
                 "the loader gives no batch any more: pass one that can be iterated again, not a generator."
             )
+        # Weighted by length: a smaller last batch counts for its examples only.
         return total.div_(weights) if self.reduction == "mean" else total
 
 

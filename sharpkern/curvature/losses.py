@@ -40,7 +40,9 @@ class LossModule(nn.Module):
             ValueError: it is neither a pair nor a mapping.
         """
         if isinstance(batch, Mapping):
+            # Mappings that pytree does not know would be one opaque leaf, whose tensors no export could see.
             return batch if pytree.tree_structure(batch) != _LEAF else dict(batch)
+        # Two and no other number: of three, nobody knows which are inputs, and a guess would give a wrong number.
         if isinstance(batch, tuple | list) and len(batch) == 2:
             return batch
         if isinstance(batch, Tensor):
@@ -81,6 +83,7 @@ class LossModule(nn.Module):
                 f"GGNOperator finds no tensor in the model's output, a {type(output).__name__}: return a tensor, or a "
                 "tuple, list or dict of tensors (or register the class with torch.utils._pytree)."
             )
+        # By identity. Split there, the loss would be linear in the outputs, and the matrix zero.
         if any(loss is t for t in tensors) or (isinstance(output, Mapping) and output.get("loss") is not None):
             raise ValueError(
                 "the model computes the loss itself, so there is no output to split at: let it return its outputs, "
@@ -102,6 +105,7 @@ class FunctionalLoss(nn.Module):
         super().__init__()
         self.names = list(params)
         self.given = list(params.values())
+        # A ParameterList, because the export and the gate look for parameters in a module.
         self.values = nn.ParameterList(list(params.values()))
         self.loss_fn = loss_fn
 
@@ -116,5 +120,6 @@ class FunctionalLoss(nn.Module):
     def follow(self) -> None:
         """Share the memory of the tensors given again, where their ``.data`` was assigned anew."""
         for value, tensor in zip(self.values, self.given, strict=True):
+            # An assigned ``.data`` gives the user's tensor new memory; a program reads the old one until it is told.
             if value.data_ptr() != tensor.data_ptr():
                 value.data = tensor.data
