@@ -23,7 +23,13 @@ _COARSE = 0.2  # the most that is ever taken for rounding, as in 16-bit floats
 
 @dataclass(frozen=True)
 class Check:
-    """One figure of an audit: a relative error and the most that passes."""
+    """One figure of an audit.
+
+    Attributes:
+        name: what was compared with what.
+        error: relative; NaN if one of the two was.
+        allowed: the most that passes.
+    """
 
     name: str
     error: float

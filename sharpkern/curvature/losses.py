@@ -15,7 +15,12 @@ _LEAF = pytree.tree_structure(0)
 
 
 class NonFiniteLossError(RuntimeError):
-    """The loss is NaN or infinite. Attributes: ``loss`` (float), ``step`` (int, or None outside training)."""
+    """The loss is NaN or infinite.
+
+    Attributes:
+        loss: the value.
+        step: of a training run, from 1; None outside training.
+    """
 
     def __init__(self, loss: float, step: int | None = None) -> None:
         self.loss, self.step = loss, step
@@ -26,7 +31,12 @@ class NonFiniteLossError(RuntimeError):
 
 
 class LossModule(nn.Module):
-    """Model and loss as one module: ``(inputs, targets)`` or a dict batch in, loss and model outputs out."""
+    """Model and loss as one module: ``(inputs, targets)`` or a dict batch in, loss and model outputs out.
+
+    Args:
+        model: called as ``model(inputs)``, ``model(*inputs)`` for a tuple or list, ``model(**inputs)`` for a dict.
+        loss_fn: ``(output, targets) -> scalar``, or ``(output, batch) -> scalar`` for a dict batch.
+    """
 
     def __init__(self, model: nn.Module, loss_fn: Callable[..., Tensor]) -> None:
         super().__init__()
@@ -98,7 +108,12 @@ class LossModule(nn.Module):
 class FunctionalLoss(nn.Module):
     """A loss of named parameters and a batch, without a module: ``loss_fn(params, batch)``.
 
-    ``values`` are parameters that share the memory of the tensors given.
+    Args:
+        params: name -> tensor, in the flat order of vectors.
+        loss_fn: ``(params, batch) -> scalar``.
+
+    Attributes:
+        values: parameters that share the memory of the tensors given.
     """
 
     def __init__(self, params: Mapping[str, Tensor], loss_fn: Callable[..., Tensor]) -> None:

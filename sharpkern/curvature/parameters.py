@@ -74,8 +74,12 @@ def select_parameters(
 ) -> dict[str, Tensor]:
     """Resolve names, tensors, a dict or None to name -> parameter in the order of ``model.named_parameters()``.
 
+    Args:
+        model: a module; None for a functional loss, whose parameters are ``params`` as they are.
+        params: what is wanted; of a dict the values count. None for all that require a gradient.
+
     Raises:
-        ValueError: an unknown name or tensor, or nothing selected.
+        ValueError: an unknown name or tensor, a single string, a complex parameter, or nothing selected.
     """
     if model is None:
         if not isinstance(params, Mapping) or not params:

@@ -228,7 +228,11 @@ def is_library(module: str | None) -> bool:
 
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[str]:
-    """Name the values that differ."""
+    """Name the values that differ, or that only one of two looks has.
+
+    Args:
+        before, after: ``Snapshot.values``.
+    """
     for name in {**before, **after}:
         if before.get(name, _MISSING) != after.get(name, _MISSING):
             yield name

@@ -134,7 +134,12 @@ def _dynamics(rows: list[Row], config: TrainConfig, status: str) -> dict[str, An
 
 
 def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write the table as CSV; it is there whole or not at all."""
+    """Write the table as CSV; it is there whole or not at all.
+
+    Args:
+        path: the file.
+        rows: of ``table``, at least one, all with the same keys.
+    """
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, fieldnames=list(rows[0]))
     writer.writeheader()

@@ -63,7 +63,14 @@ class Map:
 
 
 def heatmap(content: Map, title: str, lr_label: str, path: Path) -> None:
-    """Draw a map with its numbers and its boundary, and write a PNG."""
+    """Draw a map with its numbers and its boundary, and write a PNG.
+
+    Args:
+        content: the squares.
+        title: above.
+        lr_label: of the axis of learning rates, which says their unit.
+        path: of the PNG.
+    """
     from matplotlib import colormaps
     from matplotlib.collections import LineCollection
 

@@ -28,6 +28,9 @@ def local(processes: int | None = None) -> Executor:
 
     Args:
         processes: at most so many at once; by default as many as there are cores for their torch threads.
+
+    Raises:
+        RuntimeError: while it runs: a process died, perhaps for want of memory.
     """
 
     def run(function: Callable[[Group], list[CellEnd]], todo: Sequence[Group]) -> Iterator[list[CellEnd]]:

@@ -66,7 +66,7 @@ def locked(cell: Cell) -> Iterator[None]:
 
 
 def report_error(cell: Cell, error: Exception) -> CellEnd:
-    """Leave an error's traceback in the cell's folder."""
+    """Leave an error's traceback in the cell's folder as ``error.txt``, and return an end of status "error"."""
     (cell.folder / ERROR).write_text("".join(traceback.format_exception(error)))
     return CellEnd(cell.name, "error", (str(error) or type(error).__name__).splitlines()[0])
 
@@ -103,7 +103,12 @@ def reference_task(run: Run) -> ReferenceTask:
 
 
 def train(cell: Cell, run: Run) -> dict[str, Any]:
-    """Train a run to its end, and return the cell's result."""
+    """Train a run to its end, and return the cell's result, which is written too.
+
+    Args:
+        cell: whose folder the run is in.
+        run: of ``begin``. A loss that is not finite ends it, and is a result.
+    """
     from ..curvature.losses import NonFiniteLossError
 
     try:
@@ -115,7 +120,17 @@ def train(cell: Cell, run: Run) -> dict[str, Any]:
 
 
 def finish(cell: Cell, run: Run) -> dict[str, Any]:
-    """Write the result of a run that has all its rows."""
+    """Write the result of a run that has all its rows, and return it.
+
+    Args:
+        cell: whose folder the run is in.
+        run: only its configuration and data are used: the figures come from metrics.jsonl.
+
+    Returns:
+        See ``collect.result_row``, and ``critical_lr``, ``forward_passes``, ``T_reach``, ``T_save``.
+
+    Cost: a search for the critical learning rate: one gradient and some forward passes.
+    """
     rows, data = read(cell.folder / "metrics.jsonl"), reference_task(run).data
     result = result_row(rows, run.config, data.classes) | _critical(run.config, data)
     # The result before the checkpoint goes: a kill between the two leaves a file too many, not a run to be repeated.
@@ -136,8 +151,7 @@ def _in_units(cell: Cell) -> TrainConfig:
     if mean <= 0:
         raise ValueError(f"the initial sharpness is {mean:.4g}: learning rates cannot be in units of its inverse.")
     o = c.optimizer
-    lr_init = o.lr_init / mean if isinstance(o.lr_init, float) else o.lr_init
-    return replace(c, optimizer=replace(o, lr=o.lr / mean, lr_init=lr_init))
+    return replace(c, optimizer=replace(o, lr=o.lr / mean, lr_init=o.lr_init / mean))
 
 
 @cache

@@ -48,7 +48,13 @@ class FCNStack:
         return x
 
     def gradients(self, x: Tensor, targets: Tensor, loss: str) -> tuple[Tensor, list[Tensor]]:
-        """Return each network's loss, ``[networks]``, and the gradients, in the shapes of ``parameters``."""
+        """Return each network's loss, ``[networks]``, and the gradients, in the shapes of ``parameters``.
+
+        Args:
+            x: ``[N, inputs]`` or ``[networks, N, inputs]``.
+            targets: see ``stacked_losses``.
+            loss: "mse" or "cross-entropy".
+        """
         losses = stacked_losses(self(x), targets, loss)
         # No network's loss depends on another's parameters, so the gradient of the sum is each one's own.
         return losses.detach(), list(torch.autograd.grad(losses.sum(), self.parameters))

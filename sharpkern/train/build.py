@@ -22,7 +22,15 @@ from .own import load_own
 
 
 def build_model(config: TrainConfig, data: Dataset) -> nn.Module:
-    """Make the reference model that fits the data."""
+    """Make the reference model that fits the data, float32 on the CPU.
+
+    Args:
+        config: model, context and seed are read.
+        data: sets the number of inputs, channels and outputs.
+
+    Raises:
+        ValueError: see ``FCN``, ``GPT``.
+    """
     m = config.model
     if m.kind == "gpt":
         return GPT(
@@ -38,7 +46,12 @@ def build_model(config: TrainConfig, data: Dataset) -> nn.Module:
 
 
 def build_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """Make the optimizer; the schedule sets its learning rate."""
+    """Make the optimizer, one group of all parameters; the schedule sets its learning rate.
+
+    Args:
+        config: the table ``optimizer`` is read.
+        model: gives the parameters.
+    """
     o = config.optimizer
     if o.name == "sgd":
         return torch.optim.SGD(model.parameters(), lr=o.lr, momentum=o.momentum)
@@ -54,6 +67,17 @@ def batch_at(step: int, config: TrainConfig, inputs: Tensor, targets: Tensor) ->
 
     A function of the step and the seed alone, so that a resumed run needs no data state. Incomplete batches at the end
     of an epoch are dropped.
+
+    Args:
+        step: from 1 on.
+        config: batch size and seed are read.
+        inputs: ``[N, ...]``.
+        targets: ``[N, ...]``.
+
+    Returns:
+        ``[batch_size, ...]`` each; a copy, but for the full batch.
+
+    Cost: a permutation of N, and the copy.
     """
     size = config.batch_size
     if size is None or size >= len(inputs):
@@ -215,7 +239,18 @@ def build_task(config: TrainConfig, *, like: Task | None = None) -> Task:
 
 
 def build_schedule(config: TrainConfig, task: Task, optimizer: torch.optim.Optimizer) -> WarmupLR:
-    """Make the learning rate's schedule; a critical start is measured here, on the first batch."""
+    """Make the learning rate's schedule; a critical start is measured here, on the first batch.
+
+    Args:
+        config: the table ``optimizer`` and the number of steps are read.
+        task: its model is measured for a critical start, and left as it is.
+        optimizer: gets the first step's learning rate.
+
+    Raises:
+        NonFiniteLossError: for a critical start: the loss is NaN or infinite.
+
+    Cost: nothing, or for a critical start one gradient and some forward passes (``critical_learning_rate``).
+    """
     o = config.optimizer
     return WarmupLR(
         optimizer, o.lr, o.warmup_steps, lr_init="critical" if o.critical_start else o.lr_init,
@@ -225,7 +260,12 @@ def build_schedule(config: TrainConfig, task: Task, optimizer: torch.optim.Optim
 
 
 def build_tracker(config: TrainConfig, task: Task, optimizer: torch.optim.Optimizer) -> SharpnessTracker:
-    """Make the tracker.
+    """Make the tracker; nothing is exported or measured before its first step.
+
+    Args:
+        config: the table ``tracking`` is read.
+        task: model, loss, and the data of a probe or of a whole-dataset Hessian.
+        optimizer: that the tracker reads.
 
     Raises:
         ValueError: the probe has more examples than there are.

@@ -13,7 +13,14 @@ from .metrics import replace_file
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
-    """Write a checkpoint; it is there whole or not at all."""
+    """Write a checkpoint; it is there whole or not at all.
+
+    Args:
+        path: the file.
+        state: tensors and plain Python, as ``load`` takes nothing else; torch's CPU random state is added as ``rng``.
+
+    Cost: copies of the state in memory, for a moment.
+    """
     # Into memory first: written straight to the file, a kill would leave a part of it under the checkpoint's name.
     buffer = io.BytesIO()
     # Dropout in a user's own model draws from this generator, so a resumed run must find it as it was.

@@ -193,7 +193,11 @@ PRESETS = {"demo": DEMO}
 
 
 def value_of(config: TrainConfig, key: str) -> Any:
-    """Return an option's value by its key, as in ``optimizer.lr``.
+    """Return an option's value by its key.
+
+    Args:
+        config: where to look.
+        key: as in ``loss`` or ``optimizer.lr``.
 
     Raises:
         AttributeError: no such option.
@@ -225,8 +229,12 @@ def to_toml(config: TrainConfig) -> str:
 def from_toml(text: str, source: str = "the configuration") -> TrainConfig:
     """Read a configuration; options that are left out have their defaults.
 
+    Args:
+        text: TOML.
+        source: the file, for error messages.
+
     Raises:
-        ValueError: no TOML, an unknown option, or a value of the wrong type.
+        ValueError: no TOML, an unknown option, a value of the wrong type, or one that ``validate`` refuses.
     """
     try:
         tables = tomllib.loads(text)

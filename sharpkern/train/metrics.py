@@ -74,7 +74,15 @@ def read(path: Path) -> list[Row]:
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Write a file so that it is there whole or not at all."""
+    """Write a file so that it is there whole or not at all, also after a crash of the machine.
+
+    Args:
+        path: the file; ``path`` with ``.tmp`` behind it is written first.
+        data: its content.
+
+    Raises:
+        OSError: it cannot be written; an old file of that name is as it was.
+    """
     # In the same folder, because renaming is atomic within one file system only.
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("wb") as file:

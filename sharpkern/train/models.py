@@ -34,7 +34,10 @@ class ScaledLinear(nn.Module):
         readout: the last layer.
         generator: of the weights, a normal cut at two standard deviations and rescaled to the variance.
 
-    Source: Kalra and Barkeshli, Why Warmup the Learning Rate? (2024), appendix on parameterisations.
+    Raises:
+        ValueError: an unknown parameterisation.
+
+    Source: Kalra and Barkeshli, Why warmup the learning rate? (2024), appendix on parameterisations.
     """
 
     def __init__(
@@ -86,6 +89,9 @@ class FCN(nn.Module):
         parameterisation: sp, ntp or mup.
         zero_readout: start with a readout of zero.
         seed: of the weights.
+
+    Raises:
+        ValueError: an unknown activation or parameterisation, depth below 2, or width below 1.
     """
 
     def __init__(
@@ -185,6 +191,9 @@ class GPT(nn.Module):
         blocks: transformer blocks.
         last_norm: layer norm before the readout; without it the initial sharpness is 10 times higher.
         seed: of the weights.
+
+    Raises:
+        ValueError: width is no multiple of 2 * heads.
     """
 
     def __init__(

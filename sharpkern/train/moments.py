@@ -23,6 +23,16 @@ def draw_second_moment(
     """Draw RI-Adam's v_0 with the norm of this batch's gradient; any other optimizer is left alone.
 
     The tracker needs it before the first step, whose preconditioner depends on it. ``p.grad`` is left None.
+
+    Args:
+        model, loss_fn, batch: see ``HessianOperator``; left as they are.
+        optimizer: of that model, before its first step.
+
+    Raises:
+        NonFiniteLossError: the loss is NaN or infinite.
+        RuntimeError: v_0 has been drawn already.
+
+    Cost: nothing, or an export and one gradient.
     """
     if not (isinstance(optimizer, GIAdam) and optimizer.v0 == "random"):
         return

@@ -235,7 +235,18 @@ class _Line:
 
 @torch.no_grad()
 def probe_loss(model: nn.Module, loss_fn: Callable[..., Tensor], batch: Any) -> float:
-    """Return the loss of a batch; the model's buffers and the random state stay as they are."""
+    """Return the loss of a batch; the model's buffers and the random state stay as they are.
+
+    Args:
+        model: a module, in its present mode.
+        loss_fn: ``(output, targets) -> scalar``.
+        batch: ``(inputs, targets)`` or a dict; see ``HessianOperator``.
+
+    Returns:
+        The loss, which may be NaN or infinite.
+
+    Cost: one forward pass.
+    """
     module = LossModule(unwrapped(model), loss_fn)
     buffers = {name: b.clone() for name, b in module.named_buffers()}
     devices = sorted({p.device.index for p in module.parameters() if p.device.type == "cuda"})

@@ -158,7 +158,15 @@ class WarmupLR(LRScheduler):
 
 
 def set_rates(optimizer: torch.optim.Optimizer, rates: Sequence[float]) -> None:
-    """Set the learning rate of each group; a tensor is filled in place."""
+    """Set the learning rate of each group; a tensor is filled in place.
+
+    Args:
+        optimizer: any.
+        rates: one for each parameter group.
+
+    Raises:
+        ValueError: not one for each group.
+    """
     for group, lr in zip(optimizer.param_groups, rates, strict=True):
         if isinstance(group["lr"], torch.Tensor):
             # A compiled or captured step reads this very tensor; a new one would never reach it.

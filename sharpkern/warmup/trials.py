@@ -30,11 +30,7 @@ from .schedule import WarmupLR, set_rates
 
 # A model that holds 4096 eta_c is not limited by its learning rate: the search for a limit ends.
 _DOUBLINGS = 12
-
-
 _SPIKE = 2.0  # a run holds only if its loss stays below so many times the first
-
-
 _HOPELESS = 100.0  # a loss so many times the first ends a run
 
 
@@ -58,7 +54,20 @@ class Trial:
 
 @dataclass
 class Probe:
-    """The measurements, and what they cost."""
+    """The measurements, and what they cost. Each works on copies or leaves the model as it is.
+
+    Attributes:
+        model, loss_fn, optimizer: as given to ``suggest_warmup``; only read.
+        data: of ``batches_of``.
+        steps: of the longest warmup.
+        forward_passes, gradients, matvecs: spent so far.
+        seen: batches that ``sharpness`` was measured on.
+        ratios: of each parameter group's learning rate to the first group's.
+        width: steps over which losses are averaged: 5 for several batches, 1 for a single one.
+
+    Raises:
+        ValueError: the first group's lr is 0 and another's is not.
+    """
 
     model: nn.Module
     loss_fn: Callable[..., Tensor]
@@ -80,7 +89,10 @@ class Probe:
         self.width = 5 if len(list(itertools.islice(self.data, 2))) > 1 else 1  # steps averaged against noise
 
     def sharpness(self, batches: int) -> tuple[float, float | None]:
-        """Return the mean sharpness over batches, and GI-Adam's of the first if the optimizer is a fresh Adam."""
+        """Return the mean sharpness over batches, and GI-Adam's of the first if the optimizer is a fresh Adam.
+
+        Preconditioned for an adaptive optimizer. Cost: for each batch a gradient and up to 100 Hessian-vector products.
+        """
         found: list[float] = []
         gi_adam, hessian = None, None
         generator = torch.Generator().manual_seed(0)
@@ -108,7 +120,15 @@ class Probe:
         return statistics.fmean(found), gi_adam
 
     def critical(self, batches: int, start: float) -> tuple[CriticalLR, float]:
-        """Return eta_c of the first batch, and the median over batches."""
+        """Return eta_c of the first batch, and the median over batches.
+
+        Args:
+            batches: how many to use; fewer if there are not so many.
+            start: where the first search starts.
+
+        Raises:
+            ValueError: the median is 0 or infinite: the first step does not descend.
+        """
         rise = rule_of(self.optimizer).rise
         found: list[CriticalLR] = []
         for batch in itertools.islice(self.data, batches):
@@ -127,7 +147,12 @@ class Probe:
         return found[0], median
 
     def trend(self, kappa: float, top: float) -> Regime:
-        """Warm a copy up from 0 to the threshold, tracking its sharpness."""
+        """Warm a copy up from 0 to the threshold, tracking its sharpness.
+
+        Args:
+            kappa: of ``stability_threshold``.
+            top: where the warmup ends, as a learning rate of the first group.
+        """
         # Copied as a pair: only so does the copy of the optimizer hold the parameters of the copy of the model.
         model, optimizer = copy.deepcopy((self.model, self.optimizer))
         schedule = WarmupLR(optimizer, [top * ratio for ratio in self.ratios], self.steps)
@@ -167,7 +192,11 @@ class Probe:
         return trials
 
     def warmups(self, target: float, start: float) -> list[Trial]:
-        """Try ever longer warmups to a target."""
+        """Try ever longer warmups to a target, the longest last; one run alone where ``start`` is not below it.
+
+        Args:
+            target, start: learning rates of the first group.
+        """
         if start >= target:
             return [self.run(target, target, 1)]
         # By factors of 4, as each length costs a whole run.
@@ -175,7 +204,12 @@ class Probe:
         return [self.run(target, start, length) for length in (*lengths, self.steps)]
 
     def run(self, target: float, start: float, warmup: int) -> Trial:
-        """Train a copy with a warmup of some steps to a target, from ``start``."""
+        """Train a copy with a linear warmup to a target, for a quarter more steps than the longest warmup.
+
+        Args:
+            target, start: learning rates of the first group; the others keep their ratio to it.
+            warmup: steps until the target is reached; 1 is no warmup.
+        """
         model, optimizer = copy.deepcopy((self.model, self.optimizer))
         module, params = LossModule(model, self.loss_fn), list(trainable(model).values())
         losses: list[float] = []
@@ -200,7 +234,14 @@ class Probe:
 
 
 def batches_of(data: Any) -> Iterable[Any]:
-    """Turn data into something to go through again and again."""
+    """Turn data into something to go through again and again.
+
+    Args:
+        data: a ``DataLoader``, a list of batches, or one batch as a tuple or mapping.
+
+    Raises:
+        ValueError: an iterator, which can be read only once; nothing that can be iterated; or an empty list.
+    """
     if isinstance(data, tuple | Mapping):
         return [data]
     # A generator would give its batches to the first measurement, and nothing to all later ones.
@@ -217,7 +258,10 @@ def _endless(data: Iterable[Any]) -> Iterator[Any]:
 
 
 def holding(trials: list[Trial]) -> list[Trial]:
-    """Return the runs without a spike whose loss fell at least half as much as in the best of them."""
+    """Return the runs without a spike whose loss fell at least half as much as in the best of them.
+
+    Without a spike: the loss stayed at or below twice the first.
+    """
     calm = [t for t in trials if t.peak <= _SPIKE and t.fall > 0]
     # Half of the best fall: a rate so small that the loss hardly moves is calm as well.
     return [t for t in calm if t.fall >= 0.5 * max(c.fall for c in calm)]
