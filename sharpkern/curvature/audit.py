@@ -201,7 +201,7 @@ def _difference_error(H: HessianOperator, v: Tensor, product: Tensor, seed: int,
         steps = [shift * size for shift in _SHIFTS]
         # Central, whose error is of second order in the step. The best of several, as no one step suits every loss.
         return min(_relative(product, (gradient(h) - gradient(-h)) / (2 * h), floor) for h in steps), ""
-    # Also after an error in the user's code: the model must not be left beside its parameters.
+    # Also after an error in the user's code: the model must not be left at shifted parameters.
     finally:
         with torch.no_grad():
             for p, old in zip(params, before, strict=True):

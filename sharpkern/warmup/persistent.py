@@ -71,8 +71,8 @@ class PersistentCatapultLR:
         self.optimizer, self.probe, self.lr_target = optimizer, probe, targets
         self.rise, self.patience = rise, patience
         self.lr, self.done, self.searches, self.forward_passes = 0.0, False, 0, 0
-        # From far below: where the loss crosses L(theta) several times, doubling then meets the smallest crossing
-        # first.
+        # From far below: where the loss crosses L(theta) several times, doubling is then likely to meet the smallest
+        # crossing first.
         self._search(1e-4 * targets[0] if lr_start is None else lr_start)
 
     def step(self) -> None:
