@@ -118,7 +118,7 @@ class Option:
         keywords: dict[str, Any] = {"type": kinds[0], "metavar": _METAVARS.get(kinds[0])}
         if get_origin(self.type) is Literal:
             keywords = {"choices": kinds}
-        elif self.type is bool:
+        elif kinds[0] is bool:
             # With a --no- form, which takes back what a preset or a file has switched on.
             keywords = {"action": argparse.BooleanOptionalAction}
         flags = ["--" + self.key.replace("_", "-"), *filter(None, [_SHORT.get(self.key)])]

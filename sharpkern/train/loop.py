@@ -61,7 +61,7 @@ class Run:
         draw_second_moment(self.model, self.task.loss_fn, self.task.batch(1), self.optimizer)
         self.schedule = build_schedule(config, self.task, self.optimizer)
         self.tracker: SharpnessTracker = build_tracker(config, self.task, self.optimizer)
-        if like is not None:
+        if like is not None and like.tracker.hessian is not None:
             # Its program reads this run's parameters, as both runs have one model; the first step refreshes it.
             self.tracker.hessian = like.tracker.hessian
         self.done = 0
