@@ -102,7 +102,7 @@ def plot_run(
         # A rate of 0 has an infinite threshold, which is not drawn.
         with np.errstate(divide="ignore"):
             bottom.plot(step, kappa / lr, color=_RED, linestyle=style, label=name)
-    # Limits from the curvatures alone: at the start of a warmup the threshold is so high that nothing else would be seen.
+    # Limits from the curvatures alone: early in a warmup the threshold is so high that nothing else would be seen.
     shown = np.concatenate([value, _column(rows, "sharpness")]) if adaptive else value
     if minibatch:
         shown = np.concatenate([shown, along])

@@ -27,7 +27,7 @@ def summary_lines(rows: list[Row]) -> list[str]:
     """
     if not rows:
         raise ValueError("the run has no rows yet.")
-    # Neither a divergence has a sharpness nor a step that is not tracked; steps between two solves carry the last value.
+    # A divergence and an untracked step have no sharpness; steps between two solves carry the last value.
     measured = [row for row in rows if row.get("sharpness") is not None]
     adaptive = any(row.get("preconditioned_sharpness") is not None for row in rows)
     what = "Preconditioned sharpness" if adaptive else "Sharpness"
