@@ -5,6 +5,9 @@ takes a kernel's arguments in the order that stands there.
 
 Blocks hold k vectors as rows, ``[k, n]``, contiguous, float32 or float64; sums are accumulated in float64.
 ``SHARPKERN_BACKEND`` (reference, cpu, triton, cuda) forces a backend, which then runs or raises.
+
+Tried for a call's own time: choices of a backend that are kept (a call took 12 us without), checks as one expression,
+addresses without ``isinstance``. Results as views of one allocation were slower.
 """
 
 from __future__ import annotations

@@ -8,6 +8,10 @@ k is folded into the batch where the weight is the primal's; otherwise one call 
 Two calls and a sum, or one over concatenated channels (batch for wgrad)? Measured on two CPU threads, batch 64,
 32 to 64 channels, k = 1: one call for conv is at best 7 % faster and up to three times slower, for wgrad always
 slower; for convT it is slower without a stride, but takes two thirds of the time with one: used there.
+
+Not kept (AMD Zen 3): channels last around each call, with its conversions 0.28 to 1.1 of the speed, 1.1 to 2.8 only for
+strided input gradients; oneDNN's own accumulation into the result (``_convolution_pointwise_``), equal; larger malloc
+thresholds, equal once tensors of that size have been freed before.
 """
 
 from __future__ import annotations

@@ -3,6 +3,10 @@
 y = x W' + b:   dy = dx W' + x dW' + db        gx = g W          d(gx) = dg W + g dW
                                                gW = g' x         d(gW) = dg' x + g' dx        gb = sum g
 Each line is a sum of products into one accumulator: the dual GEMM on a GPU, elsewhere a GEMM with beta = 1.
+
+Not kept, on an MLP of width 512 (AMD Zen 4; 1.66 to 1.73 gradients a product, 15.8 ms): huge pages and larger malloc
+thresholds (1.74), one GEMM over concatenated operands (197 to 203 GFLOP/s for 204, and the copies), results in
+preallocated memory (15.9 ms).
 """
 
 from __future__ import annotations
