@@ -67,7 +67,7 @@ class Program:
                 self.steps.append(step_of(node, slot_of, slots))
                 self.steps[-1].many = many
                 slot_of[node.name] = slots if many else slots[0]
-        self._params = [(slot, t) for t, slot in ((t, by_tensor[id(t)]) for t in _unique(graph.parameters.values()))]
+        self._params = [(by_tensor[id(t)], t) for t in _unique(graph.parameters.values())]
         self.param_slots = [by_tensor.get(id(t), NOTHING) for t in self.layout.tensors]
         self._buffers = [(slot_of[name], target) for name, target in graph.buffers.items()]
         self._constants = [(slot_of[name], value) for name, value in graph.constants.items()]

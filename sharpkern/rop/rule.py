@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from ..kernels.precision import wide
+
 Op = Any  # torch._ops.OpOverload
 RULES: dict[Op, type[Rule]] = {}
 
@@ -157,9 +159,7 @@ class LinearInArgs(Rule):
 
 def inner(a: Tensor, b: Tensor) -> Tensor:
     """Return the inner products ``[k]``, float64, of ``[k or 1, *shape]`` with ``[k, *shape]``."""
-    a, b = (t.reshape(t.shape[0], -1) for t in (a, b))
-    if a.dtype.itemsize < 4:
-        a, b = a.float(), b.float()
+    a, b = (wide(t.reshape(t.shape[0], -1)) for t in (a, b))
     return torch.linalg.vecdot(a, b).double()
 
 
@@ -212,8 +212,3 @@ def reduce_to(g: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
 def fold(d: Tensor) -> Tensor:
     """Merge k into the batch: ``[k, N, ...] -> [k*N, ...]``."""
     return d.reshape(-1, *d.shape[2:])
-
-
-def unfold(y: Tensor, k: int) -> Tensor:
-    """Undo ``fold``: ``[k*N, ...] -> [k, N, ...]``."""
-    return y.view(k, -1, *y.shape[1:]) if y.is_contiguous() else y.reshape(k, -1, *y.shape[1:])

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..precision import wide
 from ..saved import Heads
 
 ROWS = 128  # queries of a block: causal blocks reach that far over the diagonal
@@ -75,8 +76,8 @@ class Blocks:
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Heads:
     """See ``kernels.attention``."""
-    values = _wide(v)
-    blocks = Blocks(_wide(q) * scale, _wide(k), mask, causal, 1)
+    values = wide(v)
+    blocks = Blocks(wide(q) * scale, wide(k), mask, causal, 1)
     o, lse = values.new_zeros(*q.shape[:2], v.shape[2]), values.new_empty(q.shape[:2])
     for block in blocks:
         heads, rows, keys, _ = block
@@ -94,8 +95,8 @@ def attention_tangent(h: Heads, dq: Tensor | None, dk: Tensor | None, dv: Tensor
     """See ``kernels.attention``."""
     count = next(d for d in (dq, dk, dv) if d is not None).shape[0]
     blocks = _probabilities(h, 2)
-    q, k, v, o = _wide(h.q) * h.scale, _wide(h.k), _wide(h.v), _wide(h.o)
-    vectors = _vectors(count, None if dq is None else _wide(dq) * h.scale, dk, dv)
+    q, k, v, o = wide(h.q) * h.scale, wide(h.k), wide(h.v), wide(h.o)
+    vectors = _vectors(count, None if dq is None else wide(dq) * h.scale, dk, dv)
     do, m = o.new_zeros(count, *o.shape), o.new_zeros(count, *o.shape[:2])
     for block in blocks:
         heads, rows, keys, _ = block
@@ -116,8 +117,8 @@ def attention_tangent(h: Heads, dq: Tensor | None, dk: Tensor | None, dv: Tensor
 def attention_backward(h: Heads, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """See ``kernels.attention``."""
     blocks = _probabilities(h, 2)
-    q, k, g = _wide(h.q) * h.scale, _wide(h.k), _wide(g)
-    v_1, g_D = _beside(_wide(h.v), 1.0), _beside(g, -(g * _wide(h.o)).sum(-1))
+    q, k, g = wide(h.q) * h.scale, wide(h.k), wide(g)
+    v_1, g_D = _beside(wide(h.v), 1.0), _beside(g, -(g * wide(h.o)).sum(-1))
     gq, gk, gv = (g.new_zeros(g.shape[0], *t.shape) for t in (h.q, h.k, h.v))
     for block in blocks:
         heads, rows, keys, _ = block
@@ -142,11 +143,11 @@ def attention_backward_tangent(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See ``kernels.attention``. Of a block, with U = dS - m: dP = P U, dgS = P (dg v' + g dv' - dD) + U gS."""
     blocks = _probabilities(h, 4)
-    q, k, v, o, g, dg = _wide(h.q) * h.scale, _wide(h.k), _wide(h.v), _wide(h.o), _wide(g), _wide(dg)
-    dD = (dg * o).sum(-1).add_((g * _wide(do)).sum(-1))
+    q, k, v, o, g, dg = wide(h.q) * h.scale, wide(h.k), wide(h.v), wide(h.o), wide(g), wide(dg)
+    dD = (dg * o).sum(-1).add_((g * wide(do)).sum(-1))
     k_1, v_1, g_D, dg_dD = _beside(k, 1.0), _beside(v, 1.0), _beside(g, -(g * o).sum(-1)), _beside(dg, -dD)
     moves = dq is not None or dk is not None  # else U = 0
-    dq = None if dq is None else _wide(dq) * h.scale
+    dq = None if dq is None else wide(dq) * h.scale
     dq_m = _beside(q.new_zeros(dg.shape[0], *q.shape) if dq is None else dq, -m) if moves else None
     vectors = _vectors(dg.shape[0], dq, dk, dv)
     dgq, dgk, dgv = (g.new_zeros(dg.shape[0], *t.shape) for t in (h.q, h.k, h.v))
@@ -177,7 +178,7 @@ def attention_backward_tangent(
 
 def _probabilities(h: Heads, buffers: int) -> Blocks:
     """Return blocks whose exponentials are the probabilities; of a row that sees nothing, zeros."""
-    return Blocks(_beside(_wide(h.q) * h.scale, -h.lse), _beside(_wide(h.k), 1.0), h.mask, h.causal, buffers)
+    return Blocks(_beside(wide(h.q) * h.scale, -h.lse), _beside(wide(h.k), 1.0), h.mask, h.causal, buffers)
 
 
 def _beside(t: Tensor, column: Tensor | float) -> Tensor:
@@ -188,8 +189,4 @@ def _beside(t: Tensor, column: Tensor | float) -> Tensor:
 
 def _vectors(count: int, *tangents: Tensor | None) -> list[tuple[Tensor | None, Tensor | None, Tensor | None]]:
     """Return one tuple of tangents for each vector."""
-    return list(zip(*(repeat(None, count) if d is None else _wide(d) for d in tangents), strict=True))
-
-
-def _wide(t: Tensor) -> Tensor:
-    return t.float() if t.dtype in (torch.bfloat16, torch.float16) else t
+    return list(zip(*(repeat(None, count) if d is None else wide(d) for d in tangents), strict=True))

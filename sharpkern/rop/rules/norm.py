@@ -16,13 +16,10 @@ import torch
 from torch import Tensor
 
 from ...kernels.norm import CENTRED, FIXED, RMS, Standardised, norm_backward_tangent, norm_tangent
+from ...kernels.precision import wide
 from ..rule import Selective, rule
 
 aten = torch.ops.aten
-
-
-def _wide(t: Tensor) -> Tensor:
-    return t.float() if t.dtype in (torch.bfloat16, torch.float16) else t
 
 
 class _Norm(Selective):
@@ -34,13 +31,13 @@ class _Norm(Selective):
 
     def _save(self, x: Tensor, w: Tensor | None, s: Standardised) -> None:
         self.shape, self.dtype, self.s = x.shape, x.dtype, s
-        self.w = None if w is None else _wide(w).reshape(-1).contiguous()
+        self.w = None if w is None else wide(w).reshape(-1).contiguous()
         self.weight_shape = () if w is None else tuple(w.shape)
 
     def _rows(self, d: Tensor) -> Tensor:
         """``[k, *x]`` to ``[k, rows, D]``."""
         d = d.transpose(1, 2) if self.channels_first else d
-        return _wide(d.reshape(d.shape[0], *self.s.xhat.shape))
+        return wide(d.reshape(d.shape[0], *self.s.xhat.shape))
 
     def _back(self, d: Tensor) -> Tensor:
         """``[k, rows, D]`` to ``[k, *x]``."""
@@ -50,7 +47,7 @@ class _Norm(Selective):
         return d.reshape(d.shape[0], *self.shape).to(self.dtype)
 
     def _channels(self, d: Tensor | None) -> Tensor | None:
-        return None if d is None else _wide(d).reshape(d.shape[0], -1)
+        return None if d is None else wide(d).reshape(d.shape[0], -1)
 
     def _parameter(self, d: Tensor | None) -> Tensor | None:
         return None if d is None else d.reshape(d.shape[0], *self.weight_shape).to(self.dtype)
@@ -99,7 +96,7 @@ class LayerNorm(_Norm):
     ) -> Tensor:
         """Save xhat and r, with torch's own statistics."""
         y, mean, r = aten.native_layer_norm.default(x, normalized, w, b, eps)
-        rows = _wide(x).reshape(-1, math.prod(normalized))
+        rows = wide(x).reshape(-1, math.prod(normalized))
         self._save(x, b if w is None else w, _standardised(rows, mean, r, 1, 1, CENTRED))
         self.w = None if w is None else self.w
         result: Tensor = y
@@ -112,7 +109,7 @@ class RMSNorm(_Norm):
 
     def forward(self, x: Tensor, normalized: list[int], w: Tensor | None = None, eps: float | None = None) -> Tensor:
         """Save xhat and r."""
-        rows = _wide(x).reshape(-1, math.prod(normalized))
+        rows = wide(x).reshape(-1, math.prod(normalized))
         eps = torch.finfo(x.dtype).eps if eps is None else eps
         r = torch.rsqrt(rows.square().mean(1) + eps)
         self._save(x, w, Standardised(rows * r[:, None], r, 1, 1, RMS))
@@ -132,7 +129,7 @@ class GroupNorm(_Norm):
         pixels = x[0, 0].numel()
         x = x.contiguous()
         y, mean, r = aten.native_group_norm.default(x, w, b, n, c, pixels, groups, eps)
-        rows = _wide(x).reshape(n * groups, -1)
+        rows = wide(x).reshape(n * groups, -1)
         self._save(x, w, _standardised(rows, mean, r, groups, pixels, CENTRED))
         result: Tensor = y
         return result
@@ -159,13 +156,13 @@ class BatchNorm(_Norm):
         else:
             mean, var, training, _, eps = rest
         c = x.shape[1]
-        rows = _wide(x.transpose(0, 1).reshape(c, -1))
+        rows = wide(x.transpose(0, 1).reshape(c, -1))
         if training:
             var, mean = torch.var_mean(rows, 1, correction=0)
         assert mean is not None
         assert var is not None
         mode = CENTRED if training else FIXED
-        s = _standardised(rows, _wide(mean), torch.rsqrt(_wide(var) + eps), c, rows.shape[1], mode)
+        s = _standardised(rows, wide(mean), torch.rsqrt(wide(var) + eps), c, rows.shape[1], mode)
         self._save(x, w, s)
         return result
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ...kernels.pointwise import activation_curvature, activation_slope, slope_product
+from ...kernels.precision import wide
 from ..rule import RULES, LinearInArgs, Rule, inner, rule
 from .fallback import UnsupportedOpError
 
@@ -69,9 +70,7 @@ class Unary(Rule):
     def _at_point(self, derivative: Derivative) -> Tensor:
         """Evaluate a derivative, 16-bit floats in float32: rounded terms would lose what torch's kernels keep."""
         x, y, *constants = self.point
-        if x.dtype in (torch.bfloat16, torch.float16):
-            return derivative(x.float(), y.float(), *constants).to(x.dtype)
-        return derivative(x, y, *constants)
+        return derivative(wide(x), wide(y), *constants).to(x.dtype)
 
     def _slope(self) -> Tensor:
         if self.slope is None:
