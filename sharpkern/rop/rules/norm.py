@@ -32,10 +32,12 @@ class _Norm(Selective):
     def _save(self, x: Tensor, w: Tensor | None, s: Standardised) -> None:
         self.shape, self.dtype, self.s = x.shape, x.dtype, s
         self.w = None if w is None else wide(w).reshape(-1).contiguous()
+        # A weight may have several dimensions (layer norm over some); the kernels know channels only.
         self.weight_shape = () if w is None else tuple(w.shape)
 
     def _rows(self, d: Tensor) -> Tensor:
         """``[k, *x]`` to ``[k, rows, D]``."""
+        # Channels in front, k before them: a row is then all that one statistic is taken over.
         d = d.transpose(1, 2) if self.channels_first else d
         return wide(d.reshape(d.shape[0], *self.s.xhat.shape))
 
@@ -53,6 +55,7 @@ class _Norm(Selective):
         return None if d is None else d.reshape(d.shape[0], *self.weight_shape).to(self.dtype)
 
     def _three(self, wanted: tuple[Any, ...]) -> tuple[bool, bool, bool]:
+        # Ops have one to five tensor arguments, of which x, w and b come first; a missing one is not wanted.
         x, w, b, *_ = (*wanted, False, False)
         return x, w, b
 
@@ -70,6 +73,7 @@ class _Norm(Selective):
     def backward(self, g: Tensor, wanted: tuple[Any, ...] | None = None) -> tuple[Tensor | None, ...]:
         """Return ``J (g w), sum g xhat, sum g``."""
         three = self._three(wanted or self.needs)
+        # The plain backward is what of its tangent is linear in dg, with g in the place of dg: one kernel for both.
         parts = norm_backward_tangent(self.s, self.w, None, None, None, None, self._rows(g), three)
         return self._results(*parts)
 
@@ -83,7 +87,9 @@ class _Norm(Selective):
 
 def _standardised(x: Tensor, mean: Tensor, r: Tensor, groups: int, inner: int, mode: int) -> Standardised:
     """Rows ``[rows, D]`` with their mean and ``r`` ``[rows]``."""
+    # torch's statistics may have another dtype than the rows, which are float32 at least.
     r = r.reshape(-1).to(x.dtype)
+    # Kept instead of x, which no sweep needs but through xhat.
     return Standardised((x.contiguous() - mean.reshape(-1, 1).to(x.dtype)).mul_(r[:, None]), r, groups, inner, mode)
 
 
@@ -95,8 +101,10 @@ class LayerNorm(_Norm):
         self, x: Tensor, normalized: list[int], w: Tensor | None, b: Tensor | None, eps: float = 1e-5, *_: Any
     ) -> Tensor:
         """Save xhat and r, with torch's own statistics."""
+        # The statistics that y was made of, so that loss and derivatives belong to the same numbers.
         y, mean, r = aten.native_layer_norm.default(x, normalized, w, b, eps)
         rows = wide(x).reshape(-1, math.prod(normalized))
+        # A bias alone tells the shape that the parameters' cotangents get.
         self._save(x, b if w is None else w, _standardised(rows, mean, r, 1, 1, CENTRED))
         self.w = None if w is None else self.w
         result: Tensor = y
@@ -110,7 +118,9 @@ class RMSNorm(_Norm):
     def forward(self, x: Tensor, normalized: list[int], w: Tensor | None = None, eps: float | None = None) -> Tensor:
         """Save xhat and r."""
         rows = wide(x).reshape(-1, math.prod(normalized))
+        # torch's default is the rounding of the dtype of x, also where it computes in float32.
         eps = torch.finfo(x.dtype).eps if eps is None else eps
+        # By hand, for torch's op gives y alone.
         r = torch.rsqrt(rows.square().mean(1) + eps)
         self._save(x, w, Standardised(rows * r[:, None], r, 1, 1, RMS))
         y = self.s.xhat if self.w is None else self.s.xhat * self.w
@@ -127,6 +137,7 @@ class GroupNorm(_Norm):
         """Save xhat and r, with torch's own statistics."""
         n, c = x.shape[:2]
         pixels = x[0, 0].numel()
+        # The groups' rows are then views of it; a channels-last tensor is copied here, once.
         x = x.contiguous()
         y, mean, r = aten.native_group_norm.default(x, w, b, n, c, pixels, groups, eps)
         rows = wide(x).reshape(n * groups, -1)
@@ -156,11 +167,14 @@ class BatchNorm(_Norm):
         else:
             mean, var, training, _, eps = rest
         c = x.shape[1]
+        # A channel's numbers lie in N places, so this is a copy. In exchange all norms share their kernels.
         rows = wide(x.transpose(0, 1).reshape(c, -1))
         if training:
+            # Biased, as torch standardises; only its running variance is not.
             var, mean = torch.var_mean(rows, 1, correction=0)
         assert mean is not None
         assert var is not None
+        # With running statistics no number of xhat depends on the others: J is r times the identity.
         mode = CENTRED if training else FIXED
         s = _standardised(rows, wide(mean), torch.rsqrt(wide(var) + eps), c, rows.shape[1], mode)
         self._save(x, w, s)
@@ -168,6 +182,7 @@ class BatchNorm(_Norm):
 
     def tangent(self, dx: Tensor | None, dw: Tensor | None = None, db: Tensor | None = None, *_: None) -> Any:
         """Only the first output moves."""
+        # The other outputs are statistics, which have no derivative.
         return (super().tangent(dx, dw, db), *[None] * (len(self.op._schema.returns) - 1))
 
     def backward(self, g: Any, wanted: tuple[Any, ...] | None = None) -> tuple[Tensor | None, ...]:

@@ -29,6 +29,7 @@ class Reshape(LinearInArgs):
 
     def tangent(self, dx: Tensor) -> Tensor:
         """Reshape."""
+        # By the shapes, not by the op's own arguments, which do not know of k.
         return dx.reshape(dx.shape[0], *self.after)
 
     def backward(self, g: Tensor) -> tuple[Tensor]:
@@ -80,6 +81,7 @@ class Expand(LinearInArgs):
     def tangent(self, dx: Tensor) -> Tensor:
         """Expand, after k."""
         missing = len(self.after) - len(self.before)
+        # The new dimensions come between k and those of x.
         return dx.reshape(dx.shape[0], *([1] * missing), *self.before).expand(dx.shape[0], *self.after)
 
     def backward(self, g: Tensor) -> tuple[Tensor]:
@@ -110,6 +112,7 @@ class Part(LinearInArgs):
     def backward(self, g: Tensor) -> tuple[Tensor]:
         """Put the part into zeros."""
         gx = g.new_zeros(g.shape[0], *self.shape)
+        # The op gives a view of the zeros: to write there is its adjoint.
         self.op(gx, *self.args).copy_(g)
         return (gx,)
 
@@ -143,9 +146,11 @@ class Scatter(LinearInArgs):
             assert dsrc is not None
             dx = dsrc.new_zeros(dsrc.shape[0], *self.x_shape)
         else:
+            # A copy: dx may be another step's tangent, and a part of it is overwritten.
             dx = dx.clone()
         part = self.part(dx, *self.args)
         if dsrc is None:
+            # What was assigned does not move, and what it replaced no longer counts.
             part.zero_()
         else:
             part.copy_(dsrc)
@@ -177,6 +182,7 @@ class Cat(LinearInArgs):
         """Concatenate, with zeros for what does not depend on the parameters."""
         first = next(d for d in dtensors if d is not None)
         k = first.shape[0]
+        # A list of parameters and constants has tangents for some only, and torch promotes mixed dtypes.
         parts = [
             first.new_zeros(k, *shape, dtype=self.dtype) if d is None else d.to(self.dtype)
             for d, shape in zip(dtensors, self.shapes, strict=True)
@@ -261,6 +267,7 @@ class Reorder(LinearInArgs):
         else:
             shifts, dims = args[0], [d % x.ndim + 1 for d in args[1]]
             self.there, self.back = (shifts, dims), ([-s for s in shifts], dims)
+            # Without dimensions torch rolls the flat numbers, of which k must not be a part.
             self.flat = not dims
         return y
 
@@ -311,6 +318,7 @@ class Pad(LinearInArgs):
 
     def tangent(self, dx: Tensor) -> Tensor:
         """Pad with zeros."""
+        # What is padded is constant. Sizes count from the last dimension, so that k in front changes nothing.
         y: Tensor = self.op(dx, self.pad, 0)
         return y
 
@@ -340,5 +348,6 @@ class Repeat(LinearInArgs):
             return (g,)
         missing = len(self.repeats) - len(self.shape)
         shape = [1] * missing + list(self.shape)
+        # Each dimension is split into its tiles and the place within one; then the tiles are added up.
         tiled = g.reshape(g.shape[0], *(n for r, s in zip(self.repeats, shape, strict=True) for n in (r, s)))
         return (tiled.sum([1 + 2 * i for i in range(len(shape))]).reshape(g.shape[0], *self.shape),)
