@@ -37,7 +37,7 @@ class Program:
         self.layout = Layout(params)
         self.steps: list[Step] = []
         self._build(graph)
-        # A fused head has no slot for the logits any more, which ``ggn`` splits the program at.
+        # A fused head leaves no slot for the logits, at which ``ggn`` would split the program.
         if not keep_outputs:
             self.output_slots.clear()
             self.steps = fuse_head(self.steps, self.loss_slot, self._shapes)
@@ -70,8 +70,8 @@ class Program:
                 self.steps[-1].many = many
                 slot_of[node.name] = slots if many else slots[0]
         # The exported module's parameters may be more than those of the layout (a user may ask for some of them only):
-        # all are read, and the others are constants to every derivative. One of the layout that the loss does not use
-        # has no slot.
+        # all are read, and the others are constants to every derivative. One of the layout that the program lacks has
+        # no slot.
         self._params = [(by_tensor[id(t)], t) for t in _unique(graph.parameters.values())]
         self.param_slots = [by_tensor.get(id(t), NOTHING) for t in self.layout.tensors]
         self._buffers = [(slot_of[name], target) for name, target in graph.buffers.items()]

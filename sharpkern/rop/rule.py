@@ -145,7 +145,7 @@ class Selective(Rule):
         raise NotImplementedError
 
     def pull_back(self, g: Any, wanted: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Return ``backward(g, wanted)``."""
+        """Return ``backward(g, wanted)``, so that nothing else is computed."""
         return _only(self.backward(g, wanted), wanted) if any_of(wanted) else (None,) * len(wanted)
 
 
@@ -159,7 +159,7 @@ class LinearInArgs(Rule):
         return self.backward(dg)
 
     def second_order(self, dargs: tuple[Any, ...], g: Any) -> None:  # noqa: ARG002
-        """Nothing."""
+        """Return None: there is no second derivative."""
 
 
 def inner(a: Tensor, b: Tensor) -> Tensor:

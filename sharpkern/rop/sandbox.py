@@ -40,7 +40,6 @@ def buffers_on_copies(modules: Iterable[nn.Module], *, updated: nn.Module | None
         for module, buffers in before:
             if id(module) in to_update:
                 buffers |= _taken_over(buffers, module._buffers, copies)
-            # The dictionary itself stays: others may hold it, and its order is that of ``state_dict``.
             module._buffers.clear()
             module._buffers.update(buffers)
 

@@ -32,7 +32,7 @@ class CUDAGraph:
         self.replay(inputs, results)
 
     def replay(self, inputs: Sequence[Tensor], results: Sequence[Tensor]) -> None:
-        """Launch the graph."""
+        """Copy the inputs in, launch the graph, copy the results out."""
         copy_all(inputs, self._inputs)
         self._graph.replay()
         copy_all(self._results, results)

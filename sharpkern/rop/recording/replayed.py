@@ -46,7 +46,7 @@ class ReplayedProgram:
         self._known: list[Tensor] = []
 
     def forward(self, module: torch.nn.Module, batch_leaves: Iterable[Any], *, update_buffers: bool = False) -> Tensor:
-        """See ``Program.forward``."""
+        """Return the loss at the present parameters, 0-d; see ``Program.forward``. The batch is copied."""
         leaves = list(batch_leaves)
         if not self._live:
             return self.program.forward(module, leaves, update_buffers=update_buffers)
@@ -78,7 +78,7 @@ class ReplayedProgram:
         return loss
 
     def backward(self) -> None:
-        """See ``Program.backward``."""
+        """Prepare gradient and products, after ``forward``; see ``Program.backward``."""
         self._run("backward", self.program.backward)
 
     def gradient(self) -> Tensor:
@@ -88,15 +88,15 @@ class ReplayedProgram:
         return result[0]
 
     def hvp(self, block: Tensor) -> Tensor:
-        """See ``Program.hvp``."""
+        """Multiply the Hessian with k vectors: ``[k, n] -> [k, n]``, contiguous; see ``Program.hvp``."""
         return self._product("hvp", self.program.hvp, block, self.program.layout.empty(len(block)))
 
     def ggn(self, block: Tensor) -> Tensor:
-        """See ``Program.ggn``."""
+        """Multiply the Gauss-Newton matrix with k vectors: ``[k, n] -> [k, n]``; see ``Program.ggn``."""
         return self._product("ggn", self.program.ggn, block, self.program.layout.empty(len(block)))
 
     def quadratic_form(self, block: Tensor, *, gauss_newton: bool = False) -> Tensor:
-        """See ``Program.quadratic_form``."""
+        """Return ``v'Hv`` for k vectors ``[k, n]``: ``[k]`` float64; see ``Program.quadratic_form``."""
         form = partial(self.program.quadratic_form, gauss_newton=gauss_newton)
         total = block.new_empty(block.shape[0], dtype=torch.float64)
         return self._product(f"quadratic_form {gauss_newton}", form, block, total)

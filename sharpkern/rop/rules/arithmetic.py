@@ -164,7 +164,7 @@ class Div(Binary):
         return self._shrink(ga if self.wants[0] else None, -ga * self.y if self.wants[1] else None)
 
     def backward_tangent(self, dg: Tensor, g: Tensor) -> tuple[Tensor | None, ...]:
-        """Differentiate both."""
+        """Return ``dg q - g q q db`` and ``-(d(ga) y + ga dy)``."""
         dga = dg * self.q
         if self.db is not None:
             # d(g q) = dg q - g q (q db)
@@ -227,7 +227,7 @@ class Copy(LinearInArgs):
     """``y = b`` in the shape and dtype of a: what an in-place copy becomes."""
 
     def forward(self, a: Tensor, b: Tensor, *_: Any) -> Tensor:
-        """Save kinds."""
+        """Save shapes and dtypes: values do not matter to a copy."""
         self.kind, self.b_kind = Kind.of(a), Kind.of(b)
         return b.to(a.dtype).expand(a.shape)
 
@@ -260,9 +260,9 @@ class Cast(LinearInArgs):
         return y
 
     def tangent(self, dx: Tensor) -> Tensor:
-        """Cast forward."""
+        """Return dx in the dtype and on the device of the result."""
         return dx.to(*self.after)
 
     def backward(self, g: Tensor) -> tuple[Tensor]:
-        """Cast back."""
+        """Return g in the dtype and on the device of x."""
         return (g.to(*self.before),)

@@ -94,7 +94,7 @@ class Attention(Rule):
         return self._shrink(self.way.backward_tangent(dg, g))
 
     def forget_tangents(self) -> None:
-        """Free them."""
+        """Free what the way in use has saved."""
         # They are attributes of the way, not of the rule, whose own list is empty.
         for name in self.way.freed_after_reverse:
             setattr(self.way, name, None)
@@ -117,6 +117,7 @@ class Kept:
         self.scale, self.needs = scale, needs
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, causal: bool) -> Tensor:
+        """Return o ``[..., T, e]`` and keep P, dropout's mask and the operands."""
         self.q, self.k, self.v = q, k, v
         # q is scaled and not the scores: d numbers for each query instead of one for each key.
         scores = torch.matmul(q * self.scale, k.mT)
@@ -143,6 +144,7 @@ class Kept:
         return (P * u).sum(-1, keepdim=True)
 
     def tangent(self, dq: Tensor | None, dk: Tensor | None, dv: Tensor | None) -> Tensor:
+        """Return ``dP v + P dv`` ``[k, ..., T, e]``; None where nothing moves."""
         self.dq, self.dk, self.dv = dq, dk, dv
         dS = None if dq is None else torch.matmul(dq * self.scale, self.k.mT)
         if dk is not None:
@@ -165,6 +167,7 @@ class Kept:
         return gP - self._along(self.P, gP)
 
     def backward(self, g: Tensor) -> Cotangents:
+        """Return the cotangents of q, k and v where needed, for g ``[k, ..., T, e]``."""
         gq = gk = gv = None
         if self.needs[0] or self.needs[1]:
             gS = self._inner(g).mul_(self.P).mul_(self.scale)
@@ -175,11 +178,13 @@ class Kept:
         return gq, gk, gv
 
     def prepare(self, g: Tensor) -> None:
+        """Keep ``gP - <P, gP>`` ``[1, ..., T, S]``."""
         if self.needs[0] or self.needs[1]:
             # Once for all products: it depends on g, v and P alone.
             self.inner = self._inner(g)
 
     def backward_tangent(self, dg: Tensor, g: Tensor) -> Cotangents:
+        """Return the tangents of the cotangents of q, k and v where needed."""
         dgq = dgk = dgv = None
         if self.needs[0] or self.needs[1]:
             dgS = self._score_cotangent_tangent(dg, g)
@@ -219,6 +224,7 @@ class Blocked:
         self.scale = scale
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+        """Return o ``[..., T, e]`` and keep it, the operands and ``lse`` of each query."""
         # The kernels have one batch dimension B: batch, heads and what broadcasts are folded into it.
         shapes = [t.shape[:-2] for t in (q, k, v, mask) if t is not None]
         self.batch = torch.broadcast_shapes(*shapes)
@@ -245,20 +251,24 @@ class Blocked:
         return self._fold(mask[None])[0]
 
     def tangent(self, dq: Tensor | None, dk: Tensor | None, dv: Tensor | None) -> Tensor:
+        """Return ``do`` ``[k, ..., T, e]``, and keep it with ``m = <P, dS>``."""
         self.dq, self.dk, self.dv = (None if d is None else self._fold(d) for d in (dq, dk, dv))
         self.do, self.m = attention_tangent(self.heads, self.dq, self.dk, self.dv)
         return self._unfold(self.do)
 
     def backward(self, g: Tensor) -> Cotangents:
+        """Return the cotangents of q, k and v for g ``[k, ..., T, e]``."""
         # All three, whatever is needed: they share the scores, and the contract lets the others be ignored.
         gq, gk, gv = attention_backward(self.heads, self._fold(g))
         return self._unfold(gq), self._unfold(gk), self._unfold(gv)
 
     def prepare(self, g: Tensor) -> None:
+        """Keep g as heads ``[B, T, e]``."""
         # Folded once for all products.
         self.g = self._fold(g)[0]
 
     def backward_tangent(self, dg: Tensor, g: Tensor) -> Cotangents:
+        """Return the tangents of the cotangents of q, k and v."""
         dgq, dgk, dgv = attention_backward_tangent(
             self.heads, self.dq, self.dk, self.dv, self.do, self.m, self.g, self._fold(dg)
         )

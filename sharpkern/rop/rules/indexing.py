@@ -37,7 +37,7 @@ class Embedding(LinearInArgs):
         return torch.nn.functional.embedding(index, table)
 
     def tangent(self, dtable: Tensor, _: None = None) -> Tensor:
-        """Look up."""
+        """Return the rows of dtable at the indices, zero at the padding's."""
         # One lookup for all k tables, which share the indices.
         dy = embedding(dtable, self.index) if fused(dtable) else dtable.index_select(1, self.index)
         if self.padding >= 0:
@@ -79,7 +79,7 @@ class IndexSelect(LinearInArgs):
         return y
 
     def tangent(self, dx: Tensor, _: None = None) -> Tensor:
-        """Look up."""
+        """Return the slices of dx at the positions."""
         dx = dx if self.shape else dx[:, None]
         return dx.index_select(self.dim_after_k, self.index).view(dx.shape[0], *self.after)
 
@@ -125,7 +125,7 @@ class Gather(_Along):
         return x.gather(dim, index)
 
     def tangent(self, dx: Tensor, _: None = None) -> Tensor:
-        """Look up."""
+        """Return ``dx[index[i]]``."""
         return self._take(dx)
 
     def backward(self, g: Tensor) -> tuple[Tensor, None]:
@@ -211,7 +211,7 @@ class Index(_Places):
         return y
 
     def tangent(self, dx: Tensor, _: Any = None) -> Tensor:
-        """Look up."""
+        """Return ``dx[i, :, j]``, with k in front."""
         return self._take(dx)
 
     def backward(self, g: Tensor) -> tuple[Tensor, None]:

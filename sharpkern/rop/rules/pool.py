@@ -180,7 +180,7 @@ class AdaptiveAvgPool(_Average):
     """The mean of each of a fixed number of windows; of the whole plane for size 1."""
 
     def forward(self, x: Tensor, size: Sequence[int]) -> Tensor:
-        """Save the size."""
+        """Save how many windows there are along each dimension."""
         self.size, self.rank = size, len(size)
         self.plane = tuple(range(-self.rank, 0))
         return self._run(x)

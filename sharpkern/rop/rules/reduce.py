@@ -72,14 +72,14 @@ class Sum(Reduction, LinearInArgs):
         return self._primal(y if self.weight == 1 else y * self.weight)
 
     def tangent(self, dx: Tensor) -> Tensor:
-        """Sum the tangent."""
+        """Return the sum or mean of dx."""
         keep = self.keep and not self.scalar
         # In the dtype of the result: the op may have been told to add up in a wider one.
         y = torch.sum(self._enter(dx), self.dims_after_k, keepdim=keep, dtype=self.after)
         return y if self.weight == 1 else y * self.weight
 
     def backward(self, g: Tensor) -> tuple[Tensor]:
-        """Spread the cotangent."""
+        """Return g at every entry that was added up, times the weight."""
         g = (g if self.weight == 1 else g * self.weight).to(self.before)
         # Expanded: a sum's cotangent is never written out.
         return (self._leave(self._restore(g)).expand(g.shape[0], *self.shape),)
@@ -153,6 +153,7 @@ class Norm(Reduction):
         return cls if order == 2 else PiecewiseLinearNorm if order in (0, 1, math.inf, -math.inf) else None
 
     def forward(self, x: Tensor, order: float = 2, dim: Any = None, keepdim: bool = False, dtype: Any = None) -> Tensor:
+        """Save ``u = x / y`` and ``1 / y``."""
         x = self._start(x, dim, keepdim)
         y = torch.linalg.vector_norm(x, 2, self.dims, keepdim=True)
         # At y = 0 the norm has a kink: torch takes the derivative zero there, and 1 / y would make it NaN.
@@ -161,6 +162,7 @@ class Norm(Reduction):
         return self._primal(y)
 
     def tangent(self, dx: Tensor) -> Tensor:
+        """Return ``<u, dx>``."""
         dx = self._enter(dx)
         dy = (self.unit * dx).sum(self.dims_after_k, keepdim=True)
         # du = (dx - u <u, dx>) / y: what is left of dx across u.
@@ -168,9 +170,11 @@ class Norm(Reduction):
         return self._tangent(dy)
 
     def backward(self, g: Tensor) -> tuple[Tensor]:
+        """Return ``u g``."""
         return (self._leave(self.unit * self._restore(g)),)
 
     def backward_tangent(self, dg: Tensor, g: Tensor) -> tuple[Tensor]:
+        """Return ``u dg + g (dx - u dy) / y``."""
         return (self._leave((self.unit * self._restore(dg)).addcmul_(self.dunit, self._restore(g))),)
 
 
@@ -190,6 +194,7 @@ class PiecewiseLinearNorm(_Weighted):
     """``sum |x|``, ``max |x|``, ``min |x|``, or how many are not zero: the slope is a sign, ties share it evenly."""
 
     def forward(self, x: Tensor, order: float, dim: Any = None, keepdim: bool = False, dtype: Any = None) -> Tensor:
+        """Save each entry's share of the slope."""
         x = self._start(x, dim, keepdim)
         y = torch.linalg.vector_norm(x, order, self.dims, keepdim=True)
         # How many entries are not zero is constant wherever it has a derivative.
@@ -265,7 +270,7 @@ class Ranked(LinearInArgs):
         return values, indices
 
     def tangent(self, dx: Tensor) -> tuple[Tensor, None]:
-        """Gather."""
+        """Return the entries of dx at the indices; the indices have no tangent."""
         if not self.shape:
             return dx, None
         d = self.dim + 1
