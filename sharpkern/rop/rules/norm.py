@@ -117,7 +117,8 @@ class RMSNorm(_Norm):
 
     def forward(self, x: Tensor, normalized: list[int], w: Tensor | None = None, eps: float | None = None) -> Tensor:
         """Save xhat and r."""
-        rows = wide(x).reshape(-1, math.prod(normalized))
+        # A transposed x has rows with gaps, and what is computed from them keeps the strides: kernels need none.
+        rows = wide(x).reshape(-1, math.prod(normalized)).contiguous()
         # torch's default is the rounding of the dtype of x, also where it computes in float32.
         eps = torch.finfo(x.dtype).eps if eps is None else eps
         # By hand, for torch's op gives y alone.
