@@ -34,8 +34,10 @@ def tf32_products(on: bool = True) -> Iterator[None]:
     if not on:
         yield
         return
+    # Both, for a convolution's products are cuDNN's.
     settings = torch.backends.cuda.matmul, torch.backends.cudnn.conv  # type: ignore[attr-defined]
     before = [setting.fp32_precision for setting in settings]
+    # A count, since blocks may be nested.
     _inside += 1
     try:
         for setting in settings:

@@ -20,8 +20,10 @@ def power_step(V: Tensor, HV: Tensor, out: Tensor | None = None) -> tuple[Tensor
     """``theta = v.Hv``, ``residual = |Hv - theta v|``, ``v <- Hv / |Hv|`` for each row; a zero row stays zero."""
     v, h = V.double(), HV.double()
     theta = (v * h).sum(1)
+    # From the difference itself: |h|^2 - theta^2 would lose half of the digits near an eigenvector.
     residual = torch.linalg.vector_norm(h - theta[:, None] * v, dim=1)
     norm = torch.linalg.vector_norm(h, dim=1)
+    # ``where`` and no division by a floor: a zero product has no direction, and must not get one.
     following = torch.where(norm[:, None] > 0, h / norm[:, None], 0.0).to(V.dtype)
     return theta, residual, following if out is None else out.copy_(following)
 
@@ -51,14 +53,17 @@ def orthonormalise(V: Tensor) -> Tensor:
     length = torch.linalg.vector_norm(v, dim=1, keepdim=True)
     if not bool(length.isfinite().all()):
         raise ValueError("V holds numbers that are NaN, infinite, or too large to be squared.")
+    # Unit rows: the rank is to count directions, and a short row is as good a direction as a long one.
     Q, R = torch.linalg.qr(torch.where(length > 0, v / length, 0.0).t())
     if (rank := rank_of(R, V.dtype)) < V.shape[0]:
         raise RankError(rank, V.shape[0])
+    # LAPACK leaves the signs of R's diagonal open; with a positive one, Q is unique.
     return ((Q * R.diagonal().sign()).t() + 0.0).to(V.dtype).contiguous()  # -0 becomes 0
 
 
 def rank_of(factor: Tensor, dtype: torch.dtype) -> int:
     """Count the singular values of unit rows' triangular factor that rounding in a dtype cannot explain."""
+    # Rounding k unit rows moves a singular value by at most sqrt(k) eps / 2; the margin is for the factor's own.
     return int((torch.linalg.svdvals(factor) > 4 * factor.shape[-1] * torch.finfo(dtype).eps).sum())
 
 
@@ -71,6 +76,7 @@ def norm_tangent(
     dxhat = along = None
     if dx is not None:
         dxhat = _jacobian(s, dx)
+        # With fixed statistics r does not move: along is what r moves by, dr = -r^2 along.
         along = torch.zeros_like(dx[..., 0]) if s.mode == FIXED else (s.xhat * dx).mean(-1)
         dy = dxhat if w is None else dxhat * _by_number(s, w)
     if dw is not None:
@@ -100,6 +106,7 @@ def norm_backward_tangent(
     if g is not None and dxhat is not None and along is not None:
         by_channel = by_channel + g * dxhat
         if s.mode != FIXED:
+            # dJ u as in ``kernels.norm``; its mean(xhat dx) is ``along``.
             u = g if w is None else g * _by_number(s, w)
             out = out - r * along[..., None] * _jacobian(s, u)
             out = out - r * (dxhat * (s.xhat * u).mean(-1, True) + s.xhat * (dxhat * u).mean(-1, True))
@@ -118,9 +125,11 @@ def activation_slope(name: str, x: Tensor, y: Tensor) -> Tensor:
     """See ``kernels.pointwise``."""
     z = wide(x)
     if name == "silu":
+        # y' = s + x s (1 - s)
         s = torch.sigmoid(z)
         slope = s * (1 + z * (1 - s))
     else:
+        # Torch's own formula at a cotangent of one; expanded, for it is not worth a tensor.
         one = z.new_ones(()).expand_as(z)
         slope = torch.ops.aten.gelu_backward(one, z, approximate="none" if name == "gelu" else "tanh")
     return slope.to(y.dtype).contiguous()
@@ -131,8 +140,10 @@ def activation_curvature(name: str, x: Tensor, g: Tensor) -> Tensor:
     z, square = wide(x), wide(x).square()
     if name == "silu":
         s = torch.sigmoid(z)
+        # s' = s (1 - s), so y'' = 2 s' + x s'' with s'' = s' (1 - 2s).
         second = s * (1 - s) * (2 + z * (1 - 2 * s))
     elif name == "gelu":
+        # y = x Phi(x) with Phi' = phi and phi' = -x phi: y'' = 2 phi + x phi' = (2 - x^2) phi.
         second = torch.exp(-0.5 * square) * ((2 - square) / math.sqrt(2 * math.pi))
     else:
         # y = x (1 + t) / 2 with t = tanh u,  u = c (x + a x^3):  y'' = (1 - t^2) (u' + x (u'' / 2 - t u'^2))
@@ -178,6 +189,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool
     """See ``kernels.attention``."""
     scores = _scores(q, k, mask, causal, scale)
     lse = torch.logsumexp(scores, -1)
+    # A row that sees nothing: with lse = +inf every exp(score - lse) is zero in all sweeps, where -inf - -inf is NaN.
     lse = torch.where(lse == -math.inf, math.inf, lse)
     o = torch.exp(scores - lse[..., None]) @ wide(v)
     return Heads(q, k, v, o.to(q.dtype), lse, mask, causal, scale)
@@ -187,6 +199,7 @@ def attention_tangent(h: Heads, dq: Tensor | None, dk: Tensor | None, dv: Tensor
     """See ``kernels.attention``."""
     P, dS = _probabilities(h), _score_tangent(h, dq, dk)
     k = next(d for d in (dq, dk, dv) if d is not None).shape[0]
+    # Nothing moves the scores; m is returned all the same, since the backward tangent takes it.
     m = P.new_zeros(k, *P.shape[:-1]) if dS is None else (P * dS).sum(-1)
     do = torch.zeros(k, *h.o.shape, dtype=P.dtype, device=P.device)
     if dS is not None:
@@ -217,8 +230,10 @@ def attention_backward_tangent(
     """See ``kernels.attention``."""
     P, dS, v, o = _probabilities(h), _score_tangent(h, dq, dk), wide(h.v), wide(h.o)
     g, dg, q, k = wide(g), wide(dg), wide(h.q), wide(h.k)
+    # gP - <P, gP>, where <P, gP> = <g, o>: o is at hand, and a row of d numbers instead of S.
     inner = g @ v.mT - (g * o).sum(-1, True)
     gS = P * inner
+    # The tangent of the line above, but for dv, which may be absent.
     dinner = dg @ v.mT - ((dg * o).sum(-1) + (g * wide(do)).sum(-1))[..., None]
     if dv is not None:
         dinner = dinner + g @ wide(dv).mT
@@ -233,6 +248,7 @@ def attention_backward_tangent(
     if dq is not None:
         dgk = dgk + gS.mT @ wide(dq)
     dtype = h.q.dtype
+    # Scaled at the end, on d columns: gS and dgS above lack the factor.
     return (h.scale * dgq).to(dtype), (h.scale * dgk).to(dtype), dgv.to(dtype)
 
 
@@ -244,6 +260,7 @@ def embedding(tables: Tensor, index: Tensor) -> Tensor:
 def embedding_backward(g: Tensor, index: Tensor, rows: int) -> Tensor:
     """See ``kernels.embedding``."""
     d = wide(g)
+    # Float32 sums, rounded once: a frequent row has as many terms as it has tokens.
     return d.new_zeros(g.shape[0], rows, g.shape[2]).index_add_(1, index, d).to(g.dtype)
 
 
@@ -252,6 +269,7 @@ def _scores(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: floa
     if mask is not None:
         scores = scores + wide(mask)
     if causal:
+        # Counted from the first query and key, also where there are more keys than queries, as torch does.
         seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
         scores = scores.masked_fill(~seen, -math.inf)
     return scores
@@ -272,6 +290,7 @@ def _score_tangent(h: Heads, dq: Tensor | None, dk: Tensor | None) -> Tensor | N
 def _jacobian(s: Standardised, u: Tensor) -> Tensor:
     if s.mode == FIXED:
         return s.r[:, None] * u
+    # RMS norm subtracts no mean, so J has no such term.
     centred = u - u.mean(-1, True) if s.mode == CENTRED else u
     return s.r[:, None] * (centred - s.xhat * (s.xhat * u).mean(-1, True))
 
@@ -279,6 +298,7 @@ def _jacobian(s: Standardised, u: Tensor) -> Tensor:
 def _by_number(s: Standardised, w: Tensor) -> Tensor:
     """``[..., channels]`` to ``[..., rows, D]``: each number its channel's value."""
     rows, D = s.xhat.shape
+    # Channels repeat along inner within a row, and groups from row to row.
     spread = w.reshape(*w.shape[:-1], s.groups, D // s.inner, 1).expand(*w.shape[:-1], s.groups, D // s.inner, s.inner)
     return spread.reshape(*w.shape[:-1], s.groups, D).repeat(*[1] * (w.ndim - 1), rows // s.groups, 1)
 
