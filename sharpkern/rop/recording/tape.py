@@ -25,6 +25,11 @@ from .pool import Pool
 aten = torch.ops.aten
 _MAX_BYTES = 1 << 30  # of a pool; above that, calls are long enough not to need it
 _LARGE = 1 << 20  # bytes of vectors and results from which pointing all calls at them costs less than copying them
+# Ops whose overload for given memory leaves results unwritten in torch 2.13: batch norm those of an input that is not
+# contiguous, the losses in more cases. A replay would read what the memory held before.
+_UNWRITTEN = {
+    "aten::_native_batch_norm_legit", "aten::native_batch_norm", "aten::binary_cross_entropy", "aten::_ctc_loss",
+}  # fmt: skip
 _UNSIZED = (torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output)
 
 
@@ -253,7 +258,9 @@ def _is_view(func: Any) -> bool:
 
 @cache
 def _out_variant(func: Any) -> tuple[Any, list[str]] | None:
-    """Find the overload that writes into given memory, and the names of its result arguments."""
+    """Find the overload that writes into given memory, and the names of its result arguments; None: copy instead."""
+    if func._schema.name in _UNWRITTEN:
+        return None
     wanted = [(a.name, str(a.type)) for a in func._schema.arguments if a.name not in _FACTORY]
     packet = getattr(aten, func._schema.name.removeprefix("aten::"), None)
     for overload in () if packet is None else packet.overloads():
