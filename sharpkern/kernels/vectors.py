@@ -159,7 +159,7 @@ def orthonormalise(V: Tensor) -> Tensor:
         return torch.empty_like(V)
     if choose("orthonormalise", V) is reference:
         return reference.orthonormalise(V)
-    # Two kernels make it: ``choose`` is asked above whether this or the reference, and once more by each of them.
+    # Made of two kernels, which ask ``choose`` again.
     return cholesky_qr(V, gram, combine)
 
 
@@ -249,7 +249,7 @@ def _check_block(name: str, V: Tensor) -> None:
 
 def _check_blocks(name: str, W: Tensor, V: Tensor) -> None:
     _check_block("V", V)
-    # The common case, and the one that a symmetric result is computed by halves in.
+    # The common case; of the symmetric result the compiled kernels compute one half.
     if W is V:
         return
     _check_block(name, W)
