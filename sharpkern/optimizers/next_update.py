@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from .rules import Group, inner_optimizer, learning_rate, rule_of
 
-
 # Kept as they are: the optimizer's own rounding of these (float32) is a part of its step.
 _COUNTS = ("step", "mu_product")
 

@@ -32,11 +32,11 @@ def stability_threshold(optimizer: torch.optim.Optimizer, *, first_step: bool = 
         decoupled decay (AdamW, RAdam)   kappa (1 - lr w / 2)
 
     Coupled weight decay of all but SGD is not in kappa: the curvature is then that of ``P^-1 (H + w)``. Nor is the
-    decay of Hugging Face's Adafactor with a rate of its own. Schedule-free optimizers have kappa of the coming step, for
-    the parameters in training mode; their own warmup divides it. Where
-    parameter groups differ, the smallest kappa is returned: a bound, which ``SharpnessTracker`` makes exact by
-    scaling each group (``optimizers.threshold.threshold_scales``). Minibatch noise lowers the true threshold; with
-    cross-entropy the loss often still falls beyond it.
+    decay of Hugging Face's Adafactor with a rate of its own. Schedule-free optimizers have kappa of the coming step,
+    for the parameters in training mode; their own warmup divides it. Where parameter groups differ, the smallest kappa
+    is returned: a bound, which ``SharpnessTracker`` makes exact by scaling each group
+    (``optimizers.threshold.threshold_scales``). Minibatch noise lowers the true threshold; with cross-entropy the loss
+    often still falls beyond it.
 
     Args:
         optimizer: one of the table above, or of a class registered with ``optimizers.rules.register``.

@@ -106,7 +106,7 @@ class Rule:
         decay_in_gradient: whether weight decay is added to the gradient before the moments see it, where the group has
             no ``decoupled_weight_decay`` of its own.
         options: the names that the class puts into ``optimizer.defaults``, all of them, in one string. Given for
-            classes that are recognised by name: a version with other options may have another step. "" to check nothing.
+            classes that are recognised by name: a version with other options may have another step. "" for no check.
     """
 
     kappa: Callable[[Group, bool], float] | None
