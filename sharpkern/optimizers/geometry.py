@@ -299,7 +299,8 @@ def _ascend(
         taken += 1
         bend = dots(target - rows, images - products)
         # d + a (target - d) has the form value + 2 a slope + a^2 bend: where it is convex, the end a = 1 is best.
-        length = torch.where(bend >= 0, torch.ones_like(bend), (-slope / bend).clamp(max=1.0))
+        # A row at rest has a slope of rounding size and either sign: clamped, as it must not leave the ball.
+        length = torch.where(bend >= 0, torch.ones_like(bend), (-slope / bend).clamp(0.0, 1.0))
         # lerp gives the target itself at 1, so that vertices stay vertices.
         weight = length.to(rows.dtype)[:, None]
         rows, products = rows.lerp(target, weight), products.lerp(images, weight)

@@ -123,6 +123,7 @@ def preconditioner(
     >>> [round(x, 4) for x in preconditioner(adam, gradients="next").diagonal().tolist()]
     [0.4, 0.9]
     """
+    diagonal_rule_of(optimizer)  # before its lr is read: an optimizer that is not known need not have one
     relative = [relative_lr(optimizer, group) for group in optimizer.param_groups]
     return _scaled(optimizer, gradients, relative, first_moment_correction=first_moment_correction)
 

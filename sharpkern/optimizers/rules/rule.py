@@ -21,9 +21,14 @@ def learning_rate(group: Group) -> float:
     Hugging Face's Adafactor has ``lr=None`` where it makes its own rate. That rate differs between parameters, so the
     rule puts all of it into P, and the number that multiplies ``P^-1`` is then 1.
 
+    Raises:
+        TypeError: the group has no lr.
+
     >>> learning_rate({"lr": torch.tensor(0.25)}), learning_rate({"lr": None})
     (0.25, 1.0)
     """
+    if "lr" not in group:
+        raise TypeError(f"a step is measured in units of lr, and this optimizer has none, only {sorted(group)}.")
     return 1.0 if group["lr"] is None else float(group["lr"])
 
 
