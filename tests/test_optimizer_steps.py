@@ -374,6 +374,43 @@ def test_one_ratio_holds_for_two_groups(name: str) -> None:
     assert growth(build(1.02 * lr), H) > 1e2
 
 
+class Quadratic(nn.Module):
+    """The loss a'Aa + b'Bb, as a model whose output is the loss's residuals."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = (nn.Parameter(torch.randn(2, dtype=F64)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ torch.cat([self.a, self.b])
+
+
+@pytest.mark.parametrize("name", ["nadam", "adamw", "adafactor", "schedule-free sgd"])
+def test_the_ratio_that_the_tracker_prints_is_1_where_a_run_of_two_groups_begins_to_diverge(name: str) -> None:
+    make, options, freeze, second = TWO_GROUPS[name]
+    batch = torch.randn(6, 4, dtype=F64), torch.zeros(6, dtype=F64)
+    H = 2 * batch[0].t() @ batch[0]
+    for factor in (0.98, 1.02):
+        model = Quadratic()
+
+        def build(lr: float, model: Quadratic = model) -> optim.Optimizer:
+            groups = [{"params": [model.a]}, {"params": [model.b], "lr": 3 * lr, **second}]
+            optimizer = make(groups, lr=lr, **options)
+            freeze(optimizer)
+            return optimizer
+
+        optimizer = build(factor * edge(build, H))
+        tracker = sk.SharpnessTracker(model, lambda out, y: (out - y).square().sum(), optimizer, tol=1e-6, every=50)
+        records = []
+        for _ in range(400):
+            records.append(tracker.step(batch))
+            optimizer.step()
+            if not 1e-6 < records[-1].loss / records[0].loss < 1e6:
+                break
+        assert records[0].ratio == pytest.approx(factor, rel=5e-3)  # decay makes kappa depend on lr
+        assert (records[-1].loss > records[0].loss) == (factor > 1)
+
+
 CLIMBERS = [name for name, (make, *_) in TWO_GROUPS.items() if hasattr(make, "_init_group")]
 
 

@@ -75,6 +75,7 @@ class UpdateCurvature:
     @property
     def critical_lr(self) -> float:
         """The lr at which the second-order change is 0, ``2 g'u / u'Hu``; inf without one, 0 where u climbs."""
+        # Momentum may point uphill: no step is then short enough.
         if self.slope <= 0:
             return 0.0
         return 2 * self.slope / self.curvature if self.curvature > 0 else math.inf
@@ -157,6 +158,7 @@ def generalised_threshold(optimizer: torch.optim.Optimizer, gradients: Mapping[T
         TypeError, ValueError: see ``unit_ball``.
     """
     lr = learning_rate(optimizer.param_groups[0])
+    # P does not matter for the ellipsoid: its steepest descent is the optimizer's own step, dual norm included.
     ball = unit_ball(optimizer, list(gradients), gradients=gradients)
     size = 1.0 if isinstance(ball, Ellipsoid) else ball.dual_norm(_flat(gradients.values()))
     return 2 * size / lr if lr > 0 else math.inf
@@ -195,6 +197,7 @@ def update_curvature(
     >>> update_curvature(Diagonal(), torch.optim.SGD([w], lr=0.1), {w: torch.tensor([4.0, 1.0]).double()})
     UpdateCurvature(curvature=65.0, slope=17.0, squared_norm=17.0)
     """
+    # A gradient that no column of H belongs to would be lost without a word.
     own = {id(p) for p in operator.params.values()}
     if strange := [list(p.shape) for p in gradients if id(p) not in own]:
         raise ValueError(f"gradients holds parameters that are not the operator's, of shapes {strange[:5]}.")
@@ -239,6 +242,7 @@ def _lower_bound(
     operator: SymmetricOperator, ball: UnitBall, starts: int, max_products: int, tol: float, generator: torch.Generator
 ) -> GeneralisedSharpness:
     """Ascend from random starts, and return the best."""
+    # Drawn on the CPU, so that results do not depend on the device.
     rows = torch.randn(starts, operator.n, dtype=operator.dtype, generator=generator).to(operator.device)
     spent = 0
     # One product is kept for the value returned.
@@ -249,7 +253,9 @@ def _lower_bound(
         def lengthen(block: Tensor) -> Tensor:
             return torch.nn.functional.normalize(block, dim=0) * radii
 
+        # Half of the budget at most, as what is rounded still has to be polished.
         relaxed = _ascend(operator, lengthen(rows), lengthen, tol, left // 2, joint=True)
+        # Hyperplanes: row j of mixing @ V has the sides of the vectors to the j-th; the cube's steepest takes signs.
         mixing = torch.randn(starts, starts, dtype=operator.dtype, generator=generator).to(operator.device)
         rows, spent = mixing @ relaxed.rows, relaxed.steps
     final = _ascend(operator, ball.steepest(rows).to(rows.dtype), ball.steepest, tol, left - spent, joint=False)

@@ -186,6 +186,7 @@ def _scaled(
 
 
 def _check_finite(inv_sqrt: Tensor, p: Tensor, group: dict[str, Any]) -> None:
+    # At once, and not when a product turns out NaN: only here is it known which parameter and which eps.
     if not bool(inv_sqrt.isfinite().all()):
         bad = int((~inv_sqrt.isfinite()).sum())
         raise RuntimeError(

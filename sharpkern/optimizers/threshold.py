@@ -62,6 +62,7 @@ def stability_threshold(optimizer: torch.optim.Optimizer, *, first_step: bool = 
     >>> round(stability_threshold(torch.optim.Adam(p)), 6)
     38.0
     """
+    # P is positive, so an ascent on L is a descent on -L with the same P: kappa is the same, the curvature is not.
     upward = {bool(group.get("maximize")) for group in optimizer.param_groups}
     if upward != {ascent}:
         way = {frozenset([True]): "climbs", frozenset([False]): "descends"}.get(frozenset(upward), "does both")
@@ -119,6 +120,7 @@ def threshold_scales(optimizer: torch.optim.Optimizer) -> list[float]:
     kappas = _kappas(optimizer, False)
     smallest = min(kappas)
     lrs = [relative_lr(optimizer, group) for group in optimizer.param_groups]
+    # Lest weight decay on a part of the parameters, which is usual, make a plain SGD's tracker solve twice.
     if max(kappas) <= smallest + _SAME * abs(smallest):
         return lrs
     if smallest <= 0:

@@ -108,6 +108,7 @@ class SpectralBall:
     def steepest(self, rows: Tensor) -> Tensor:
         result = torch.zeros_like(rows)
         for part, (at, shape, radius) in zip(self._parts(rows), self.blocks, strict=True):
+            # The exact polar factor, which Newton-Schulz approaches: the ball is what Muon is meant to descend in.
             u, _, vh = torch.linalg.svd(part, full_matrices=False)
             result[:, at : at + shape.numel()] = radius * (u @ vh).flatten(1)
         return result
@@ -136,6 +137,7 @@ def unit_ball(
         ValueError: the optimizer holds none of the parameters.
         RuntimeError: see ``preconditioner``, for a diagonal P.
     """
+    # By identity: tensors compare by value.
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     if not any(id(p) in groups for p in params):
         raise ValueError(f"the optimizer holds none of the {len(params)} parameters given.")
@@ -143,6 +145,8 @@ def unit_ball(
     if geometry == "diagonal":
         return _ellipsoid(optimizer, params, groups, gradients)
     if geometry == "sign":
+        # In steps of fixed length, a group with twice the lr goes twice as far: its lr is a radius, and not a weight
+        # on the square of a distance as in an ellipsoid.
         radii = [relative_lr(optimizer, groups[id(p)]) if id(p) in groups else 0.0 for p in params]
         return Cube(torch.cat([_filled(p, radius) for p, radius in zip(params, radii, strict=True)]))
     blocks, at = [], 0
@@ -157,6 +161,7 @@ def unit_ball(
 def _ellipsoid(
     optimizer: torch.optim.Optimizer, params: Sequence[Tensor], groups: Mapping[int, Group], gradients: Gradients
 ) -> Ellipsoid:
+    # One parameter at a time: P knows none of the others'.
     P = preconditioner(optimizer, gradients=gradients)
     return Ellipsoid(torch.cat([P.inv_sqrt([p]) if id(p) in groups else _filled(p, 0.0) for p in params]))
 
@@ -176,4 +181,5 @@ def _muon_factor(group: Group, shape: torch.Size) -> float:
 
 def _quotients(d: Tensor, radii: Tensor) -> Tensor:
     """Return ``d / r``, 0 for 0 / 0."""
+    # A component that must be 0, and is, has no part in the norm; one that is not makes it infinite.
     return torch.where(d == 0, torch.zeros_like(d), d / radii)

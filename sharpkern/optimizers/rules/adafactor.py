@@ -33,6 +33,7 @@ def _clipped(root: Tensor, g: Tensor, limit: float, rate: float) -> Tensor:
 
 
 def _torch_kappa(group: Group, _first_step: bool) -> float:
+    # The decay goes by lr itself, not by the capped and scaled rate.
     return decayed(2.0, group)
 
 
@@ -52,7 +53,7 @@ def _torch_adafactor(step: Step) -> Tensor:
         v = rows @ columns / rows.mean(-2, keepdim=True).clamp(min=smallest)
     else:
         v = _moment(step, "variance", g**2, weight)
-    # Not lr / min(lr, 1 / sqrt(t)): lr may be 0.
+    # Not lr / min(lr, 1 / sqrt(t)), as lr may be 0.
     cap = max(1.0, learning_rate(step.group) * math.sqrt(step.t))
     scale = max(float(floor), _rms(step.parameter.detach()))
     return _clipped(v.clamp(min=smallest**2).sqrt(), g, float(step.group["d"]), scale / cap)
@@ -101,11 +102,13 @@ def _hugging_face_adafactor(step: Step) -> Tensor:
     return _clipped(root, g, float(group["clip_threshold"]), rate)
 
 
-# The cap on lr, and a rate that is not lr at all, make the step no multiple of lr.
-TORCH_ADAFACTOR = Rule(_torch_kappa, _torch_adafactor, ("", "variance"), scales_with_lr=False, decay_in_gradient=False)
+# The cap on lr, and a rate that is not lr at all, make the step no multiple of lr. Of a matrix's second moment there
+# are only means, so its norm is not to be had: no key is better than that of the vectors alone.
+TORCH_ADAFACTOR = Rule(_torch_kappa, _torch_adafactor, ("", ""), scales_with_lr=False, decay_in_gradient=False)
 HUGGING_FACE_ADAFACTOR = Rule(
     _hugging_face_kappa,
     _hugging_face_adafactor,
+    ("exp_avg", ""),
     scales_with_lr=False,
     decay_in_gradient=False,
     options="lr eps clip_threshold decay_rate beta1 weight_decay scale_parameter relative_step warmup_init",

@@ -12,6 +12,8 @@ from .sgd import schedule_free_kappa
 
 def _kappa(group: Group, first_step: bool) -> float:
     b = float(group["betas"][0])
+    # Both for a first moment without its bias correction, which P holds: m is (1 - b) g at the first step, and
+    # (1 - b) / (1 + b) of g in a swing with a period of two.
     kappa = 2 / (1 - b) if first_step else 2 * (1 + b) / (1 - b)
     return decayed(kappa, group) if group.get("decoupled_weight_decay") else kappa
 
@@ -106,6 +108,7 @@ def _nadam_kappa(group: Group, first_step: bool) -> float:
 def _nadam(step: Step) -> Tensor:
     """``P = f_t (sqrt(v_t / (1 - b2^t)) + eps)``; f_t goes to 1 and takes the place of Adam's ``1 - b1^t``."""
     product = float(step.state.get("mu_product", 1.0))
+    # The state holds the product up to the last step.
     if step.gradient is not None:
         product *= _mu(step.group, step.t)
     factor = _nadam_factor(step.group, step.t, product) if step.first_moment_correction else 1.0
@@ -121,6 +124,7 @@ def _schedule_free(step: Step) -> Tensor:
     return _corrected(step, _second_moment(step), 1.0)
 
 
+# Keys of the moments other than Adam's are named: norms are looked up by them.
 ADAM = Rule(_kappa, _adam)
 RADAM = Rule(_kappa, _radam)
 ADAMAX = Rule(_kappa, _adamax, ("exp_avg", "exp_inf"))

@@ -27,6 +27,7 @@ def learning_rate(group: Group) -> float:
     >>> learning_rate({"lr": torch.tensor(0.25)}), learning_rate({"lr": None})
     (0.25, 1.0)
     """
+    # Said here, as every ratio of rates comes by: a KeyError would name neither optimizer nor remedy.
     if "lr" not in group:
         raise TypeError(f"a step is measured in units of lr, and this optimizer has none, only {sorted(group)}.")
     return 1.0 if group["lr"] is None else float(group["lr"])
@@ -78,11 +79,12 @@ class Step:
     def kept(self, key: str) -> Tensor:
         """Return an entry of the state, flat ``[n]``."""
         tensor: Tensor = self.state[key]
+        # reshape and not view: a moment has its parameter's strides, which may be those of channels_last
         return tensor.reshape(-1).to(self.dtype)
 
     def average(self, key: str, value: Tensor | None, weight: float) -> Tensor:
         """Return a running average after the step, flat: ``average + weight (value - average)``, from zero."""
-        if value is None:
+        if value is None:  # the optimizer has put the gradient in already
             return self.kept(key)
         return self.kept(key).lerp(value, weight) if self.state else value * weight
 
@@ -130,6 +132,7 @@ class Rule:
 
     def coupled_decay(self, group: Group) -> float:
         """Return the weight decay that the moments see as a part of the gradient."""
+        # torch's classes with a choice name it in the group; AdamW has the key too, as it is Adam inside.
         if not self.decay_in_gradient or group.get("decoupled_weight_decay"):
             return 0.0
         return float(group.get("weight_decay", 0.0))

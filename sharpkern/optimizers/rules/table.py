@@ -71,7 +71,7 @@ def diagonal_rule_of(optimizer: Optimizer) -> Rule:
         raise TypeError(
             f"{type(inner_optimizer(optimizer)).__name__} has no diagonal preconditioner and no threshold for lr times "
             "a curvature: the length of its step does not depend on the gradient's. Use "
-            "sharpkern.optimizers.geometry.update_curvature for the curvature along its step, or generalised_sharpness "
+            "sharpkern.update_curvature for the curvature along its step, or sharpkern.generalised_sharpness "
             "for the largest curvature in its norm."
         )
     return rule
@@ -91,7 +91,9 @@ def inner_optimizer(optimizer: Optimizer) -> Optimizer:
     if module == _ZERO:
         return _unsharded(optimizer)
     inner = getattr(optimizer, "optimizer", None)
-    return inner if module.partition(".")[0] in _WRAPPERS and isinstance(inner, Optimizer) else optimizer
+    if module.partition(".")[0] in _WRAPPERS and isinstance(inner, Optimizer):
+        return inner_optimizer(inner)  # a trainer may wrap a sharded optimizer
+    return optimizer
 
 
 def _unsharded(optimizer: Any) -> Optimizer:
