@@ -93,6 +93,22 @@ def test_nothing_of_the_optimizer_changes(name: str) -> None:
     assert all(torch.equal(gradients[p], g) for p, g in kept.items())
 
 
+@pytest.mark.parametrize("name", ["nadam", "adadelta", "adafactor", "lion", "hf adafactor", "schedule-free adamw"])
+def test_float32_parameters_of_any_dimension_step_in_float64(name: str) -> None:
+    params = [nn.Parameter(torch.randn(shape)) for shape in ((4, 3), (5,), ())]
+    optimizer = OPTIMIZERS[name](params)
+    if hasattr(optimizer, "train"):
+        optimizer.train()
+    for _ in range(2):
+        take(optimizer, drawn(params))
+    gradients, lr = drawn(params), learning_rate(optimizer.param_groups[0])
+    got = next_update(optimizer, gradients)
+    before = [p.detach().clone() for p in params]
+    take(optimizer, gradients)
+    for p, x in zip(params, before, strict=True):
+        torch.testing.assert_close(got[p], (x - p.detach()).double() / lr, rtol=1e-4, atol=1e-5)
+
+
 def test_in_float32_muon_agrees_to_the_rounding_of_its_bfloat16() -> None:
     params, optimizer = build(OPTIMIZERS["muon"], torch.float32)
     gradients = drawn(params)

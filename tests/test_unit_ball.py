@@ -26,9 +26,12 @@ def lion(params: Any) -> optim.Optimizer:
     return twins.Lion(params, lr=0.1, betas=(0.0, 0.0))
 
 
-def muon(params: Any) -> optim.Optimizer:
+def muon(params: Any, adjust: str | None = None) -> optim.Optimizer:
     # Twenty cubic Newton-Schulz steps, which converge, for the default's five quintic ones, which do not.
-    return optim.Muon(params, lr=0.1, momentum=0.0, weight_decay=0.0, ns_coefficients=(1.5, -0.5, 0.0), ns_steps=20)
+    return optim.Muon(
+        params, lr=0.1, momentum=0.0, weight_decay=0.0, ns_coefficients=(1.5, -0.5, 0.0), ns_steps=20,
+        adjust_lr_fn=adjust,
+    )  # fmt: skip
 
 
 BALLS: dict[str, tuple[Callable[[Any], optim.Optimizer], type]] = {
@@ -36,7 +39,7 @@ BALLS: dict[str, tuple[Callable[[Any], optim.Optimizer], type]] = {
     "adam": (lambda ps: optim.Adam(ps, lr=0.1), Ellipsoid),
     "lion": (lion, Cube),
     "muon": (muon, SpectralBall),
-    "muon, adjusted": (lambda ps: optim.Muon(ps, lr=0.1, adjust_lr_fn="match_rms_adamw"), SpectralBall),
+    "muon, adjusted": (lambda ps: muon(ps, "match_rms_adamw"), SpectralBall),
 }
 
 
@@ -60,7 +63,7 @@ def test_the_steepest_direction_is_in_the_ball_and_attains_the_dual_norm(name: s
         assert ball.norm(-2.5 * d) == pytest.approx(2.5)
 
 
-@pytest.mark.parametrize(("name", "tol"), [("lion", 1e-12), ("muon", 2e-2)])
+@pytest.mark.parametrize(("name", "tol"), [("lion", 1e-12), ("muon", 2e-2), ("muon, adjusted", 2e-2)])
 def test_the_step_without_momentum_is_lr_times_the_steepest_direction(name: str, tol: float) -> None:
     params = parameters()
     optimizer = BALLS[name][0](two_rates(params))
