@@ -20,10 +20,10 @@ LAYERS = {
     "eigen": "common stopping state basis certificate krylov locally_optimal power warm",
     "optimizers": "held gi_adam rules.rule rules.sgd rules.adam rules.squares rules.adafactor rules.table norms "
     "threshold preconditioner next_update unit_ball geometry",
-    "curvature": "losses parameters watch eager gate engines freshness base operators dataset preconditioned "
-    "sharpness audit",
+    "curvature": "losses parameters watch eager gate engines freshness base operators dataset chunked negative "
+    "preconditioned sharpness audit",
     "dynamics": "",
-    "tracking": "budget record followed tracker",
+    "tracking": "budget record followed gradients target following directions tracker",
     "warmup": "formulas critical schedule persistent trials suggest_text suggest",
     "train": "cifar idx text config metrics models batched checkpoint data moments plots summary losses own build loop",
     "sweep": "grid collect diagrams run report stacked groups executors",

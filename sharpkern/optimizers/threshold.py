@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .rules import diagonal_rule_of, learning_rate
+from .rules import diagonal_rule_of, inner_optimizer, learning_rate
 
 _SAME = 0.01  # relative difference of thresholds that is none
 
@@ -33,7 +33,8 @@ def stability_threshold(optimizer: torch.optim.Optimizer, *, first_step: bool = 
 
     Coupled weight decay of all but SGD is not in kappa: the curvature is then that of ``P^-1 (H + w)``. Nor is the
     decay of Hugging Face's Adafactor with a rate of its own. Schedule-free optimizers have kappa of the coming step,
-    for the parameters in training mode; their own warmup divides it. Where parameter groups differ, the smallest kappa
+    for the parameters in training mode; their own warmup divides it. With ``maximize=True`` the optimizer descends minus
+    the loss, so the curvature is that of -H, which is minus the smallest eigenvalue of H. Where parameter groups differ, the smallest kappa
     is returned: a bound, which ``SharpnessTracker`` makes exact by scaling each group
     (``optimizers.threshold.threshold_scales``). Minibatch noise lowers the true threshold; with cross-entropy the loss
     often still falls beyond it.
@@ -42,15 +43,13 @@ def stability_threshold(optimizer: torch.optim.Optimizer, *, first_step: bool = 
         optimizer: one of the table above, or of a class registered with ``optimizers.rules.register``.
         first_step: the bound for the very first step, when the momentum is still empty: the loss on a
             quadratic can rise at that step beyond it.
-        ascent: the optimizer has ``maximize=True``, and the curvature is the largest eigenvalue of -H or ``-P^-1 H``:
-            minus the smallest of H. To be said, so that nobody compares that of H with it.
 
     Returns:
         kappa, without a unit.
 
     Raises:
-        TypeError: the optimizer's threshold is not known, or there is none (Lion, Muon); or it ascends and ``ascent``
-            is False, or the reverse, or some groups ascend and others do not, which no eigenvalue decides.
+        TypeError: the optimizer's threshold is not known, or there is none (Lion, Muon; or some groups climb and others
+            descend, which no eigenvalue decides).
 
     Source: Cohen et al., Gradient descent on neural networks typically occurs at the edge of stability (2021)
     and Adaptive gradient methods at the edge of stability (2022); the decay terms from the same
@@ -62,14 +61,10 @@ def stability_threshold(optimizer: torch.optim.Optimizer, *, first_step: bool = 
     >>> round(stability_threshold(torch.optim.Adam(p)), 6)
     38.0
     """
-    # P is positive, so an ascent on L is a descent on -L with the same P: kappa is the same, the curvature is not.
-    upward = {bool(group.get("maximize")) for group in optimizer.param_groups}
-    if upward != {ascent}:
-        way = {frozenset([True]): "climbs", frozenset([False]): "descends"}.get(frozenset(upward), "does both")
+    if len({bool(group.get("maximize")) for group in optimizer.param_groups}) > 1:
         raise TypeError(
-            f"{type(optimizer).__name__} {way}, and the threshold of {'an ascent' if ascent else 'a descent'} was "
-            "asked for. With maximize=True in all groups pass ascent=True, and compare with the largest eigenvalue "
-            "of -H."
+            f"some groups of this {type(optimizer).__name__} climb and others descend: near a saddle point no eigenvalue "
+            "decides whether that is stable."
         )
     return min(_kappas(optimizer, first_step))
 
@@ -126,3 +121,43 @@ def threshold_scales(optimizer: torch.optim.Optimizer) -> list[float]:
     if smallest <= 0:
         raise ValueError(f"weight decay alone makes a group unstable: the groups' thresholds are {kappas}.")
     return [lr * smallest / kappa for lr, kappa in zip(lrs, kappas, strict=True)]
+
+
+def minibatch_thresholds(optimizer: torch.optim.Optimizer) -> tuple[float, float]:
+    """Return the two levels, times the learning rate, at which the batch sharpness of mini-batch SGD settles.
+
+        small batches   2 (1 - b)
+        large batches   2 (1 + b)
+
+    with momentum b; both are 2 without. They are plateaus of the average of ``g'Hg / g'g`` over batches
+    (``Record.batch_sharpness``), seen in experiments with a constant learning rate after the progressive phase, in
+    image classification at CIFAR's scale; between the two sizes of batch it lies between them. The largest eigenvalue
+    of the whole data's Hessian then stays below ``2 / lr``.
+
+    Args:
+        optimizer: SGD, without Nesterov's momentum and without dampening.
+
+    Returns:
+        Both, smaller first.
+
+    Raises:
+        TypeError: no such plateau is known for the optimizer.
+
+    Source: Andreyev and Beneventano, Edge of stochastic stability (arXiv 2412.20553); for momentum arXiv 2604.14108.
+
+    >>> p = [torch.nn.Parameter(torch.zeros(1))]
+    >>> minibatch_thresholds(torch.optim.SGD(p, lr=0.1, momentum=0.5))
+    (1.0, 3.0)
+    """
+    groups = inner_optimizer(optimizer).param_groups
+    plain = type(inner_optimizer(optimizer)) is torch.optim.SGD and not any(
+        g["nesterov"] or g["dampening"] for g in groups
+    )
+    momenta = {float(g["momentum"]) for g in groups} if plain else set()
+    if len(momenta) != 1:
+        raise TypeError(
+            f"the plateaus of the batch sharpness are known for SGD with one momentum, without Nesterov and "
+            f"dampening, not for this {type(optimizer).__name__}."
+        )
+    (b,) = momenta
+    return 2 * (1 - b), 2 * (1 + b)
