@@ -208,7 +208,7 @@ def test_a_class_of_the_same_name_elsewhere_is_not_recognised() -> None:
 def test_groups_that_climb_and_descend_have_no_one_threshold() -> None:
     p, q = (nn.Parameter(torch.zeros(1)) for _ in range(2))
     saddle = torch.optim.Adam([{"params": [p], "maximize": True}, {"params": [q]}])
-    with pytest.raises(TypeError, match="some groups of this Adam climb and others descend"):
+    with pytest.raises(ValueError, match="maximize differs between parameter groups"):
         sk.stability_threshold(saddle)
 
 
@@ -252,4 +252,10 @@ def test_the_tracker_reports_no_threshold_where_there_is_none() -> None:
         assert record.threshold is None and record.ratio is None and record.sharpness > 0
 
 
-from sharpkern.optimizers.threshold import minibatch_thresholds
+def test_plateaus_of_the_batch_sharpness_are_known_for_sgd_only() -> None:
+    params = [nn.Parameter(torch.zeros(1))]
+    assert minibatch_thresholds(torch.optim.SGD(params, lr=0.1)) == (2.0, 2.0)
+    assert minibatch_thresholds(torch.optim.SGD(params, lr=0.1, momentum=0.9)) == pytest.approx((0.2, 3.8))
+    for other in (torch.optim.Adam(params), torch.optim.SGD(params, lr=0.1, momentum=0.9, nesterov=True)):
+        with pytest.raises(TypeError, match="known for SGD with one momentum"):
+            minibatch_thresholds(other)

@@ -55,6 +55,8 @@ class GeneralisedSharpness:
 class UpdateCurvature:
     """Second-order change of the loss along an optimizer's next step, ``theta - lr u``.
 
+    ``Record.update_curvature`` of a tracker is ``u'Hu / u'Pu`` of the same u, at every step.
+
         L(theta - lr u) - L(theta) = -lr g'u + lr^2 u'Hu / 2
 
     Attributes:

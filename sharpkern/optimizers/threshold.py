@@ -11,7 +11,7 @@ from .rules import diagonal_rule_of, inner_optimizer, learning_rate
 _SAME = 0.01  # relative difference of thresholds that is none
 
 
-def stability_threshold(optimizer: torch.optim.Optimizer, *, first_step: bool = False, ascent: bool = False) -> float:
+def stability_threshold(optimizer: torch.optim.Optimizer, *, first_step: bool = False) -> float:
     """Return kappa: on a quadratic loss, the optimizer is stable while ``lr * curvature < kappa``.
 
     Curvature is the largest eigenvalue of the Hessian H for SGD, of ``P^-1 H`` with P from ``preconditioner``
@@ -33,9 +33,9 @@ def stability_threshold(optimizer: torch.optim.Optimizer, *, first_step: bool = 
 
     Coupled weight decay of all but SGD is not in kappa: the curvature is then that of ``P^-1 (H + w)``. Nor is the
     decay of Hugging Face's Adafactor with a rate of its own. Schedule-free optimizers have kappa of the coming step,
-    for the parameters in training mode; their own warmup divides it. With ``maximize=True`` the optimizer descends minus
-    the loss, so the curvature is that of -H, which is minus the smallest eigenvalue of H. Where parameter groups differ, the smallest kappa
-    is returned: a bound, which ``SharpnessTracker`` makes exact by scaling each group
+    for the parameters in training mode; their own warmup divides it. With ``maximize=True`` the optimizer descends
+    minus the loss, so the curvature is that of -H: minus the smallest eigenvalue of H. Where parameter groups differ,
+    the smallest kappa is returned: a bound, which ``SharpnessTracker`` makes exact by scaling each group
     (``optimizers.threshold.threshold_scales``). Minibatch noise lowers the true threshold; with cross-entropy the loss
     often still falls beyond it.
 
@@ -48,8 +48,8 @@ def stability_threshold(optimizer: torch.optim.Optimizer, *, first_step: bool = 
         kappa, without a unit.
 
     Raises:
-        TypeError: the optimizer's threshold is not known, or there is none (Lion, Muon; or some groups climb and others
-            descend, which no eigenvalue decides).
+        TypeError: the optimizer's threshold is not known, or there is none (Lion, Muon).
+        ValueError: some groups climb and others descend.
 
     Source: Cohen et al., Gradient descent on neural networks typically occurs at the edge of stability (2021)
     and Adaptive gradient methods at the edge of stability (2022); the decay terms from the same
@@ -62,10 +62,7 @@ def stability_threshold(optimizer: torch.optim.Optimizer, *, first_step: bool = 
     38.0
     """
     if len({bool(group.get("maximize")) for group in optimizer.param_groups}) > 1:
-        raise TypeError(
-            f"some groups of this {type(optimizer).__name__} climb and others descend: near a saddle point no eigenvalue "
-            "decides whether that is stable."
-        )
+        raise ValueError("maximize differs between parameter groups: near a saddle point no eigenvalue decides.")
     return min(_kappas(optimizer, first_step))
 
 
@@ -149,7 +146,7 @@ def minibatch_thresholds(optimizer: torch.optim.Optimizer) -> tuple[float, float
     >>> minibatch_thresholds(torch.optim.SGD(p, lr=0.1, momentum=0.5))
     (1.0, 3.0)
     """
-    groups = inner_optimizer(optimizer).param_groups
+    groups = optimizer.param_groups
     plain = type(inner_optimizer(optimizer)) is torch.optim.SGD and not any(
         g["nesterov"] or g["dampening"] for g in groups
     )
