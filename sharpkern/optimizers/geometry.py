@@ -71,7 +71,7 @@ class UpdateCurvature:
 
     @property
     def directional_sharpness(self) -> float:
-        """``u'Hu / u'u``: between the smallest and the largest eigenvalue of H."""
+        """``u'Hu / u'u``: between the smallest and the largest eigenvalue of H; a ZeroDivisionError where u is 0."""
         return self.curvature / self.squared_norm
 
     @property
