@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "sharpkern"
 # Lowest first: a folder imports from the folders above its line, a module from the modules before it in its row.
 LAYERS = {
-    "kernels": "saved reference cholesky_qr cpu.native cpu.huge_pages cpu.blocked_attention cuda precision dispatch "
+    "kernels": "precision saved reference cholesky_qr cpu.native cpu.huge_pages cpu.blocked_attention cuda dispatch "
     "vectors attention embedding linear norm pointwise softmax triton.attention_tiles triton.attention_kernels "
     "triton.attention triton.embedding triton.linear triton.norm_kernels triton.norm triton.pointwise triton.softmax",
     "rop": "layout rule step sandbox rules.fallback rules.arithmetic rules.attention rules.conv rules.dropout "
