@@ -16,7 +16,7 @@ from problems import relative as error
 from torch import nn
 
 import sharpkern as sk
-from sharpkern.curvature.chunked import MicroBatches
+from sharpkern import MicroBatches
 
 
 def noisy_network() -> nn.Module:

@@ -19,9 +19,9 @@ class SharpnessCallback(Callback):
 
         Trainer(callbacks=[SharpnessCallback(loss_fn, every=10)])
 
-    The curvature is that of ``loss_fn(module(inputs), targets)`` on the step's own micro-batches, with the dropout masks
-    of the step itself; clipped gradients are the optimizer's. ``training_step`` is not run again, because it logs.
-    Training is bit for bit what it is without.
+    The curvature is that of ``loss_fn(module(inputs), targets)`` on the step's own micro-batches, with the dropout
+    masks of the step itself; clipped gradients are the optimizer's. ``training_step`` is not run again, because it
+    logs. Training is bit for bit what it is without.
 
     Args:
         loss_fn: the loss that ``training_step`` minimises, ``(output, targets) -> scalar``, or ``(output, batch)`` for
@@ -36,8 +36,8 @@ class SharpnessCallback(Callback):
         ValueError: while training, the Trainer runs on several devices, the module has several optimizers or optimizes
             by hand, or the first gradient is not that of the loss.
 
-    Cost: nothing at the steps between. At an observed one what ``SharpnessTracker.observe`` costs; with c micro-batches,
-    each product takes c gradients more, so that the memory stays that of one.
+    Cost: nothing at the steps between. At an observed one what ``SharpnessTracker.observe`` costs; with c
+    micro-batches, each product takes c gradients more, so that the memory stays that of one.
     """
 
     def __init__(
@@ -103,14 +103,14 @@ def _clipped(
     overridden = type(module).configure_gradient_clipping is not LightningModule.configure_gradient_clipping
     if trainer.gradient_clip_val is None and not overridden:
         return None
-    params = [p for p in module.parameters() if p.grad is not None]
-    before = [p.grad.clone() for p in params if p.grad is not None]
+    gradients = {p: p.grad for p in module.parameters() if p.grad is not None}
+    before = [g.clone() for g in gradients.values()]
     module.configure_gradient_clipping(
         optimizer,
         gradient_clip_val=trainer.gradient_clip_val,
         gradient_clip_algorithm=trainer.gradient_clip_algorithm,
     )
-    after = {p: p.grad.clone() for p in params if p.grad is not None}
-    for p, g in zip(params, before, strict=True):
-        p.grad.copy_(g)  # type: ignore[union-attr]
+    after: dict[Tensor, Tensor] = {p: g.clone() for p, g in gradients.items()}
+    for g, was in zip(gradients.values(), before, strict=True):
+        g.copy_(was)
     return after

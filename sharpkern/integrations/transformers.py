@@ -37,8 +37,8 @@ class SharpnessCallback(TrainerCallback):
         ValueError: the Trainer runs on several devices, or minimises another loss than the model's and ``loss_fn`` is
             not given; while training, the first gradient is not that of the loss.
 
-    Cost: nothing at the steps between. At an observed one what ``SharpnessTracker.observe`` costs; with c micro-batches,
-    each product takes c gradients more, so that the memory stays that of one.
+    Cost: nothing at the steps between. At an observed one what ``SharpnessTracker.observe`` costs; with c
+    micro-batches, each product takes c gradients more, so that the memory stays that of one.
     """
 
     def __init__(
