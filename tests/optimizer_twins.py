@@ -183,6 +183,13 @@ for twin, name in NAMES.items():
     twin.__module__, _, twin.__qualname__ = name.rpartition(".")
 
 
+def begin(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Put a schedule-free optimizer into training mode."""
+    if hasattr(optimizer, "train"):
+        optimizer.train()
+    return optimizer
+
+
 def original(twin: type) -> Any:
     """Return the class that a stand-in stands for; None where its package is not installed."""
     module, _, name = NAMES[twin].rpartition(".")

@@ -1,4 +1,4 @@
-"""The table: which class has which rule, what is refused and why, and who reads it. The rows: test_optimizer_steps."""
+"""The table: which class has which rule, what is refused and why, and who reads it. The rows: test_optimizer_steps, _thresholds."""
 
 from __future__ import annotations
 
