@@ -1,4 +1,4 @@
-"""The table: which class has which rule, what is refused and why, and who reads it. The rows: test_optimizer_steps, _thresholds."""
+"""The table: which class has which rule, what is refused and why, and who reads it. The rows have their own tests."""
 
 from __future__ import annotations
 
