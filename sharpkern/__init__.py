@@ -14,6 +14,8 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from .curvature.audit import AuditReport as AuditReport
     from .curvature.audit import audit as audit
+    from .curvature.chunked import ChunkedHessian as ChunkedHessian
+    from .curvature.chunked import MicroBatches as MicroBatches
     from .curvature.dataset import DatasetHessian as DatasetHessian
     from .curvature.losses import NonFiniteLossError as NonFiniteLossError
     from .curvature.operators import GGNOperator as GGNOperator
@@ -40,6 +42,11 @@ if TYPE_CHECKING:
     from .eigen import lanczos as lanczos
     from .eigen import lobpcg as lobpcg
     from .eigen import power_iteration as power_iteration
+    from .optimizers.geometry import GeneralisedSharpness as GeneralisedSharpness
+    from .optimizers.geometry import UpdateCurvature as UpdateCurvature
+    from .optimizers.geometry import generalised_sharpness as generalised_sharpness
+    from .optimizers.geometry import generalised_threshold as generalised_threshold
+    from .optimizers.geometry import update_curvature as update_curvature
     from .optimizers.gi_adam import GIAdam as GIAdam
     from .optimizers.norms import dead_units as dead_units
     from .optimizers.norms import optimizer_norms as optimizer_norms
@@ -61,6 +68,7 @@ if TYPE_CHECKING:
 _HOME = {
     "curvature.audit": ("AuditReport", "audit"),
     "warmup.critical": ("CriticalLR", "critical_learning_rate"),
+    "curvature.chunked": ("ChunkedHessian", "MicroBatches"),
     "curvature.dataset": ("DatasetHessian",),
     "dynamics": (
         "Catapult",
@@ -80,6 +88,13 @@ _HOME = {
     "curvature.losses": ("NonFiniteLossError",),
     "curvature.operators": ("GGNOperator", "HessianOperator"),
     "curvature.preconditioned": ("PreconditionedOperator",),
+    "optimizers.geometry": (
+        "GeneralisedSharpness",
+        "UpdateCurvature",
+        "generalised_sharpness",
+        "generalised_threshold",
+        "update_curvature",
+    ),
     "optimizers.gi_adam": ("GIAdam",),
     "optimizers.norms": ("dead_units", "optimizer_norms"),
     "warmup.persistent": ("PersistentCatapultLR",),

@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "sharpkern"
 # Lowest first: a folder imports from the folders above its line, a module from the modules before it in its row.
 LAYERS = {
-    "kernels": "saved reference cholesky_qr cpu.native cpu.huge_pages cpu.blocked_attention cuda precision dispatch "
+    "kernels": "precision saved reference cholesky_qr cpu.native cpu.huge_pages cpu.blocked_attention cuda dispatch "
     "vectors attention embedding linear norm pointwise softmax triton.attention_tiles triton.attention_kernels "
     "triton.attention triton.embedding triton.linear triton.norm_kernels triton.norm triton.pointwise triton.softmax",
     "rop": "layout rule step sandbox rules.fallback rules.arithmetic rules.attention rules.conv rules.dropout "
@@ -18,13 +18,15 @@ LAYERS = {
     "rules.softmax rules.views rules.head decompositions export liveness program conformance "
     "recording.common recording.cuda_graph recording.pool recording.tape recording.replayed double_backward",
     "eigen": "common stopping state basis certificate krylov locally_optimal power warm",
-    "optimizers": "held gi_adam rules norms threshold preconditioner next_update",
-    "curvature": "losses parameters watch eager gate engines freshness base operators dataset preconditioned "
-    "sharpness audit",
+    "optimizers": "held gi_adam rules.rule rules.sgd rules.adam rules.squares rules.adafactor rules.table norms "
+    "threshold preconditioner next_update unit_ball geometry",
+    "curvature": "losses parameters watch eager gate engines freshness base operators dataset chunked negative "
+    "preconditioned sharpness audit",
     "dynamics": "",
-    "tracking": "budget record followed tracker",
+    "tracking": "budget record followed gradients target following directions tracker",
     "warmup": "formulas critical schedule persistent trials suggest_text suggest",
     "train": "cifar idx text config metrics models batched checkpoint data moments plots summary losses own build loop",
+    "integrations": "observer lightning transformers",
     "sweep": "grid collect diagrams run report stacked groups executors",
     "cli": "exits progress options train suggest sweep report audit bench doctor __main__",
 }

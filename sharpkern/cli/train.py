@@ -40,6 +40,7 @@ def run(given: argparse.Namespace) -> int:
             pass
     except NonFiniteLossError as error:
         code = complain(f"{error} The run folder keeps what was done.", DIVERGED)
+    # Also after a divergence or Ctrl-C: what was done has a summary and a plot.
     finally:
         _conclude(config)
     return code
@@ -47,7 +48,11 @@ def run(given: argparse.Namespace) -> int:
 
 def _state(row: Row) -> str:
     """Say where a run stands, for its progress display."""
-    parts = [f"loss {row['loss']:.4g}", f"sharpness x lr {row['sharpness'] * row['lr']:.3g}"]
+    parts = [f"loss {row['loss']:.4g}"]
+    if row["status"] == "untracked":
+        parts.append(f"batch sharpness x lr {(row['batch_sharpness'] or 0.0) * row['lr']:.3g}")
+    else:
+        parts.append(f"sharpness x lr {row['sharpness'] * row['lr']:.3g}")
     if row["preconditioned_sharpness"] is not None:
         parts.append(f"preconditioned x lr {row['preconditioned_sharpness'] * row['lr']:.3g}")
     return ", ".join(parts)
@@ -59,14 +64,20 @@ def _conclude(config: TrainConfig) -> None:
 
     rows = read(config.out / "metrics.jsonl")
     finite = [row for row in rows if row.get("loss") is not None]
+    # After a divergence at the first step there is nothing to plot, and a sentence would repeat the error.
     if not finite:
         return
     from ..train.plots import plot_run
-    from ..train.summary import catapults_of, summarise
+    from ..train.summary import catapults_of, summary_lines
 
-    lines = summarise(rows)
+    # Of all rows, as the last one may be the divergence; the plot takes those with numbers.
+    lines = summary_lines(rows)
     (config.out / "summary.txt").write_text("\n".join(lines) + "\n")
-    plot_run(finite, config.optimizer, catapults_of(finite), config.out / "sharpness.png", _title(config))
+    tracked = [row for row in finite if row["sharpness"] is not None]
+    plot_run(
+        finite, config.optimizer, catapults_of(tracked), config.out / "sharpness.png", _title(config),
+        minibatch=config.batch_size is not None,
+    )  # fmt: skip
     print("\n".join(lines))
     print(f"plot: {config.out / 'sharpness.png'}")
 
