@@ -19,8 +19,9 @@ LAYERS = {
     "recording.common recording.cuda_graph recording.pool recording.tape recording.replayed double_backward",
     "eigen": "common stopping state basis certificate krylov locally_optimal power warm",
     "optimizers": "held gi_adam rules norms threshold preconditioner next_update",
-    "curvature": "losses parameters watch eager gate engines freshness base operators dataset preconditioned "
+    "curvature": "losses parameters watch eager gate engines freshness base operators fisher dataset preconditioned "
     "sharpness audit",
+    "spectrum": "probes trace diagonal density layers",
     "dynamics": "",
     "tracking": "budget record followed tracker",
     "warmup": "formulas critical schedule persistent trials suggest_text suggest",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -57,7 +58,9 @@ class LossModule(nn.Module):
     def forward(self, batch: Any) -> tuple[Tensor, list[Tensor]]:
         """Return the scalar loss and every tensor of the model's output."""
         output = self.output(batch)
-        return self.loss(output, batch), tensors_of(output)
+        # A loss that the model computed beside its outputs is no place to split at: none of loss_fn's steps reads it.
+        apart = {k: v for k, v in output.items() if k != "loss"} if isinstance(output, Mapping) else output
+        return self.loss(output, batch), tensors_of(apart)
 
     def output(self, batch: Any) -> Any:
         """Run the model alone."""
@@ -69,27 +72,59 @@ class LossModule(nn.Module):
     def check_outputs(self, batch: Any) -> None:
         """Check that a generalised Gauss-Newton matrix can be split at the model's output.
 
+        A model may compute a loss of its own beside its outputs, as Hugging Face's do, if ``loss_fn`` does not use it.
+
         Raises:
-            ValueError: the output holds no tensor that torch's pytree finds, or the loss is one of its tensors.
+            ValueError: the output holds no tensor that torch's pytree finds, or ``loss_fn`` uses the model's own loss.
         """
         with torch.no_grad():
             output = self.output(batch)
-            loss = self.loss(output, batch)
         tensors = tensors_of(output)
         if not tensors:
             raise ValueError(
                 f"GGNOperator finds no tensor in the model's output, a {type(output).__name__}: return a tensor, or a "
                 "tuple, list or dict of tensors (or register the class with torch.utils._pytree)."
             )
-        if any(loss is t for t in tensors) or (isinstance(output, Mapping) and output.get("loss") is not None):
+        if self._uses_own_loss(output, tensors, batch):
+            form = "output['logits']" if isinstance(output, Mapping) else "output"
+            targets = "batch['labels']" if isinstance(batch, Mapping) else "targets"
+            second = "batch" if isinstance(batch, Mapping) else "targets"
             raise ValueError(
-                "the model computes the loss itself, so there is no output to split at: let it return its outputs, "
-                "and compute the loss in loss_fn."
+                "the model computes the loss itself, and loss_fn uses it, so there is no output to split at: compute "
+                f"the loss from the outputs, as in loss_fn = lambda output, {second}: F.cross_entropy({form}.flatten("
+                f"0, -2), {targets}.flatten()). A causal language model's logits [:, :-1] belong to labels [:, 1:]."
             )
+
+    def _uses_own_loss(self, output: Any, tensors: list[Tensor], batch: Any) -> bool:
+        """Ask autograd whether the loss is linear in a scalar output, or reads an entry of the name "loss"."""
+        own = output.get("loss") if isinstance(output, Mapping) else None
+        scalars = [t for t in tensors if (t.ndim == 0 or t is own) and t.is_floating_point()]
+        if not scalars:
+            return False
+        leaves = {id(t): t.detach().requires_grad_() for t in tensors if t.is_floating_point()}
+        # Copies of the leaves, which a loss may change in place.
+        apart = substituted(output, {key: leaf.clone() for key, leaf in leaves.items()})
+        with torch.enable_grad():
+            loss = self.loss(apart, batch)
+        if not loss.requires_grad:
+            return False
+        slopes = torch.autograd.grad(loss, [leaves[id(t)] for t in scalars], create_graph=True, allow_unused=True)
+        pairs = zip(scalars, slopes, strict=True)
+        return any(s is not None and (t is own or not s.requires_grad) for t, s in pairs)
 
     def loss(self, output: Any, batch: Any) -> Tensor:
         """Run the loss alone: on (output, targets), or on (output, batch) for a dict batch."""
         return self.loss_fn(output, batch if isinstance(batch, Mapping) else batch[1])
+
+
+def substituted(output: Any, by_id: Mapping[int, Tensor]) -> Any:
+    """Return a model's output with some of its tensors replaced, as ``tensors_of`` finds them: id -> new tensor."""
+    if isinstance(output, Mapping) and pytree.tree_structure(output) == _LEAF:
+        changed: Any = copy.copy(output)  # of a class that pytree does not know; its type may matter to loss_fn
+        for key, value in output.items():
+            changed[key] = substituted(value, by_id)
+        return changed
+    return pytree.tree_map(lambda t: by_id.get(id(t), t), output)
 
 
 class FunctionalLoss(nn.Module):
