@@ -178,14 +178,14 @@ class ParameterOperator(BaseOperator):
         Raises:
             ValueError: v is neither ``[n]`` nor ``[k, n]``.
         """
-        layout = Layout(self.params)
         if v.ndim not in (1, 2) or v.shape[-1] != self.n:
             raise ValueError(f"v must be [{self.n}] or [k, {self.n}] for this operator, got {list(v.shape)}.")
-        parts: dict[str, Any] = {}
-        for i, name in enumerate(layout.names):
-            part = v[..., layout.offsets[i] : layout.offsets[i + 1]]
-            parts[name] = part.reshape((*v.shape[:-1], *layout.shapes[i]))
-        return parts
+        return _parts(v, Layout(self.params))
+
+
+def _parts(v: Any, layout: Layout) -> dict[str, Any]:
+    ends = zip(layout.names, layout.offsets, layout.offsets[1:], layout.shapes, strict=False)
+    return {name: v[..., start:stop].reshape((*v.shape[:-1], *shape)) for name, start, stop, shape in ends}
 
 
 def _like(v: Vector, result: Tensor) -> Vector:

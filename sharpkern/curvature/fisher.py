@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from ..rop.export import tensors_of
 from ..rop.sandbox import without_trace
 from .base import ParameterOperator
-from .losses import LossModule, NonFiniteLossError, substituted
+from .losses import LossModule, NonFiniteLossError
 from .operators import GGNOperator
 from .parameters import unwrapped
 
@@ -134,7 +134,8 @@ class EmpiricalFisherOperator(ParameterOperator):
         tensors = tensors_of(output)
         leaves = {i: t.detach().requires_grad_() for i, t in enumerate(tensors) if t.is_floating_point()}
         # Copies of the leaves, which a loss may change in place.
-        apart = substituted(output, {id(tensors[i]): leaf.clone() for i, leaf in leaves.items()})
+        copies = {id(tensors[i]): leaf.clone() for i, leaf in leaves.items()}
+        apart = pytree.tree_map(lambda t: copies.get(id(t), t), output)
         with torch.enable_grad():
             loss = self._module.loss(apart, batch)
         if not isinstance(loss, Tensor) or loss.ndim or not loss.requires_grad:
@@ -143,7 +144,7 @@ class EmpiricalFisherOperator(ParameterOperator):
         used = {i: s for i, s in zip(leaves, parts, strict=True) if s is not None}
         if shared := [list(tensors[i].shape) for i, s in used.items() if s.ndim == 0]:
             raise ValueError(f"loss_fn uses an output of shape {shared[0]}, which has no row for each example.")
-        return float(loss), used
+        return float(loss.detach()), used
 
 
 def _half_mean_square(output: Any, slopes: Mapping[str, Tensor]) -> Tensor:
@@ -171,15 +172,13 @@ def _examples(batch: Any) -> int:
 
 def _row(nest: Any, i: int, length: int) -> Any:
     """Return example i of a batch or an output as a batch of one; scalars stay as they are."""
-    rows = {}
     for t in tensors_of(nest):
         if t.ndim and len(t) != length:
             raise ValueError(
                 f"the model has an output of shape {list(t.shape)} for {length} examples: the first dimension must "
                 "count examples, so that each has a gradient of its own."
             )
-        rows[id(t)] = t[i : i + 1] if t.ndim else t
-    return substituted(nest, rows)
+    return pytree.tree_map(lambda t: t[i : i + 1] if isinstance(t, Tensor) and t.ndim else t, nest)
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -24,6 +24,27 @@ class NonFiniteLossError(RuntimeError):
         super().__init__(
             f"the loss is {loss}{where}: the learning rate may be too high, or the batch holds bad values."
         )
+
+
+class Opened:
+    """A mapping whose class pytree does not know, such as ``UserDict``: with it around, its entries can be replaced."""
+
+    def __init__(self, mapping: Any) -> None:
+        self.mapping = mapping
+
+    def with_values(self, values: Iterable[Any]) -> Opened:
+        """Return a copy of the same class with other values."""
+        changed = copy.copy(self.mapping)
+        for key, value in zip(self.mapping, values, strict=True):
+            changed[key] = value
+        return Opened(changed)
+
+
+pytree.register_pytree_node(
+    Opened,
+    lambda o: (list(o.mapping.values()), o),
+    lambda values, o: o.with_values(values),
+)
 
 
 class LossModule(nn.Module):
@@ -59,15 +80,18 @@ class LossModule(nn.Module):
         """Return the scalar loss and every tensor of the model's output."""
         output = self.output(batch)
         # A loss that the model computed beside its outputs is no place to split at: none of loss_fn's steps reads it.
-        apart = {k: v for k, v in output.items() if k != "loss"} if isinstance(output, Mapping) else output
-        return self.loss(output, batch), tensors_of(apart)
+        own = _own_loss(output)
+        return self.loss(output, batch), [t for t in tensors_of(output) if t is not own]
 
     def output(self, batch: Any) -> Any:
-        """Run the model alone."""
+        """Run the model alone; a mapping that pytree does not know is ``Opened``, which ``loss`` undoes."""
         inputs = batch if isinstance(batch, Mapping) else batch[0]
         if isinstance(inputs, Mapping):
-            return self.model(**inputs)
-        return self.model(*inputs) if isinstance(inputs, tuple | list) else self.model(inputs)
+            output = self.model(**inputs)
+        else:
+            output = self.model(*inputs) if isinstance(inputs, tuple | list) else self.model(inputs)
+        unknown = isinstance(output, Mapping) and pytree.tree_structure(output) == _LEAF
+        return Opened(output) if unknown else output
 
     def check_outputs(self, batch: Any) -> None:
         """Check that a generalised Gauss-Newton matrix can be split at the model's output.
@@ -86,7 +110,7 @@ class LossModule(nn.Module):
                 "tuple, list or dict of tensors (or register the class with torch.utils._pytree)."
             )
         if self._uses_own_loss(output, tensors, batch):
-            form = "output['logits']" if isinstance(output, Mapping) else "output"
+            form = "output['logits']" if isinstance(output, Mapping | Opened) else "output"
             targets = "batch['labels']" if isinstance(batch, Mapping) else "targets"
             second = "batch" if isinstance(batch, Mapping) else "targets"
             raise ValueError(
@@ -97,13 +121,13 @@ class LossModule(nn.Module):
 
     def _uses_own_loss(self, output: Any, tensors: list[Tensor], batch: Any) -> bool:
         """Ask autograd whether the loss is linear in a scalar output, or reads an entry of the name "loss"."""
-        own = output.get("loss") if isinstance(output, Mapping) else None
+        own = _own_loss(output)
         scalars = [t for t in tensors if (t.ndim == 0 or t is own) and t.is_floating_point()]
         if not scalars:
             return False
         leaves = {id(t): t.detach().requires_grad_() for t in tensors if t.is_floating_point()}
         # Copies of the leaves, which a loss may change in place.
-        apart = substituted(output, {key: leaf.clone() for key, leaf in leaves.items()})
+        apart = pytree.tree_map(lambda t: leaves[id(t)].clone() if id(t) in leaves else t, output)
         with torch.enable_grad():
             loss = self.loss(apart, batch)
         if not loss.requires_grad:
@@ -114,17 +138,14 @@ class LossModule(nn.Module):
 
     def loss(self, output: Any, batch: Any) -> Tensor:
         """Run the loss alone: on (output, targets), or on (output, batch) for a dict batch."""
+        output = output.mapping if isinstance(output, Opened) else output
         return self.loss_fn(output, batch if isinstance(batch, Mapping) else batch[1])
 
 
-def substituted(output: Any, by_id: Mapping[int, Tensor]) -> Any:
-    """Return a model's output with some of its tensors replaced, as ``tensors_of`` finds them: id -> new tensor."""
-    if isinstance(output, Mapping) and pytree.tree_structure(output) == _LEAF:
-        changed: Any = copy.copy(output)  # of a class that pytree does not know; its type may matter to loss_fn
-        for key, value in output.items():
-            changed[key] = substituted(value, by_id)
-        return changed
-    return pytree.tree_map(lambda t: by_id.get(id(t), t), output)
+def _own_loss(output: Any) -> Any:
+    """Return what the model calls its loss, or None."""
+    named = output.mapping if isinstance(output, Opened) else output
+    return named.get("loss") if isinstance(named, Mapping) else None
 
 
 class FunctionalLoss(nn.Module):

@@ -68,12 +68,25 @@ class SpectralDensity:
         distance = (x.double().cpu()[:, None] - self.nodes) / width
         return self._averaged(torch.exp(-0.5 * distance.square()) / (width * math.sqrt(2 * math.pi)))
 
-    def cumulative(self, x: Tensor) -> Estimate[Tensor]:
-        """Return the share of eigenvalues up to x, without broadening: ``[g] -> [g]`` float64."""
+    def cumulative(self, x: Tensor, sigma: float | None = None) -> Estimate[Tensor]:
+        """Return the share of eigenvalues up to x, the integral of ``density``.
+
+        Args:
+            x: ``[g]``, in the units of the operator.
+            sigma: as for ``density``; 0 for the bare steps. Then the value between two nodes is sure only up to the
+                weights of both, for a node stands for eigenvalues on both of its sides.
+
+        Returns:
+            ``[g]`` float64, from 0 to 1, with the standard error of the probes.
+
+        Raises:
+            ValueError: sigma is negative.
+        """
+        width = self.width if sigma is None else sigma
+        if not width >= 0:
+            raise ValueError(f"sigma must be 0 or positive, got {sigma}.")
         distance = x.double().cpu()[:, None] - self.nodes
-        # A node stands for eigenvalues on both of its sides, so that half of its weight lies below it; an eigenvalue
-        # counts whole.
-        return self._averaged(distance.sign().add(1).div(2) if not self.exact else (distance >= 0).double())
+        return self._averaged(torch.special.ndtr(distance / width) if width else (distance >= 0).double())
 
     def trace_of(self, function: Callable[[Tensor], Tensor]) -> Estimate[float]:
         """Estimate the trace of a function of the operator, the sum of ``function(eigenvalue)``.
@@ -95,8 +108,9 @@ class SpectralDensity:
     @property
     def width(self) -> float:
         """The default ``sigma``: 1% of the nodes' range, or of their size where they are all equal."""
-        span = float(self.nodes.max() - self.nodes.min())
-        return _WIDTH * (span or float(self.nodes.abs().max()) or 1.0)
+        span, size = float(self.nodes.max() - self.nodes.min()), float(self.nodes.abs().max())
+        # Rounding alone sets equal eigenvalues apart; a Gaussian of that width would be a spike that no grid sees.
+        return _WIDTH * (span if span > 1e-5 * size else size or 1.0)
 
     def grid(self, points: int = 512, sigma: float | None = None) -> Tensor:
         """Return ``[points]`` float64 evenly spaced values that hold all nodes with four sigma around them."""
@@ -184,7 +198,9 @@ def spectral_density(
     together = max(1, min(probes, _BASIS_BYTES // (steps * op.n * op.dtype.itemsize)))
     pairs = []
     for first in range(0, probes, together):
-        pairs += _quadratures(op, random_rows(min(together, probes - first), op, generator), steps)
+        # Drawn one by one, so that the numbers do not depend on how many fit into memory.
+        starts = [random_rows(1, op, generator) for _ in range(first, min(first + together, probes))]
+        pairs += _quadratures(op, torch.cat(starts), steps)
     probe = torch.cat([torch.full((len(nodes),), i) for i, (nodes, _) in enumerate(pairs)])
     nodes, weights = (torch.cat(parts) for parts in zip(*pairs, strict=True))
     method = f"stochastic Lanczos quadrature: {probes} probes of {steps} steps"
