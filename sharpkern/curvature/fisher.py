@@ -96,6 +96,8 @@ class EmpiricalFisherOperator(ParameterOperator):
         with without_trace([self._module], {p.device for p in model.parameters()}):
             output = self._output_of_rows(batch, length)
             self._module.check_outputs(batch)
+        # A dict by place: which outputs the loss uses is then part of the batch's structure, and another set of them
+        # gets another program. Losses one by one, because a mean over the batch would hide their weights.
         slopes: dict[str, list[Tensor]] = {}
         total = 0.0
         for i in range(length):
@@ -106,12 +108,14 @@ class EmpiricalFisherOperator(ParameterOperator):
         if not math.isfinite(total):
             raise NonFiniteLossError(total / length)
         self.loss = total / length
+        # Slopes take the place of the targets: parameters, inputs and slopes are what products depend on.
         inputs = batch if isinstance(batch, Mapping) else batch[0]
         return inputs, {place: torch.cat(parts) for place, parts in slopes.items()}
 
     def _output_of_rows(self, batch: Any, length: int) -> Any:
         """Run the model; compare its first row with what it makes of the first example alone."""
         with torch.no_grad():
+            # The states tell for certain what a comparison of two outputs would show most of the time only.
             before = _random_states()
             output = self._module.output(batch)
             if not all(torch.equal(a, b) for a, b in zip(before, _random_states(), strict=True)):
@@ -121,7 +125,6 @@ class EmpiricalFisherOperator(ParameterOperator):
                 )
             alone = self._module.output(_row(batch, 0, length))
         for all_rows, one in zip(tensors_of(output), tensors_of(alone), strict=True):
-            # Sums over more rows round differently, but never by half of the digits.
             if all_rows.is_floating_point() and all_rows.ndim and not _close(all_rows[: len(one)], one):
                 raise ValueError(
                     f"the model gives the first example another output when it is alone, of shape {list(one.shape)}: "
@@ -150,6 +153,7 @@ class EmpiricalFisherOperator(ParameterOperator):
 def _half_mean_square(output: Any, slopes: Mapping[str, Tensor]) -> Tensor:
     """Return (1/2B) sum_i (s_i . z_i)^2, whose second derivative by z is that of the empirical Fisher matrix."""
     tensors = tensors_of(output)
+    # Entries of one example add up before the square: its gradient runs through all outputs together.
     along = sum(_inner(tensors[int(place)], s) for place, s in slopes.items())
     assert isinstance(along, Tensor)
     return 0.5 * along.square().mean()
@@ -182,11 +186,13 @@ def _row(nest: Any, i: int, length: int) -> Any:
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
+    # Half of the digits: sums over more rows round differently, but another mean or mask changes leading ones.
     tolerance = math.sqrt(torch.finfo(a.dtype).eps)
     return a.shape == b.shape and float((a - b).abs().max()) <= tolerance * float(a.abs().max())
 
 
 def _check_batch_norm(model: nn.Module) -> None:
+    # By class first, which can name the module; whatever else mixes examples shows in the first example's output.
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
             raise ValueError(

@@ -132,6 +132,8 @@ class LossModule(nn.Module):
             loss = self.loss(apart, batch)
         if not loss.requires_grad:
             return False
+        # With every output a leaf, a slope without a graph is constant: a sum of the model's loss and other terms has
+        # no curvature by that loss, and all of the model behind it would be left out.
         slopes = torch.autograd.grad(loss, [leaves[id(t)] for t in scalars], create_graph=True, allow_unused=True)
         pairs = zip(scalars, slopes, strict=True)
         return any(s is not None and (t is own or not s.requires_grad) for t, s in pairs)

@@ -15,7 +15,7 @@ from ..eigen.common import SymmetricOperator, random_rows
 from .probes import Estimate, identity, products, seeded
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # at run time only where something is drawn: it is no dependency
 
 _DENSE = 2048  # n up to which all eigenvalues are computed where that needs no more products: seconds on one core
 _BASIS_BYTES = 1 << 30  # of the bases that grow together; a product of a block costs less than its vectors one by one
@@ -151,6 +151,7 @@ class SpectralDensity:
     def _averaged(self, values: Tensor) -> Estimate[Tensor]:
         """Average ``[g, m]`` values at the nodes by weight, and take the spread of the probes' own averages."""
         probes = int(self.probe.max()) + 1
+        # Each probe's weights sum to 1 / probes: scaled back, its average is an estimate by itself.
         each = torch.zeros(len(values), probes, dtype=torch.float64)
         each.index_add_(1, self.probe, values * self.weights * probes)
         if self.exact:
@@ -218,6 +219,7 @@ def _exact(op: SymmetricOperator) -> SpectralDensity:
 
 def _quadratures(op: SymmetricOperator, starts: Tensor, steps: int) -> list[tuple[Tensor, Tensor]]:
     """Run Lanczos from each row, in step; return the nodes and weights of each."""
+    # Lists of floats: each entry is read once, and a tensor would be waited for on a GPU all the same.
     bases = torch.empty(len(starts), steps, op.n, dtype=op.dtype, device=op.device)
     diagonals: list[list[float]] = [[] for _ in starts]
     offs: list[list[float]] = [[] for _ in starts]
@@ -242,16 +244,22 @@ def _quadratures(op: SymmetricOperator, starts: Tensor, steps: int) -> list[tupl
 
 def _next(Q: Tensor, product: Tensor) -> tuple[float, float, Tensor]:
     """Project the basis out of a product; return the diagonal entry, the length of what is left, and that."""
-    alpha = 0.0
-    for _ in range(2):  # once leaves rounding of the product, which may be larger than what remains (Parlett 1998)
+    alpha, before = 0.0, float(kernels.gram(product, product))
+    for _ in range(2):
         cosines = kernels.gram(product, Q)
         alpha += float(cosines[0, -1])
         product = product - kernels.combine(cosines, Q)
-    return alpha, math.sqrt(float(kernels.gram(product, product))), product
+        after = float(kernels.gram(product, product))
+        # Rounding is magnified by |before| / |after|. Up to ten is far from where it would show in the tridiagonal
+        # matrix, the root of the rounding unit (Simon 1984); each pass reads the whole basis twice.
+        if after > 0.01 * before:
+            break
+    return alpha, math.sqrt(after), product
 
 
 def _gauss(diagonal: list[float], off: list[float]) -> tuple[Tensor, Tensor]:
     T = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
     T += torch.diag(torch.tensor(off, dtype=torch.float64), 1) + torch.diag(torch.tensor(off, dtype=torch.float64), -1)
     nodes, vectors = torch.linalg.eigh(T)
+    # v is the first basis vector, so first entries are the cosines between v and the Ritz vectors (Golub and Welsch).
     return nodes, vectors[0].square()

@@ -46,6 +46,7 @@ def diagonal(op: SymmetricOperator, matvecs: int = 96, generator: torch.Generato
         raise ValueError(f"matvecs must be at least {_FEWEST}, got {matvecs}.")
     total = torch.zeros(op.n, dtype=torch.float64, device=op.device)
     if op.n <= matvecs:
+        # The identity costs no more than the probes and leaves nothing to chance.
         for start, rows in identity(op):
             total[start : start + len(rows)] = products(op, rows)[:, start : start + len(rows)].diagonal()
         return Estimate(total, torch.zeros_like(total), op.n, True, f"exact: all {op.n} unit vectors")

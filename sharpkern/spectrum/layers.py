@@ -40,6 +40,7 @@ class BlockOperator(ParameterOperator):
             raise ValueError("a block needs at least one parameter, got none.")
         self.operator = operator
         whole = Layout(operator.params)
+        # In the operator's order, so that vectors of a block are cut as vectors of the whole are.
         places = [i for i, name in enumerate(whole.names) if name in wanted]
         self.params = {whole.names[i]: whole.tensors[i] for i in places}
         self.n, self.dtype, self.device = Layout(self.params).n, operator.dtype, operator.device
@@ -50,6 +51,7 @@ class BlockOperator(ParameterOperator):
             self._pieces.append(slice(whole.offsets[members[0]], whole.offsets[members[-1] + 1]))
 
     def apply_rows(self, block: Tensor) -> Tensor:
+        # Not the engine's own choice of parameters: that would be another program, exported and recorded anew.
         product = self.operator.apply_rows(self._embedded(block))
         return torch.cat([product[:, piece] for piece in self._pieces], dim=1)
 
@@ -105,6 +107,7 @@ def layer_sharpness(
 
 def _by_module(params: Mapping[str, Tensor]) -> dict[str, list[str]]:
     layers: dict[str, list[str]] = {}
+    # A tied weight has one name and belongs to the module that owns it first.
     for name in params:
         layers.setdefault(name.rpartition(".")[0] or name, []).append(name)
     return layers

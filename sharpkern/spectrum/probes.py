@@ -45,8 +45,11 @@ def seeded(generator: torch.Generator | None) -> torch.Generator:
 
 def signs(rows: int, op: SymmetricOperator, generator: torch.Generator) -> Tensor:
     """Return random signs ``[rows, n]``, the same on every device."""
-    drawn = torch.randint(0, 2, (rows, op.n), dtype=torch.int8, generator=generator)
-    return drawn.to(op.device).to(op.dtype).mul_(2).sub_(1)
+    # Eight signs from each random byte: drawing one by one takes as long as a product of a small model. On the CPU,
+    # because a CUDA generator gives other numbers.
+    drawn = torch.randint(0, 256, (rows, -(-op.n // 8), 1), dtype=torch.uint8, generator=generator)
+    bits = drawn.bitwise_right_shift(torch.arange(8, dtype=torch.uint8)).bitwise_and_(1)
+    return bits.view(rows, -1)[:, : op.n].to(op.device).to(op.dtype).mul_(2).sub_(1)
 
 
 def identity(op: SymmetricOperator) -> Iterator[tuple[int, Tensor]]:
@@ -85,6 +88,7 @@ def forms(op: SymmetricOperator, rows: Tensor) -> Tensor:
     Raises:
         RuntimeError: a value is not finite.
     """
+    # Solvers' operators need no more than matmat; those of this package have the cheaper form too.
     if hasattr(op, "quadratic_form"):
         values = op.quadratic_form(rows.t())
     else:
@@ -105,7 +109,7 @@ def span(rows: Tensor) -> Tensor:
         smallest = max(1e-13, (30 * torch.finfo(rows.dtype).eps) ** 2)
         kept = values > smallest * values[-1].clamp(min=torch.finfo(torch.float64).tiny)
         C = (vectors[:, kept] / values[kept].sqrt()).t().contiguous()
-        if not len(C):
+        if not len(C):  # the zero operator
             return rows[:0]
         rows = kernels.combine(C.to(rows.device), rows)
     return rows
@@ -120,6 +124,7 @@ def without(rows: Tensor, Q: Tensor) -> Tensor:
 
 def spread(samples: Tensor) -> tuple[float, float]:
     """Return mean and standard error of independent samples, ``[k]`` float64."""
+    # One sample has no spread: an infinite error says so, where zero would be taken for certainty.
     if len(samples) < 2:
         return float(samples.mean()), math.inf
     return float(samples.mean()), float(samples.std() / len(samples) ** 0.5)
