@@ -138,6 +138,17 @@ def test_refresh_follows_parameters_batch_and_frozen_layers() -> None:
     assert relative(A.to_dense(), want[42:, 42:]) <= 1e-10
 
 
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_batch_changed_in_place_is_noticed(which: int) -> None:
+    model, loss_fn, batch = double(mlp())
+    A = sk.EmpiricalFisherOperator(model, loss_fn, batch)
+    batch[which].zero_()
+    with pytest.raises(RuntimeError, match="refresh"):
+        A @ torch.ones(A.n, dtype=F64)
+    A.refresh()
+    assert relative(A.to_dense(), of_pairs(model, loss_fn, *batch)) <= 1e-10
+
+
 def test_products_in_lower_precision() -> None:
     model, loss_fn, (x, y) = double(mlp())
     want = of_pairs(model, loss_fn, x, y)

@@ -88,8 +88,8 @@ class EmpiricalFisherOperator(ParameterOperator):
         ggn = self._ggn
         self.params, self.n, self.dtype, self.device = ggn.params, ggn.n, ggn.dtype, ggn.device
 
-    def _with_slopes(self) -> tuple[Any, dict[str, Tensor]]:
-        """Return the model's inputs, and s_i of the outputs that the loss uses: place among them -> ``[B, ...]``."""
+    def _with_slopes(self) -> tuple[Any, Any]:
+        """Return the model's inputs; and s_i of the outputs that the loss uses, place -> ``[B, ...]``, with targets."""
         model, batch = self._module.model, self.batch
         length = _examples(batch)
         _check_batch_norm(model)
@@ -108,9 +108,9 @@ class EmpiricalFisherOperator(ParameterOperator):
         if not math.isfinite(total):
             raise NonFiniteLossError(total / length)
         self.loss = total / length
-        # Slopes take the place of the targets: parameters, inputs and slopes are what products depend on.
-        inputs = batch if isinstance(batch, Mapping) else batch[0]
-        return inputs, {place: torch.cat(parts) for place, parts in slopes.items()}
+        # The targets are in the slopes already; they go along so that a change of them in place is noticed.
+        inputs, targets = (batch, None) if isinstance(batch, Mapping) else batch
+        return inputs, ({place: torch.cat(parts) for place, parts in slopes.items()}, targets)
 
     def _output_of_rows(self, batch: Any, length: int) -> Any:
         """Run the model; compare its first row with what it makes of the first example alone."""
@@ -150,9 +150,9 @@ class EmpiricalFisherOperator(ParameterOperator):
         return float(loss.detach()), used
 
 
-def _half_mean_square(output: Any, slopes: Mapping[str, Tensor]) -> Tensor:
+def _half_mean_square(output: Any, slopes_and_targets: tuple[Mapping[str, Tensor], Any]) -> Tensor:
     """Return (1/2B) sum_i (s_i . z_i)^2, whose second derivative by z is that of the empirical Fisher matrix."""
-    tensors = tensors_of(output)
+    tensors, slopes = tensors_of(output), slopes_and_targets[0]
     # Entries of one example add up before the square: its gradient runs through all outputs together.
     along = sum(_inner(tensors[int(place)], s) for place, s in slopes.items())
     assert isinstance(along, Tensor)
