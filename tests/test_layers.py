@@ -19,11 +19,11 @@ LAYERS = {
     "recording.common recording.cuda_graph recording.pool recording.tape recording.replayed double_backward",
     "eigen": "common stopping state basis certificate krylov locally_optimal power warm",
     "optimizers": "held gi_adam rules norms threshold preconditioner next_update",
-    "curvature": "losses parameters watch eager gate engines freshness base operators fisher dataset preconditioned "
-    "sharpness audit",
+    "curvature": "losses parameters watch eager gate engines freshness base operators fisher dataset chunked negative "
+    "preconditioned sharpness audit",
     "spectrum": "probes trace diagonal density layers",
     "dynamics": "",
-    "tracking": "budget record followed tracker",
+    "tracking": "budget record followed gradients target following directions tracker",
     "warmup": "formulas critical schedule persistent trials suggest_text suggest",
     "train": "cifar idx text config metrics models batched checkpoint data moments plots summary losses own build loop",
     "sweep": "grid collect diagrams run report stacked groups executors",

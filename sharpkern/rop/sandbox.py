@@ -85,6 +85,19 @@ def kept_random_states(devices: Iterable[torch.device]) -> Iterator[None]:
         np.random.set_state(numpy)  # noqa: NPY002
 
 
+def random_state() -> tuple[Tensor, dict[int, Tensor]]:
+    """Return the state of torch's global generators: the CPU's, and each CUDA device's in use, by index."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    return torch.get_rng_state(), {i: torch.cuda.get_rng_state(i) for i in devices}
+
+
+def set_random_state(state: tuple[Tensor, dict[int, Tensor]]) -> None:
+    """Set what ``random_state`` returned, so that noise is drawn again."""
+    torch.set_rng_state(state[0])
+    for index, cuda in state[1].items():
+        torch.cuda.set_rng_state(cuda, index)
+
+
 @contextmanager
 def differentiable_checkpoints() -> Iterator[None]:
     """Run reentrant checkpoints as non-reentrant ones, which give the same gradient.
