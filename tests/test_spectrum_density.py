@@ -89,6 +89,19 @@ def test_many_steps_keep_nodes_apart_and_in_the_spectrum(dtype: torch.dtype) -> 
     assert float((found.cumulative(x, sigma=0).value - share).abs().max()) <= step + 0.02
 
 
+@pytest.mark.parametrize(("dtype", "shift", "rounding"), [(F64, 1e7, 1e-7), (torch.float32, 100.0, 1e-3)])
+def test_a_spectrum_far_from_zero_keeps_its_bases_orthogonal(dtype: torch.dtype, shift: float, rounding: float) -> None:
+    # A product is then nearly its vector: once projected, most of its digits are gone.
+    values = torch.cat([torch.tensor([3.0, 2.0, -1.0], dtype=F64), 0.2 * torch.rand(2997, dtype=F64)])
+    found = sk.spectral_density(Diagonal((values + shift).to(dtype)), 2, 80)
+    for i in range(2):
+        nodes = found.nodes[found.probe == i] - shift
+        assert nodes[-2:].tolist() == pytest.approx([2.0, 3.0], abs=rounding)
+        assert float(nodes[-3]) < 0.2 + rounding
+        assert float(nodes[0]) == pytest.approx(-1, abs=rounding)
+        assert float(nodes[1]) > -rounding
+
+
 def test_standard_errors_of_shares_are_those_of_the_probes() -> None:
     A = outliers_and_bulk(300)
     x = torch.linspace(-0.2, 0.2, 5, dtype=F64)

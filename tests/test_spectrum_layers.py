@@ -38,7 +38,7 @@ def test_a_block_is_that_of_the_dense_hessian(names: list[str] | None) -> None:
 def test_sharpness_of_every_layer_of_one_export(name: str) -> None:
     problem = double(PROBLEMS[name]())
     A, H = dense_hessian(problem), operator(problem)
-    found = sk.layer_sharpness(H, tol=1e-7)
+    found = sk.layer_sharpness(H, tol=1e-4)
     assert len(list(H._engines)) == 1
     layers: dict[str, list[str]] = {}
     for parameter in H.params:
@@ -51,7 +51,7 @@ def test_sharpness_of_every_layer_of_one_export(name: str) -> None:
         top = float(torch.linalg.eigvalsh((block + block.t()) / 2)[-1])
         r = found[layer]
         assert r.converged
-        assert r.value == pytest.approx(top, rel=1e-6, abs=1e-9 * whole)
+        assert r.value == pytest.approx(top, rel=1e-4, abs=1e-9 * whole)
         assert r.value <= whole * (1 + 1e-9)
         assert float((block @ r.vector - r.value * r.vector).norm()) <= r.error_bound + 1e-9 * whole
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..rop.export import tensors_of
-from ..rop.sandbox import without_trace
+from ..rop.sandbox import random_state, without_trace
 from .base import ParameterOperator
 from .losses import LossModule, NonFiniteLossError
 from .operators import GGNOperator
@@ -116,9 +116,10 @@ class EmpiricalFisherOperator(ParameterOperator):
         """Run the model; compare its first row with what it makes of the first example alone."""
         with torch.no_grad():
             # The states tell for certain what a comparison of two outputs would show most of the time only.
-            before = _random_states()
+            cpu, cuda = random_state()
             output = self._module.output(batch)
-            if not all(torch.equal(a, b) for a, b in zip(before, _random_states(), strict=True)):
+            drawn_cpu, drawn_cuda = random_state()
+            if not torch.equal(cpu, drawn_cpu) or any(not torch.equal(cuda[i], drawn_cuda[i]) for i in cuda):
                 raise ValueError(
                     "the model draws random numbers, so the examples' gradients differ from pass to pass: call "
                     "model.eval(), or set its dropout to 0."
@@ -199,7 +200,3 @@ def _check_batch_norm(model: nn.Module) -> None:
                 f"{name!r} ({type(module).__name__}) normalises over the batch, so examples have no gradients of their "
                 "own: call model.eval() to use its running statistics, or replace it."
             )
-
-
-def _random_states() -> list[Tensor]:
-    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])]

@@ -79,9 +79,7 @@ class LossModule(nn.Module):
     def forward(self, batch: Any) -> tuple[Tensor, list[Tensor]]:
         """Return the scalar loss and every tensor of the model's output."""
         output = self.output(batch)
-        # A loss that the model computed beside its outputs is no place to split at: none of loss_fn's steps reads it.
-        own = _own_loss(output)
-        return self.loss(output, batch), [t for t in tensors_of(output) if t is not own]
+        return self.loss(output, batch), tensors_of(output)
 
     def output(self, batch: Any) -> Any:
         """Run the model alone; a mapping that pytree does not know is ``Opened``, which ``loss`` undoes."""
