@@ -14,6 +14,8 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from .curvature.audit import AuditReport as AuditReport
     from .curvature.audit import audit as audit
+    from .curvature.chunked import ChunkedHessian as ChunkedHessian
+    from .curvature.chunked import MicroBatches as MicroBatches
     from .curvature.dataset import DatasetHessian as DatasetHessian
     from .curvature.fisher import EmpiricalFisherOperator as EmpiricalFisherOperator
     from .curvature.losses import NonFiniteLossError as NonFiniteLossError
@@ -69,6 +71,7 @@ if TYPE_CHECKING:
 _HOME = {
     "curvature.audit": ("AuditReport", "audit"),
     "warmup.critical": ("CriticalLR", "critical_learning_rate"),
+    "curvature.chunked": ("ChunkedHessian", "MicroBatches"),
     "curvature.dataset": ("DatasetHessian",),
     "dynamics": (
         "Catapult",

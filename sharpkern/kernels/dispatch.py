@@ -52,6 +52,7 @@ def kernel(**versions: Version) -> Callable[[Function], Function]:
     """
 
     def register(function: Function) -> Function:
+        # The function itself stays as it is: it calls ``choose`` where it has checked its arguments.
         _versions[function.__name__] = versions
         return function
 
@@ -91,6 +92,7 @@ def _missing(version: Version) -> str | None:
 
 
 def _module(version: Version) -> ModuleType:
+    # On first use: importing Triton takes long, and it may be missing.
     return importlib.import_module(f"{__package__}.{version.module}")
 
 
@@ -101,6 +103,7 @@ def choose(kernel: str, x: Tensor) -> ModuleType:
         ValueError: SHARPKERN_BACKEND names no backend.
         RuntimeError: the forced backend cannot run here, and why.
     """
+    # The variable is part of the key, so that a change of it is seen at the next call.
     return _choice(kernel, forced_backend(), x.device, x.dtype)
 
 
@@ -116,6 +119,7 @@ def runs_on(backend: str, kernel: str, x: Tensor) -> bool:
 def _choice(kernel: str, forced: str | None, device: torch.device, dtype: torch.dtype) -> ModuleType:
     if forced and forced not in BACKENDS:
         raise ValueError(f"SHARPKERN_BACKEND is {forced!r}; known backends are {', '.join(BACKENDS)}.")
+    # Refused and not replaced: who forces a backend wants to know that it ran.
     if forced and (reason := _why_not(forced, kernel, device, dtype)):
         raise RuntimeError(f"{kernel} cannot run on backend {forced!r}: {reason}.")
     backend = forced or _fastest(kernel, device, dtype)

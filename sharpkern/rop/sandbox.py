@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import checkpoint as checkpointing
 
+RandomState = tuple[Tensor, dict[int, Tensor]]
+
 
 @contextmanager
 def buffers_on_copies(modules: Iterable[nn.Module], *, updated: nn.Module | None = None) -> Iterator[None]:
@@ -33,6 +35,7 @@ def buffers_on_copies(modules: Iterable[nn.Module], *, updated: nn.Module | None
     try:
         yield
     except BaseException:
+        # A pass that failed half way has left half of its statistics.
         to_update.clear()
         raise
     finally:
@@ -52,6 +55,7 @@ def _taken_over(
         original = originals.get(name)
         if original is None or value is None or value.shape != original.shape or value.dtype != original.dtype:
             new[name] = value if value is None or value is original else value.detach()
+        # Written only where the pass wrote, so that the version counter of an untouched buffer does not move.
         elif value is not copies[id(original)] or value._version:  # a clone starts at version 0
             with torch.no_grad():
                 original.copy_(value)
@@ -67,6 +71,7 @@ def restored_buffers(modules: Iterable[nn.Module]) -> Iterator[None]:
     finally:
         with torch.no_grad():
             for b, value, version in before:
+                # An untouched buffer is not written to: that too would count as a change.
                 if b._version != version:
                     b.copy_(value)
 
@@ -74,6 +79,7 @@ def restored_buffers(modules: Iterable[nn.Module]) -> Iterator[None]:
 @contextmanager
 def kept_random_states(devices: Iterable[torch.device]) -> Iterator[None]:
     """Put the random states of torch, Python and NumPy back afterwards."""
+    # Only the devices in use: by default ``fork_rng`` copies the state of every GPU of the machine.
     indices = sorted({d.index or 0 for d in devices if d.type == "cuda"})
     # The generators that user code draws from are the global ones.
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
@@ -85,13 +91,13 @@ def kept_random_states(devices: Iterable[torch.device]) -> Iterator[None]:
         np.random.set_state(numpy)  # noqa: NPY002
 
 
-def random_state() -> tuple[Tensor, dict[int, Tensor]]:
+def random_state() -> RandomState:
     """Return the state of torch's global generators: the CPU's, and each CUDA device's in use, by index."""
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     return torch.get_rng_state(), {i: torch.cuda.get_rng_state(i) for i in devices}
 
 
-def set_random_state(state: tuple[Tensor, dict[int, Tensor]]) -> None:
+def set_random_state(state: RandomState) -> None:
     """Set what ``random_state`` returned, so that noise is drawn again."""
     torch.set_rng_state(state[0])
     for index, cuda in state[1].items():
@@ -119,6 +125,7 @@ def differentiable_checkpoints() -> Iterator[None]:
 @contextmanager
 def requiring_grad(tensors: Iterable[Tensor]) -> Iterator[None]:
     """Let the tensors require a gradient within the block, with gradients recorded."""
+    # A list first: the flags are about to change, and only these are put back.
     frozen = [t for t in tensors if not t.requires_grad]
     for t in frozen:
         t.requires_grad_(True)
