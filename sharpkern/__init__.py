@@ -43,6 +43,11 @@ if TYPE_CHECKING:
     from .eigen import lanczos as lanczos
     from .eigen import lobpcg as lobpcg
     from .eigen import power_iteration as power_iteration
+    from .optimizers.geometry import GeneralisedSharpness as GeneralisedSharpness
+    from .optimizers.geometry import UpdateCurvature as UpdateCurvature
+    from .optimizers.geometry import generalised_sharpness as generalised_sharpness
+    from .optimizers.geometry import generalised_threshold as generalised_threshold
+    from .optimizers.geometry import update_curvature as update_curvature
     from .optimizers.gi_adam import GIAdam as GIAdam
     from .optimizers.norms import dead_units as dead_units
     from .optimizers.norms import optimizer_norms as optimizer_norms
@@ -92,6 +97,13 @@ _HOME = {
     "curvature.losses": ("NonFiniteLossError",),
     "curvature.operators": ("GGNOperator", "HessianOperator"),
     "curvature.preconditioned": ("PreconditionedOperator",),
+    "optimizers.geometry": (
+        "GeneralisedSharpness",
+        "UpdateCurvature",
+        "generalised_sharpness",
+        "generalised_threshold",
+        "update_curvature",
+    ),
     "optimizers.gi_adam": ("GIAdam",),
     "optimizers.norms": ("dead_units", "optimizer_norms"),
     "warmup.persistent": ("PersistentCatapultLR",),

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 WRITTEN_BY_A_RUN = {"config.toml"}
 # Old paths are named there on purpose.
 HISTORY = re.compile(r"^## Where things moved\n.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)

@@ -18,7 +18,8 @@ LAYERS = {
     "rules.softmax rules.views rules.head decompositions export liveness program conformance "
     "recording.common recording.cuda_graph recording.pool recording.tape recording.replayed double_backward",
     "eigen": "common stopping state basis certificate krylov locally_optimal power warm",
-    "optimizers": "held gi_adam rules norms threshold preconditioner next_update",
+    "optimizers": "held gi_adam rules.rule rules.sgd rules.adam rules.squares rules.adafactor rules.table norms "
+    "threshold preconditioner next_update unit_ball geometry",
     "curvature": "losses parameters watch eager gate engines freshness base operators fisher dataset chunked negative "
     "preconditioned sharpness audit",
     "spectrum": "probes trace diagonal density layers",
