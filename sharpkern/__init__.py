@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .curvature.chunked import ChunkedHessian as ChunkedHessian
     from .curvature.chunked import MicroBatches as MicroBatches
     from .curvature.dataset import DatasetHessian as DatasetHessian
+    from .curvature.fisher import EmpiricalFisherOperator as EmpiricalFisherOperator
     from .curvature.losses import NonFiniteLossError as NonFiniteLossError
     from .curvature.operators import GGNOperator as GGNOperator
     from .curvature.operators import HessianOperator as HessianOperator
@@ -54,6 +55,13 @@ if TYPE_CHECKING:
     from .optimizers.preconditioner import preconditioner as preconditioner
     from .optimizers.threshold import stability_threshold as stability_threshold
     from .rop import UnsupportedOpError as UnsupportedOpError
+    from .spectrum.density import SpectralDensity as SpectralDensity
+    from .spectrum.density import spectral_density as spectral_density
+    from .spectrum.diagonal import diagonal as diagonal
+    from .spectrum.layers import BlockOperator as BlockOperator
+    from .spectrum.layers import layer_sharpness as layer_sharpness
+    from .spectrum.probes import Estimate as Estimate
+    from .spectrum.trace import trace as trace
     from .tracking.record import Record as Record
     from .tracking.tracker import SharpnessTracker as SharpnessTracker
     from .warmup.critical import CriticalLR as CriticalLR
@@ -85,6 +93,7 @@ _HOME = {
     "eigen": ("Certificate", "EigenResult", "certify", "lanczos", "lobpcg", "power_iteration"),
     "curvature.parameters": ("flatten", "unflatten"),
     "curvature.sharpness": ("Sharpness", "preconditioned_sharpness", "sharpness"),
+    "curvature.fisher": ("EmpiricalFisherOperator",),
     "curvature.losses": ("NonFiniteLossError",),
     "curvature.operators": ("GGNOperator", "HessianOperator"),
     "curvature.preconditioned": ("PreconditionedOperator",),
@@ -101,6 +110,11 @@ _HOME = {
     "optimizers.preconditioner": ("Preconditioner", "preconditioner"),
     "rop": ("UnsupportedOpError",),
     "warmup.suggest": ("WarmupSuggestion", "suggest_warmup"),
+    "spectrum.density": ("SpectralDensity", "spectral_density"),
+    "spectrum.diagonal": ("diagonal",),
+    "spectrum.layers": ("BlockOperator", "layer_sharpness"),
+    "spectrum.probes": ("Estimate",),
+    "spectrum.trace": ("trace",),
     "tracking.record": ("Record",),
     "tracking.tracker": ("SharpnessTracker",),
     "optimizers.threshold": ("stability_threshold",),

@@ -38,7 +38,7 @@ def test_a_lost_link_and_a_lost_path_are_seen() -> None:
     ]
 
 
-@pytest.mark.parametrize("name", ["correctness.md", "index.md"])
+@pytest.mark.parametrize("name", ["correctness.md", "index.md", "spectra.md"])
 def test_python_blocks_run(name: str) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / name).read_text(), re.DOTALL)
     assert blocks

@@ -20,8 +20,9 @@ LAYERS = {
     "eigen": "common stopping state basis certificate krylov locally_optimal power warm",
     "optimizers": "held gi_adam rules.rule rules.sgd rules.adam rules.squares rules.adafactor rules.table norms "
     "threshold preconditioner next_update unit_ball geometry",
-    "curvature": "losses parameters watch eager gate engines freshness base operators dataset chunked negative "
+    "curvature": "losses parameters watch eager gate engines freshness base operators fisher dataset chunked negative "
     "preconditioned sharpness audit",
+    "spectrum": "probes trace diagonal density layers",
     "dynamics": "",
     "tracking": "budget record followed gradients target following directions tracker",
     "warmup": "formulas critical schedule persistent trials suggest_text suggest",
