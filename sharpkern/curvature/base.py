@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..eigen.common import Space
+
 
 class BaseOperator:
     """Shape checks and the spellings of a product, on top of ``apply_rows``: ``[k, n] -> [k, n]``."""
@@ -14,6 +16,7 @@ class BaseOperator:
     n: int
     dtype: torch.dtype
     device: torch.device
+    space: Space | None = None  # of operators that several processes share, see ``curvature.distributed``
 
     def apply_rows(self, block: Tensor) -> Tensor:
         """Multiply with the rows of a contiguous block, ``[k, n] -> [k, n]``; nothing is checked."""

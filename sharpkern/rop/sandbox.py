@@ -85,6 +85,27 @@ def kept_random_states(devices: Iterable[torch.device]) -> Iterator[None]:
         np.random.set_state(numpy)  # noqa: NPY002
 
 
+class RandomStates:
+    """The random states of torch, Python and NumPy as they are now, to run something once more with the same noise."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._torch = torch.get_rng_state()
+        self._cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        self._python, self._numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """Within the block, the states are those kept; afterwards, what they were before it."""
+        with kept_random_states({self.device}):
+            torch.set_rng_state(self._torch)
+            if self._cuda is not None:
+                torch.cuda.set_rng_state(self._cuda, self.device)
+            random.setstate(self._python)
+            np.random.set_state(self._numpy)  # noqa: NPY002
+            yield
+
+
 @contextmanager
 def differentiable_checkpoints() -> Iterator[None]:
     """Run reentrant checkpoints as non-reentrant ones, which give the same gradient.
@@ -96,6 +117,9 @@ def differentiable_checkpoints() -> Iterator[None]:
     def apply(function: Any, preserve_rng_state: bool, *args: Any) -> Any:
         return checkpointing.checkpoint(function, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state)
 
+    if "apply" in vars(checkpointing.CheckpointFunction):  # within another such block already
+        yield
+        return
     checkpointing.CheckpointFunction.apply = apply  # type: ignore[method-assign]
     try:
         yield

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from ..curvature.losses import LossModule, NonFiniteLossError
-from ..curvature.parameters import trainable, unwrapped
+from ..curvature.parameters import trainable
+from ..curvature.wrappers import unwrapped
 from ..optimizers.next_update import next_update
 
 _FLAT = 1e-6  # a bracket this narrow (relative) is not halved further, whatever the rise: the loss jumps there
