@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from .parts import local_part
 from .rules import Step, inner_optimizer, rule_of
 from .threshold import relative_lr, threshold_scales
 
@@ -94,7 +95,8 @@ def preconditioner(
             = 0.9.
 
     Returns:
-        A ``Preconditioner``, for all trainable parameters, or for those in the mapping.
+        A ``Preconditioner``, for all trainable parameters, or for those in the mapping. Of parameters that are spread
+        over processes (DTensor), each process gets its own part.
 
     Raises:
         TypeError: the optimizer's rule is not known.
@@ -158,7 +160,7 @@ def _scaled(
         for p in group["params"]:
             dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
             if rule.inv_sqrt is None:  # P is known without a gradient, so a mapping's gaps do not matter
-                result[p] = torch.full((p.numel(),), math.sqrt(scale), dtype=dtype, device=p.device)
+                result[p] = torch.full((local_part(p).numel(),), math.sqrt(scale), dtype=dtype, device=p.device)
                 continue
             if not p.requires_grad or (isinstance(gradients, Mapping) and p not in gradients):
                 continue
@@ -194,12 +196,12 @@ def _gradient(p: Tensor, group: dict[str, Any], gradients: Gradients, dtype: tor
         )
     if g.shape != p.shape:
         raise ValueError(f"the gradient of a parameter of shape {list(p.shape)} has shape {list(g.shape)}.")
-    flat = g.detach().reshape(-1).to(dtype)
+    flat = local_part(g).detach().reshape(-1).to(dtype)
     if group.get("maximize"):  # before the decay is added, and signs matter to a running mean of gradients
         flat = -flat
     decay = 0.0 if group.get("decoupled_weight_decay") else float(group.get("weight_decay", 0.0))
     if decay:
-        flat = flat + decay * p.detach().reshape(-1).to(dtype)
+        flat = flat + decay * local_part(p).detach().reshape(-1).to(dtype)
     return flat
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .. import kernels
 from .gi_adam import GIAdam
+from .parts import local_part
 
 Group = dict[str, Any]
 Optimizer = torch.optim.Optimizer
@@ -51,9 +52,8 @@ class Step:
         return done if self.gradient is None else done + 1
 
     def kept(self, key: str) -> Tensor:
-        """Return an entry of the state, flat ``[n]``."""
-        tensor: Tensor = self.state[key]
-        return tensor.reshape(-1).to(self.dtype)
+        """Return an entry of the state, flat ``[n]``; this process's part of a DTensor."""
+        return local_part(self.state[key]).reshape(-1).to(self.dtype)
 
     def average(self, key: str, value: Tensor | None, weight: float) -> Tensor:
         """Return a running average after the step, flat: ``average + weight (value - average)``, from zero."""

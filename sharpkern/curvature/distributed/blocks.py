@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from ...rop.double_backward import twice_differentiable
 from ...rop.sandbox import RandomStates
-from .shards import Shard
+from .shards import Shard, gathered, scattered
 
 _PLAIN = (int, float, bool, str, complex, type(None), torch.dtype, torch.device, torch.Size)
 
@@ -54,7 +54,7 @@ class Call:
     def first(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Run for the first time, without a graph; buffers change as they would."""
         before = _Buffers(self.root)
-        outputs = self._output(tensors, [s.gathered(s.part) for s in self.shards])
+        outputs = self._output(tensors, gathered(self.shards, [s.part for s in self.shards]))
         self.buffers = before.settled()
         return [t.detach() for t in outputs]
 
@@ -194,7 +194,7 @@ def _leaves(call: Call, tensors: Sequence[Tensor], needed: Sequence[bool]) -> tu
     """Return inputs and gathered weights as leaves of a graph of their own."""
     inputs, parts = call.split(tensors)
     own = [x.detach() for x in inputs]
-    whole = [shard.gathered(part) for shard, part in zip(call.shards, parts, strict=True)]
+    whole = gathered(call.shards, parts)
     for t, need in zip([*own, *whole], needed, strict=True):
         t.requires_grad_(need)
     return own, whole
@@ -202,16 +202,19 @@ def _leaves(call: Call, tensors: Sequence[Tensor], needed: Sequence[bool]) -> tu
 
 def _whole(call: Call, along: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor]:
     """Gather the shards among the tangents of a call's gradients."""
-    places = [i for i, need in enumerate(needed) if need]
     first = len(call.at)
-    return [v if i < first else call.shards[i - first].gathered(v) for i, v in zip(places, along, strict=True)]
+    places = [i for i, need in enumerate(needed) if need]
+    own = [v for i, v in zip(places, along, strict=True) if i < first]
+    shards = [call.shards[i - first] for i in places if i >= first]
+    return [*own, *gathered(shards, along[len(own) :])]
 
 
-def _in_shards(call: Call, found: Sequence[Tensor | None]) -> Iterator[Tensor]:
-    """Hand out the whole gradients of weights, those of inputs as they are."""
-    for i, d in enumerate(found):
-        if d is not None:
-            yield d.detach() if i < len(call.at) else call.shards[i - len(call.at)].scattered(d)
+def _in_shards(call: Call, found: Sequence[Tensor | None]) -> list[Tensor]:
+    """Hand out the whole gradients of weights, those of inputs as they are; without those that are None."""
+    first = len(call.at)
+    own = [d.detach() for d in found[:first] if d is not None]
+    pairs = [(s, d) for s, d in zip(call.shards, found[first:], strict=True) if d is not None]
+    return [*own, *scattered([s for s, _ in pairs], [d for _, d in pairs])]
 
 
 def _variables(outputs: Sequence[Tensor]) -> Iterator[Tensor]:

@@ -154,7 +154,13 @@ class Ranks:
         return ""
 
     def together(
-        self, step: Step, work: Callable[[], _T], *, own: Callable[[_T], Sequence[float]] = lambda _: (), **numbers: Any
+        self,
+        step: Step,
+        work: Callable[[], _T],
+        *,
+        own: Callable[[_T], Sequence[float]] = lambda _: (),
+        after: Callable[[], Mapping[str, float]] | None = None,
+        **numbers: Any,
     ) -> tuple[_T, Tensor]:
         """Do this process's share of a step, and agree afterwards, also about a failure.
 
@@ -164,6 +170,7 @@ class Ranks:
             step: as for ``agree``, and so are ``numbers``.
             work: makes no collective call itself.
             own: of the result: this process's own numbers.
+            after: in the place of ``same``: numbers that are known when the work is done.
 
         Returns:
             The result, and the own numbers of all processes.
@@ -174,6 +181,8 @@ class Ranks:
         except Exception as error:
             self.agree(step, failure=error)
             raise
+        if after is not None:
+            numbers["same"] = after()
         return result, self.agree(step, own=mine, **numbers)
 
     def data_group(self, t: Tensor) -> dist.ProcessGroup | None:

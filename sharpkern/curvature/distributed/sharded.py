@@ -164,10 +164,12 @@ class ShardedHessian(ParameterOperator):
             before["the number of vectors"] = float(block.shape[0])
             self.ranks.together(step, self._check_fresh, same=before)
         self.ranks.order = 0
-        result, _ = self.ranks.together(step, lambda: self._interruptible(work))
-        # Where a model's path depends on its data, a process may have gathered another weight of the same shape.
-        self.ranks.agree(step, same={"the order in which weights were used, as a checksum,": float(self.ranks.order)})
-        return result
+
+        def order() -> dict[str, float]:
+            # Where a model's path depends on its data, a process may have gathered another weight of the same shape.
+            return {"the order in which weights were used, as a checksum,": float(self.ranks.order)}
+
+        return self.ranks.together(step, lambda: self._interruptible(work), after=order)[0]
 
     def _interruptible(self, work: Callable[[], Tensor]) -> Tensor:
         try:

@@ -121,7 +121,7 @@ def _class_for(cls: Any) -> Any:
     return type(cls.__name__, (cls,), {"__getattr__": find, "__call__": call, "__module__": cls.__module__})
 
 
-def _own_class(module: nn.Module) -> type[nn.Module]:
+def _own_class(module: nn.Module) -> Any:
     """Return the class that ``fully_shard`` has replaced by a subclass."""
     cls = type(module)
     return next(b for b in cls.__bases__ if issubclass(b, nn.Module)) if is_fully_sharded(module) else cls
