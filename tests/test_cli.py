@@ -268,8 +268,8 @@ assert "torch" not in sys.modules
 def test_every_option_of_a_run_has_a_flag_that_sets_it() -> None:
     values = {"optimizer.lr": "0.5", "optimizer.lr_init": "0.25", "loss": "mse", "task": "a.b:c"}
     for option in options.declared():
-        if option.type is bool:
-            flags, wanted = [f"--{'no-' * option.default}{option.key.replace('_', '-')}"], not option.default
+        if bool in (option.type, *get_args(option.type)):
+            flags, wanted = [f"--{'no-' * bool(option.default)}{option.key.replace('_', '-')}"], not option.default
         else:
             allowed = get_args(option.type) or (option.type,)
             number = str(7 if allowed[0] is int else 0.75)
@@ -355,3 +355,18 @@ def test_bench_hands_its_options_to_the_suite(monkeypatch: pytest.MonkeyPatch) -
     bench.add_options(parser)
     source = bench.find().read_text()
     assert all(f'"{flag}"' in source for a in parser._actions[1:] for flag in a.option_strings)
+
+
+def test_a_run_without_products_measures_along_the_gradient(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = {}
+    for name, chosen in (("with", ["--tracking.directions"]), ("without", ["--no-tracking.products"])):
+        out = tmp_path / name
+        arguments = [*SMALL, "--batch-size", "30", "--optimizer.momentum", "0.5", "--tracking.chunk", "20"]
+        code, printed, err = run("train", *arguments, *chosen, "--out", str(out), capsys=capsys)
+        assert code == 0, err
+        rows[name] = metrics.read(out / "metrics.jsonl")
+        assert "Batch sharpness x lr" in printed and (out / "sharpness.png").stat().st_size > 0
+    for a, b in zip(rows["with"], rows["without"], strict=True):
+        assert (a["status"], b["status"], b["matvecs"], b["sharpness"]) == ("measured", "untracked", 0, None)
+        for key in ("loss", "batch_sharpness", "update_curvature"):
+            assert b[key] == pytest.approx(a[key], rel=1e-4)

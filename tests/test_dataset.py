@@ -51,3 +51,14 @@ def test_loaders_without_batches_are_refused() -> None:
         once @ torch.randn(once.n)
     with pytest.raises(ValueError, match="'mean' or 'sum', got 'none'"):
         sk.DatasetHessian(model, loss_fn, [batch], reduction="none")
+
+
+def test_dropout_is_the_same_in_every_product_and_takes_no_random_numbers() -> None:
+    x, y = torch.randn(6, 3).double(), torch.randn(6, 2).double()
+    model = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Dropout(0.5), nn.Linear(8, 2)).double()
+    A = sk.DatasetHessian(model, nn.MSELoss(), DataLoader(TensorDataset(x, y), batch_size=4, shuffle=True))
+    before = torch.get_rng_state()
+    dense = A @ torch.eye(A.n, dtype=torch.float64)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert error(A @ torch.eye(A.n, dtype=torch.float64), dense) <= 1e-12
+    assert error(dense, dense.t()) <= 1e-10

@@ -18,11 +18,12 @@ LAYERS = {
     "rules.softmax rules.views rules.head decompositions export liveness program conformance "
     "recording.common recording.cuda_graph recording.pool recording.tape recording.replayed double_backward",
     "eigen": "common stopping state basis certificate krylov locally_optimal power warm",
-    "optimizers": "held gi_adam rules norms threshold preconditioner next_update",
-    "curvature": "losses parameters watch eager gate engines freshness base operators dataset preconditioned "
-    "sharpness audit",
+    "optimizers": "parts held gi_adam rules norms threshold preconditioner next_update",
+    "curvature": "losses parameters wrappers watch eager gate engines freshness base operators dataset chunked negative "
+    "preconditioned distributed.group distributed.shards distributed.blocks distributed.skeleton "
+    "distributed.replicated distributed.sharded distributed.choose sharpness audit",
     "dynamics": "",
-    "tracking": "budget record followed tracker",
+    "tracking": "budget record followed gradients target following directions tracker",
     "warmup": "formulas critical schedule persistent trials suggest_text suggest",
     "train": "cifar idx text config metrics models batched checkpoint data moments plots summary losses own build loop",
     "sweep": "grid collect diagrams run report stacked groups executors",

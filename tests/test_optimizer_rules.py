@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import sharpkern as sk
 from sharpkern.optimizers import rules
 from sharpkern.optimizers.preconditioner import is_adaptive, threshold_preconditioner
+from sharpkern.optimizers.threshold import minibatch_thresholds
 
 F64 = torch.float64
 Make = Callable[[Any, float], torch.optim.Optimizer]
@@ -301,3 +302,12 @@ def test_the_allowed_rise_is_ten_times_smaller_for_adaptive_optimizers() -> None
     p = [nn.Parameter(torch.zeros(1))]
     assert rules.rule_of(torch.optim.SGD(p)).rise == 0.1
     assert {rules.rule_of(make(p)).rise for make in (torch.optim.Adam, sk.GIAdam, torch.optim.RMSprop)} == {0.01}
+
+
+def test_plateaus_of_the_batch_sharpness_are_known_for_sgd_only() -> None:
+    params = [nn.Parameter(torch.zeros(1))]
+    assert minibatch_thresholds(torch.optim.SGD(params, lr=0.1)) == (2.0, 2.0)
+    assert minibatch_thresholds(torch.optim.SGD(params, lr=0.1, momentum=0.9)) == pytest.approx((0.2, 3.8))
+    for other in (torch.optim.Adam(params), torch.optim.SGD(params, lr=0.1, momentum=0.9, nesterov=True)):
+        with pytest.raises(TypeError, match="known for SGD with one momentum"):
+            minibatch_thresholds(other)

@@ -160,7 +160,7 @@ def test_certifying_leads_out_of_a_wrong_eigenvector() -> None:
     tracker = sk.SharpnessTracker(model, nn.MSELoss(), optimizer, tol=0.1)
     y = torch.randn(5, 1).double()
     tracker.step((x, y))
-    curvature = tracker._followed["sharpness"]
+    curvature = tracker._following.followed["sharpness"]
     state = curvature.solver.state_dict()
     second = torch.eye(5, dtype=torch.float64)[1:2]
     curvature.solver.load_state_dict(state | {"block": second, "next": second[0], "theta": 2 / 5 * 2.8**2})
@@ -237,7 +237,7 @@ def test_bounded_steps_report_the_rayleigh_quotient_of_the_last_vector(monkeypat
             bounded += 1
             assert rec.sharpness == pytest.approx(float(vector @ dense @ vector), rel=1e-9)
             assert rec.sharpness <= float(torch.linalg.eigvalsh(dense)[-1]) * (1 + 1e-9)
-        vector = tracker._followed["sharpness"].vectors[0]
+        vector = tracker._following.followed["sharpness"].vectors[0]
     assert bounded >= 5
 
 
@@ -409,7 +409,7 @@ def test_tf32_rounding_is_measured_and_part_of_the_error(monkeypatch: pytest.Mon
         assert rec.matvecs == len(modes[-1])
         # all of the first solve is exact; a comparison ends the first step and the 33rd
         assert modes[-1].strip("f") == "T" if step == 1 else modes[-1].count("f") == (step == 33)
-        (curvature,) = tracker._followed.values()
+        (curvature,) = tracker._following.followed.values()
         if dense is not None:
             assert abs(rec.sharpness - float(torch.linalg.eigvalsh(dense)[-1])) <= rec.sharpness_error
         if step in (1, 33):

@@ -110,7 +110,7 @@ class Option:
         keywords: dict[str, Any] = {"type": kinds[0], "metavar": _METAVARS.get(kinds[0])}
         if get_origin(self.type) is Literal:
             keywords = {"choices": kinds}
-        elif self.type is bool:
+        elif kinds[0] is bool:
             keywords = {"action": argparse.BooleanOptionalAction}
         flags = ["--" + self.key.replace("_", "-"), *filter(None, [_SHORT.get(self.key)])]
         about = self.help if self.default is None else f"{self.help} (default: {self.default})"

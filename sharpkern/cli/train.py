@@ -47,7 +47,11 @@ def run(given: argparse.Namespace) -> int:
 
 def _state(row: Row) -> str:
     """Say where a run stands, for its progress display."""
-    parts = [f"loss {row['loss']:.4g}", f"sharpness x lr {row['sharpness'] * row['lr']:.3g}"]
+    parts = [f"loss {row['loss']:.4g}"]
+    if row["status"] == "untracked":
+        parts.append(f"batch sharpness x lr {(row['batch_sharpness'] or 0.0) * row['lr']:.3g}")
+    else:
+        parts.append(f"sharpness x lr {row['sharpness'] * row['lr']:.3g}")
     if row["preconditioned_sharpness"] is not None:
         parts.append(f"preconditioned x lr {row['preconditioned_sharpness'] * row['lr']:.3g}")
     return ", ".join(parts)
@@ -66,7 +70,11 @@ def _conclude(config: TrainConfig) -> None:
 
     lines = summarise(rows)
     (config.out / "summary.txt").write_text("\n".join(lines) + "\n")
-    plot_run(finite, config.optimizer, catapults_of(finite), config.out / "sharpness.png", _title(config))
+    tracked = [row for row in finite if row["sharpness"] is not None]
+    plot_run(
+        finite, config.optimizer, catapults_of(tracked), config.out / "sharpness.png", _title(config),
+        minibatch=config.batch_size is not None,
+    )  # fmt: skip
     print("\n".join(lines))
     print(f"plot: {config.out / 'sharpness.png'}")
 

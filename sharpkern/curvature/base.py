@@ -26,6 +26,12 @@ class BaseOperator:
         """Return ``v'Av`` for the rows of a contiguous block, ``[k, n] -> [k]`` float64; nothing is checked."""
         raise NotImplementedError
 
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            f"{type(self).__name__} cannot be pickled or copied: it holds a program for the memory of one model's "
+            "parameters. Keep model and batch, and make it again from them."
+        )
+
     @property
     def shape(self) -> tuple[int, int]:
         """``(n, n)``."""

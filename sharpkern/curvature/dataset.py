@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ..rop.sandbox import kept_random_states, random_state, set_random_state
 from .base import ParameterOperator
 from .operators import HessianOperator
 
@@ -17,10 +18,12 @@ class DatasetHessian(ParameterOperator):
     """The exact Hessian over all batches of a loader: each product runs through them, primal sweeps included.
 
     Args:
-        model: a module; in training mode, batch norm and dropout make the Hessian one of these batches.
+        model: a module; in training mode batch norm makes the Hessian one of these batches, and dropout's masks are
+            the same in every product.
         loss_fn: ``(output, targets) -> scalar``, averaged or summed over the examples of a batch.
         batches: can be iterated again and again and gives the same examples (a list, a ``DataLoader``); a batch as for
             ``HessianOperator``, its first tensor one row per example.
+        params: which parameters; None for all with ``requires_grad``.
         verify: compare programs with the eager model; see ``HessianOperator``.
         reduction: "mean" if the loss is the examples' mean (batches are then weighted by their length), or "sum".
 
@@ -37,6 +40,7 @@ class DatasetHessian(ParameterOperator):
         loss_fn: Callable[..., Tensor],
         batches: Iterable[Any],
         *,
+        params: Mapping[str, Tensor] | Iterable[str] | Iterable[Tensor] | None = None,
         reduction: Literal["mean", "sum"] = "mean",
         verify: bool = True,
     ) -> None:
@@ -46,15 +50,20 @@ class DatasetHessian(ParameterOperator):
         first = next(iter(batches), None)
         if first is None:
             raise ValueError("the loader gives no batch.")
-        self._hessian = HessianOperator(model, loss_fn, first, verify=verify)
+        self._random = random_state()
+        self._hessian = HessianOperator(model, loss_fn, first, params=params, verify=verify)
         self.params = self._hessian.params
         self.n, self.dtype, self.device = self._hessian.n, self._hessian.dtype, self._hessian.device
 
     def _weighted(self) -> Iterator[float]:
         """Bring the operator to one batch after the other, and yield its weight in the sum."""
-        for batch in self.batches:
-            self._hessian.refresh(batch)
-            yield float(examples_of(batch)) if self.reduction == "mean" else 1.0
+        # Every product must see the same dropout masks and the same order of batches, or it is no linear operator;
+        # and training's own random numbers must not depend on how many products were made.
+        with kept_random_states({self.device}):
+            set_random_state(self._random)
+            for batch in self.batches:
+                self._hessian.refresh(batch)
+                yield float(examples_of(batch)) if self.reduction == "mean" else 1.0
 
     def apply_rows(self, block: Tensor) -> Tensor:
         return self._total(lambda: self._hessian.apply_rows(block))

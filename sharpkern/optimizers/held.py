@@ -8,16 +8,18 @@ import torch
 from torch import Tensor
 
 
-def check_held(optimizer: torch.optim.Optimizer, params: Mapping[str, Tensor]) -> None:
-    """Check that an optimizer updates just the parameters given, and that nothing but the gradient reaches them.
+def check_held(optimizer: torch.optim.Optimizer, params: Mapping[str, Tensor], *, sets_gradients: bool = True) -> None:
+    """Check that an optimizer updates the parameters given, and that their gradients are all that it needs.
 
     Args:
         optimizer: only read.
-        params: name -> parameter, those whose gradients will be set.
+        params: name -> parameter.
+        sets_gradients: the gradients of these parameters will be set without ``backward()``.
 
     Raises:
-        ValueError: the optimizer lacks one of them; it holds another that requires a gradient, such as a parameter of
-            the loss; or one has a hook that ``backward()`` runs after it has set ``p.grad``.
+        ValueError: the optimizer lacks one of the parameters. If gradients are set: it holds another that requires a
+            gradient, such as a parameter of the loss; or one has a hook that ``backward()`` runs after it has set
+            ``p.grad``.
     """
     held = [p for group in optimizer.param_groups for p in group["params"]]
     ids = {id(p) for p in held}
@@ -26,6 +28,8 @@ def check_held(optimizer: torch.optim.Optimizer, params: Mapping[str, Tensor]) -
             f"the optimizer lacks trainable parameters of the model: {lacking[:5]}. Freeze them with "
             "requires_grad_(False), or give them to the optimizer."
         )
+    if not sets_gradients:
+        return
     own = {id(p) for p in params.values()}
     if others := [list(p.shape) for p in held if p.requires_grad and id(p) not in own]:
         raise ValueError(

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .rules import rule_of
+from .rules import inner_optimizer, rule_of
 
 _SAME = 0.01  # relative difference of thresholds that is none
 
@@ -102,3 +102,43 @@ def threshold_scales(optimizer: torch.optim.Optimizer) -> list[float]:
     if smallest <= 0:
         raise ValueError(f"weight decay alone makes a group unstable: the groups' thresholds are {kappas}.")
     return [lr * smallest / kappa for lr, kappa in zip(lrs, kappas, strict=True)]
+
+
+def minibatch_thresholds(optimizer: torch.optim.Optimizer) -> tuple[float, float]:
+    """Return the two levels, times the learning rate, at which the batch sharpness of mini-batch SGD settles.
+
+        small batches   2 (1 - b)
+        large batches   2 (1 + b)
+
+    with momentum b; both are 2 without. They are plateaus of the average of ``g'Hg / g'g`` over batches
+    (``Record.batch_sharpness``), seen in experiments with a constant learning rate after the progressive phase, in
+    image classification at CIFAR's scale; between the two sizes of batch it lies between them. The largest eigenvalue
+    of the whole data's Hessian then stays below ``2 / lr``.
+
+    Args:
+        optimizer: SGD, without Nesterov's momentum and without dampening.
+
+    Returns:
+        Both, smaller first.
+
+    Raises:
+        TypeError: no such plateau is known for the optimizer.
+
+    Source: Andreyev and Beneventano, Edge of stochastic stability (arXiv 2412.20553); for momentum arXiv 2604.14108.
+
+    >>> p = [torch.nn.Parameter(torch.zeros(1))]
+    >>> minibatch_thresholds(torch.optim.SGD(p, lr=0.1, momentum=0.5))
+    (1.0, 3.0)
+    """
+    groups = inner_optimizer(optimizer).param_groups
+    plain = type(inner_optimizer(optimizer)) is torch.optim.SGD and not any(
+        g["nesterov"] or g["dampening"] for g in groups
+    )
+    momenta = {float(g["momentum"]) for g in groups} if plain else set()
+    if len(momenta) != 1:
+        raise TypeError(
+            f"the plateaus of the batch sharpness are known for SGD with one momentum, without Nesterov and "
+            f"dampening, not for this {type(optimizer).__name__}."
+        )
+    (b,) = momenta
+    return 2 * (1 - b), 2 * (1 + b)

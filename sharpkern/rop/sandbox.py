@@ -85,22 +85,31 @@ def kept_random_states(devices: Iterable[torch.device]) -> Iterator[None]:
         np.random.set_state(numpy)  # noqa: NPY002
 
 
+def random_state() -> tuple[Tensor, dict[int, Tensor]]:
+    """Return the state of torch's global generators: the CPU's, and each CUDA device's in use, by index."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    return torch.get_rng_state(), {i: torch.cuda.get_rng_state(i) for i in devices}
+
+
+def set_random_state(state: tuple[Tensor, dict[int, Tensor]]) -> None:
+    """Set what ``random_state`` returned, so that noise is drawn again."""
+    torch.set_rng_state(state[0])
+    for index, cuda in state[1].items():
+        torch.cuda.set_rng_state(cuda, index)
+
+
 class RandomStates:
     """The random states of torch, Python and NumPy as they are now, to run something once more with the same noise."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._torch = torch.get_rng_state()
-        self._cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        self.device, self._torch = device, random_state()
         self._python, self._numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
 
     @contextmanager
     def again(self) -> Iterator[None]:
         """Within the block, the states are those kept; afterwards, what they were before it."""
         with kept_random_states({self.device}):
-            torch.set_rng_state(self._torch)
-            if self._cuda is not None:
-                torch.cuda.set_rng_state(self._cuda, self.device)
+            set_random_state(self._torch)
             random.setstate(self._python)
             np.random.set_state(self._numpy)  # noqa: NPY002
             yield

@@ -13,10 +13,11 @@ class Record:
 
     Attributes:
         step: 1 for the first step.
-        loss: at the parameters before the update, on the step's batch.
+        loss: at the parameters before the update, on the step's batch. NaN where ``observe`` computed nothing.
         lr: learning rate of the optimizer's first group, as it was when the step was tracked.
-        grad_norm: Euclidean norm of the gradient.
-        sharpness: largest algebraic eigenvalue of the Hessian.
+        grad_norm: Euclidean norm of the gradient; for ``observe``, of the gradients to step with.
+        sharpness: largest algebraic eigenvalue of the Hessian; of minus the loss for an optimizer that maximises it.
+            NaN with ``products=False``.
         sharpness_error: at a measured step the residual norm (of the two largest Ritz pairs, where they are closer
             than twice ``tol``) and rounding: an eigenvalue lies this close to ``sharpness``. Else an estimate: that of
             the last measured step, and by how much the sharpness has probably moved since.
@@ -29,7 +30,7 @@ class Record:
         ratio: (preconditioned) sharpness / threshold; above 1 is beyond the edge of stability.
         matvecs: Hessian-vector products spent at this step.
         status: "measured": solved to ``tol``, or ``converged`` is False. "bounded": the Rayleigh quotient of the last
-            measured vector, a lower bound. "carried": the last value.
+            measured vector, a lower bound. "carried": the last value. "untracked": none, with ``products=False``.
         converged: every solve of this step reached ``tol``.
         eigenvalues: the k largest at the last measured step, of ``preconditioned_sharpness``'s operator if there is
             one, else of the Hessian.
@@ -55,6 +56,8 @@ class Record:
     eigenvalues: tuple[float, ...]
     overlaps: tuple[float, ...] | None
     upper: float | None
+    batch_sharpness: float | None = None
+    update_curvature: float | None = None
 
     @property
     def measured(self) -> bool:

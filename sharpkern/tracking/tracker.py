@@ -1,7 +1,8 @@
-"""Sharpness at every training step, from the sweeps that the step runs anyway."""
+"""Sharpness at every training step: from the sweeps that the step runs anyway, or beside a loop of your own."""
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -11,37 +12,38 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..curvature.dataset import DatasetHessian
 from ..curvature.losses import NonFiniteLossError
-from ..curvature.operators import HessianOperator
-from ..curvature.parameters import gradients_of
 from ..curvature.preconditioned import PreconditionedOperator
-from ..eigen import WarmLanczos
-from ..eigen import certify as certificate_of
+from ..curvature.wrappers import Kind
 from ..eigen.state import check_state
-from ..optimizers.held import check_held
-from ..optimizers.preconditioner import is_adaptive, threshold_preconditioner
+from ..optimizers.preconditioner import Preconditioner, is_adaptive, threshold_preconditioner
 from ..optimizers.threshold import stability_threshold
-from .budget import Budget, Status
+from ..rop import ReplayedProgram
+from ..rop.sandbox import kept_random_states
+from .budget import Status
+from .directions import directional_curvatures
 from .followed import Followed
+from .following import Following, Look, Operator
+from .gradients import climbs, gradients_to_step_with
 from .record import Record
+from .target import StepHessian, Target
 
-_CERTIFY_FAILURE = 0.01
 _VERSION = 1  # of a saved state: raise it when a field changes its name or its meaning
 _TF32_TOL = 0.005  # ten times TF32's rounding of a number: below, residuals would be mostly rounding
 
-_Tracked = HessianOperator | DatasetHessian | PreconditionedOperator
-
 
 class SharpnessTracker:
-    """Computes a training step's loss and gradients, and tracks the sharpness on the way.
+    """Finds the sharpness at every step of a training run.
 
-    ``step(batch)`` replaces the forward and backward pass: it sets ``p.grad`` for every trainable parameter (nothing
-    is accumulated), lets batch-norm statistics change as a training forward does, and finds the sharpness by
-    ``WarmLanczos`` (docs/tracking.md). The caller then calls ``optimizer.step()``.
+    ``observe(batch)`` stands beside a loop of your own and changes nothing: call it before ``optimizer.step()``.
+    ``step(batch)`` replaces the forward and backward pass, which saves one gradient: it sets ``p.grad`` for every
+    trainable parameter (nothing is accumulated), and lets batch-norm statistics change as a training forward does.
+    Both find the sharpness by ``WarmLanczos`` (docs/tracking.md).
 
     Args:
-        model: a module.
+        model: a module; one that ``torch.compile`` has wrapped is looked into. Under ``DistributedDataParallel`` or
+            ``fully_shard`` every process calls the tracker on its own batch; loss, gradients and sharpness are those of
+            all batches, each process weighing the same (docs/distributed.md).
         loss_fn: ``(output, targets) -> scalar``.
         optimizer: read for learning rate, threshold and, if adaptive, the diagonal preconditioner.
         tol: relative residual at which a solve stops. The eigenvalue's error is of second order in it.
@@ -59,12 +61,24 @@ class SharpnessTracker:
             What this changes is measured on the Ritz vector, at the first solve and every 32, for two products, and
             added to ``Record.sharpness_error``. Loss and gradients keep torch's own setting.
         verify: compare each program with the eager model before it sets a gradient; see ``HessianOperator``.
+        params: track the Hessian with respect to these parameters only (names, tensors or a dict); ``observe`` only,
+            because ``step`` sets every gradient.
+        chunk: differentiate at most so many examples at a time, so that a product needs the memory of a micro-batch;
+            see ``ChunkedHessian`` for the cost.
+        products: False spends no Hessian-vector product: only ``Record.batch_sharpness`` and
+            ``Record.update_curvature`` are measured, at every step, and ``Record.sharpness`` is NaN.
+        directions: True: measure these two as well, at every step, for about half a product each. False: neither.
+            None: spend one such half product at measured steps, if no ``budget`` is set and a program gives it: for
+            the batch sharpness, and for the update curvature too where the update is along the gradient.
 
     Raises:
-        ValueError: an argument out of range, probe and loader together, tf32 with tol below 0.005.
+        ValueError: an argument out of range, one that a model over several processes does not have, probe and loader
+            together, tf32 with tol below 0.005, or neither products
+            nor directions.
 
     Cost per measured step: a gradient and 2 to 10 Hessian-vector products; twice that for adaptive optimizers and for
     parameter groups with learning rates or momenta of their own, whose preconditioned sharpness is tracked besides.
+    A gradient and the batch sharpness alone (``products=False``) cost 1.7 to 1.8 gradients with plain SGD.
     """
 
     def __init__(
@@ -82,6 +96,10 @@ class SharpnessTracker:
         loader: Iterable[Any] | None = None,
         tf32: bool = False,
         verify: bool = True,
+        params: Mapping[str, Tensor] | Iterable[str] | Iterable[Tensor] | None = None,
+        chunk: int | None = None,
+        products: bool = True,
+        directions: bool | None = None,
     ) -> None:
         if not 0 < tol < 1:
             raise ValueError(f"tol must lie between 0 and 1, got {tol}.")
@@ -93,17 +111,18 @@ class SharpnessTracker:
             raise ValueError(f"budget must be a positive fraction of a step's time, got {budget}.")
         if probe is not None and loader is not None:
             raise ValueError("give probe or loader, not both.")
+        if chunk is not None and chunk < 1:
+            raise ValueError(f"chunk must be at least 1 example, got {chunk}.")
+        if not products and directions is False:
+            raise ValueError("products=False and directions=False leave nothing to measure.")
         self.model, self.loss_fn, self.optimizer = model, loss_fn, optimizer
         self.tol, self.every, self.max_matvecs, self.k = tol, every, max_matvecs, k
-        self.probe, self.loader, self.tf32, self.verify = probe, loader, tf32, verify
-        self.hessian: HessianOperator | None = None
-        self._tracked: HessianOperator | DatasetHessian | None = None
+        self.tf32, self.products, self.directions = tf32, products, directions
+        self._target = Target(model, loss_fn, probe=probe, loader=loader, params=params, chunk=chunk, verify=verify)
+        _check_kind(self._target.kind, budget=budget, directions=directions or not products)
         self._steps = 0
-        self._budget = None if budget is None else Budget(budget, tol)
-        self._left_at: float | None = None  # clock at the end of the last step
-        self._followed: dict[str, Followed] = {}
-        self._present: list[int] = []  # ids of the parameters of model and optimizer
-        self._order: list[tuple[str, torch.Size]] | None = None  # of the vectors followed
+        self._following = Following(k=k, tol=tol, every=every, max_matvecs=max_matvecs, budget=budget, tf32=tf32)
+        self._left_at: float | None = None  # clock at the end of the last call
         try:
             stability_threshold(optimizer)
             self._has_threshold = True
@@ -111,60 +130,124 @@ class SharpnessTracker:
             warnings.warn(f"SharpnessTracker reports no threshold: {error}", stacklevel=2)
             self._has_threshold = False
 
+    @property
+    def hessian(self) -> StepHessian | None:
+        """The Hessian of the last step's batch; None before the first step."""
+        return self._target.hessian
+
+    @hessian.setter
+    def hessian(self, operator: StepHessian) -> None:
+        # A run like one before takes over its exported program.
+        self._target.hessian = operator
+
     def step(self, batch: Any, *, certify: bool = False) -> Record:
         """Compute loss and gradients on a batch, set ``p.grad``, and measure.
 
         Args:
-            batch: ``(inputs, targets)``; see ``HessianOperator``.
+            batch: ``(inputs, targets)``; see ``HessianOperator``. Or ``MicroBatches``.
             certify: measure at this step, and run an independent solve from a random start too (40 products): see
                 ``sharpkern.certify``. A larger eigenvalue that it finds is tracked from then on.
 
         Raises:
             NonFiniteLossError: the loss is NaN or infinite; parameters and ``p.grad`` are as before the call.
             ValueError: bad batch; the optimizer lacks a trainable parameter of the model, or holds one of another
-                module, whose gradient would not be set; a parameter has a hook that runs in ``backward()`` only.
+                module, whose gradient would not be set; a parameter has a hook that runs in ``backward()`` only; or
+                the tracker was made for a part of the parameters.
         """
-        step, start = self._steps + 1, time.perf_counter()
-        gradients = self._primal(batch, step)
+        start = time.perf_counter()
+        if not self._target.whole_model():
+            raise ValueError(
+                "step() sets the gradient of every trainable parameter, but params= names a part of them: use "
+                "observe() beside your own backward(), or freeze the others."
+            )
+        gradients = self._differentiate(batch, training=True)
         # Only now: after a loss that is not finite, step and gradients are as before the call.
-        self._steps = step
         for p, g in gradients.items():
             p.grad = g
         # From the end of the last call: the caller's update and data loading belong to what a step takes.
         own = time.perf_counter() - (start if self._left_at is None else self._left_at)
-        status = self._choose(step, own, certify=certify)
-        matvecs, converged, upper = 0, True, None
-        if status != "carried":
-            start = time.perf_counter()
-            at_most = None
-            if self._budget is not None and self._budget.started and not certify:
-                at_most = min(self.max_matvecs, max(self.k, self._budget.matvecs))
-            operators = self._operators(gradients)
-            for name, operator in operators.items():
-                if name not in self._followed:
-                    self._followed[name] = self._new()
-                curvature = self._followed[name]
-                if status == "bounded":
-                    curvature.bound(operator, step)
-                    continue
-                extra = None
-                if certify:
-                    # A fresh seed: the promise holds for a start that has had no part in the run.
-                    certificate = certificate_of(operator, failure=_CERTIFY_FAILURE)
-                    matvecs += certificate.matvecs
-                    upper, extra = certificate.upper, certificate.vector[None]
-                result = curvature.solve(operator, step, extra, at_most)
-                matvecs += result.matvecs + curvature.measure_rounding(operator)
-                converged = converged and result.converged
-            # The first step is not paid for: its solve is long, and the sweeps are recorded during it.
-            if self._budget is not None and self._budget.started:
-                self._budget.spent(time.perf_counter() - start, matvecs, self._deciding().shortfall)
-            elif self._budget is not None:
-                matvecs += self._start_budget(self._budget, operators, step)
-        assert self.hessian is not None
+        status = self._choose(own, certify=certify)
+        return self._measure(status, gradients, time.perf_counter(), certify=certify)
+
+    def observe(self, batch: Any, gradients: Mapping[Tensor, Tensor] | None = None, *, certify: bool = False) -> Record:
+        """Measure beside a training loop, without side effects; call it before ``optimizer.step()``.
+
+        No ``p.grad`` is written, no buffer moves, no random number is used up. Dropout masks are those that the
+        random state gives now, not those of the loop's own forward pass.
+
+        Args:
+            batch: the step's batch, as for ``step``; for gradient accumulation the last micro-batch, or all of them in
+                ``MicroBatches``, whose loss and Hessian are those of the whole step.
+            gradients: parameter -> the gradient that the optimizer will step with; read for the preconditioner of
+                adaptive optimizers and the next update. None: ``p.grad``, so accumulated and clipped as it is, and
+                the batch's own gradient for parameters that have none.
+            certify: as for ``step``.
+
+        Returns:
+            The record; ``loss`` is the batch's, ``grad_norm`` that of the gradients to step with. At a step that only
+            carries the last value nothing is computed, and both are NaN.
+
+        Raises:
+            NonFiniteLossError: the loss is NaN or infinite.
+            ValueError: bad batch; the optimizer lacks a parameter; a gradient has another shape; or ``p.grad`` is a
+                hundred times the batch's own gradient and parallel to it, as a ``GradScaler`` leaves it.
+
+        Cost: as ``step``, and one gradient at steps that are not carried.
+        """
+        start = time.perf_counter()
+        own = 0.0 if self._left_at is None else start - self._left_at
+        status = self._choose(own, certify=certify)
+        if status == "carried" and not self.directions:
+            self._steps += 1
+            return self._left(self._record(math.nan, math.nan, status))
+        with kept_random_states({p.device for p in self.model.parameters()}):
+            batch_gradients = self._differentiate(batch, training=False)
+        stepped = gradients_to_step_with(batch_gradients, gradients)
+        return self._measure(status, stepped, start, certify=certify)
+
+    def _measure(self, status: Status, gradients: dict[Tensor, Tensor], paid_from: float, *, certify: bool) -> Record:
+        """Do what a step's status says, after loss and gradient are known.
+
+        Args:
+            status: as chosen.
+            gradients: that the optimizer will step with.
+            paid_from: clock, from which on the time is the tracker's own.
+            certify: see ``step``.
+        """
+        self._steps += 1
+        if status in ("bounded", "carried") and self._decisive() not in self._following.followed:
+            status = "measured"  # parameters were replaced since the choice, so there is nothing to carry
+        along = self._measures_directions(status)
+        P = None
+        if self._decisive() != "sharpness" and (along or status in ("measured", "bounded")):
+            P = threshold_preconditioner(self.optimizer, gradients)
+        look = Look()
+        if status in ("measured", "bounded"):
+            look = self._following.look(
+                status, self._operators(P), self._decisive(), self._steps, paid_from, certify=certify
+            )
+        hessian = self._target.hessian
+        assert hessian is not None
+        directions: tuple[float | None, float | None] = (None, None)
+        if along:
+            both = self.directions is True or not self.products
+            directions = directional_curvatures(hessian, self.optimizer, gradients, P, two_forms=both)
         # Last, because reading a number waits for the device.
-        loss, grad_norm = float(self.hessian.loss), float(torch.linalg.vector_norm(self.hessian.gradient))
-        record = self._record(loss, grad_norm, matvecs, status, converged=converged, upper=upper)
+        loss, grad_norm = float(hessian.loss), float(torch.nn.utils.get_total_norm(gradients.values()))
+        return self._left(self._record(loss, grad_norm, status, look, directions))
+
+    def _measures_directions(self, status: Status) -> bool:
+        if self.directions is not None:
+            return self.directions
+        if not self.products:
+            return True
+        assert self._target.hessian is not None
+        # Double backward has no half product: there, two forms cost two products.
+        cheap = isinstance(self._target.hessian.engine, ReplayedProgram)
+        return cheap and status == "measured" and self._following.budget is None
+
+    def _left(self, record: Record) -> Record:
+        """Note the time at which the caller's own work goes on."""
         self._left_at = time.perf_counter()
         return record
 
@@ -178,12 +261,12 @@ class SharpnessTracker:
         Raises:
             RuntimeError: nothing has been measured yet.
         """
-        if self._decisive() not in self._followed:
+        if self._decisive() not in self._following.followed:
             raise RuntimeError(
                 "nothing to carry: the first step, and one after groups part, must be tracker.step(batch)."
             )
         self._steps += 1
-        return self._record(loss, grad_norm, 0, "carried", converged=True, upper=None)
+        return self._record(loss, grad_norm, "carried")
 
     def adopt(self, twin: SharpnessTracker, record: Record) -> Record:
         """Take over the step that a twin has just taken at the same parameters, on the same batch.
@@ -199,83 +282,27 @@ class SharpnessTracker:
         threshold, ratio = self._threshold_and_ratio()
         return replace(record, lr=float(self.optimizer.param_groups[0]["lr"]), threshold=threshold, ratio=ratio)
 
-    def _primal(self, batch: Any, step: int) -> dict[Tensor, Tensor]:
+    def _differentiate(self, batch: Any, *, training: bool) -> dict[Tensor, Tensor]:
         try:
-            if self.hessian is None:
-                self.hessian = HessianOperator(self.model, self.loss_fn, batch, update_buffers=True, verify=self.verify)
-            else:
-                self.hessian.refresh(batch, update_buffers=True)
+            gradients, fits = self._target.differentiate(batch, self.optimizer, training=training)
         except NonFiniteLossError as error:
-            raise NonFiniteLossError(error.loss, step) from None
-        self._follow_parameters(self.hessian.params)
-        return gradients_of(self.hessian)
+            raise NonFiniteLossError(error.loss, self._steps + 1) from None
+        if not fits:
+            self._following.followed.clear()
+        return gradients
 
-    def _follow_parameters(self, params: Mapping[str, Tensor]) -> None:
-        """Check who holds the parameters, when they are others than before; start anew if the flat order has changed.
+    def _choose(self, own_seconds: float, *, certify: bool) -> Status:
+        if not self.products:
+            return "untracked"
+        ratio = self._threshold_and_ratio()[1] if self._decisive() in self._following.followed else None
+        return self._following.choose(self._steps + 1, self._decisive(), own_seconds, ratio, certify=certify)
 
-        A layer that was unfrozen or replaced by one of other shapes has no place in the vectors followed so far.
-        """
-        held = [p for group in self.optimizer.param_groups for p in group["params"]]
-        present = [id(p) for p in (*params.values(), *held)]
-        if present == self._present:
-            return
-        self._present = present
-        check_held(self.optimizer, params)
-        order = [(name, p.shape) for name, p in params.items()]
-        if self._order is not None and order != self._order:
-            self._followed.clear()
-            self._tracked = None
-        self._order = order
-
-    def _new(self) -> Followed:
-        """Start to follow an operator. Its random numbers are its own: no other operator changes what is found."""
-        generator = torch.Generator().manual_seed(0)
-        return Followed(WarmLanczos(self.k, self.tol, self.max_matvecs, generator), self.tf32)
-
-    def _choose(self, step: int, own_seconds: float, *, certify: bool) -> Status:
-        if certify or self._decisive() not in self._followed:
-            return "measured"
-        if (step - 1) % self.every:
-            return "carried"
-        if self._budget is None:
-            return "measured"
-        ratio = self._threshold_and_ratio()[1]
-        deciding = self._deciding()
-        return self._budget.choose(own_seconds * self.every, deciding.drift(step), deciding.turned, ratio)
-
-    def _start_budget(self, budget: Budget, operators: Mapping[str, _Tracked], step: int) -> int:
-        """Time a matvec and a form, now that their sweeps are recorded; return the matvecs spent on it."""
-        matvecs, matvec_seconds, form_seconds = 0, 0.0, 0.0
-        for name, operator in operators.items():
-            curvature = self._followed[name]
-            curvature.bound(operator, step)  # records its sweep, which the second one only replays
-            times = [time.perf_counter()]
-            curvature.bound(operator, step)
-            times.append(time.perf_counter())
-            matvecs += (spent := curvature.solve(operator, step, None, None).matvecs)
-            times.append(time.perf_counter())
-            form_seconds += times[1] - times[0]
-            matvec_seconds += (times[2] - times[1]) / spent
-        budget.operators = len(operators)
-        budget.start(matvec_seconds, form_seconds)
-        return matvecs
-
-    def _operators(self, gradients: dict[Tensor, Tensor]) -> dict[str, _Tracked]:
+    def _operators(self, P: Preconditioner | None) -> dict[str, Operator]:
         """Return what to solve, at the present parameters."""
-        assert self.hessian is not None
-        # The probe's and the loader's operators are kept, as their export and recordings are.
-        if self.probe is None and self.loader is None:
-            self._tracked = self.hessian
-        elif self.loader is not None:
-            self._tracked = self._tracked or DatasetHessian(self.model, self.loss_fn, self.loader, verify=self.verify)
-        elif isinstance(self._tracked, HessianOperator):
-            self._tracked.refresh()
-        else:
-            self._tracked = HessianOperator(self.model, self.loss_fn, self.probe, verify=self.verify)
-        operators: dict[str, _Tracked] = {"sharpness": self._tracked}
-        if self._decisive() not in operators:
-            P = threshold_preconditioner(self.optimizer, gradients)
-            operators["preconditioned_sharpness"] = PreconditionedOperator(self._tracked, P)
+        tracked = self._target.tracked(maximize=climbs(self.optimizer))
+        operators: dict[str, Operator] = {"sharpness": tracked}
+        if P is not None:
+            operators["preconditioned_sharpness"] = PreconditionedOperator(tracked, P)
         return operators
 
     def _decisive(self) -> str:
@@ -284,37 +311,47 @@ class SharpnessTracker:
         return "preconditioned_sharpness" if adaptive else "sharpness"
 
     def _deciding(self) -> Followed:
-        return self._followed[self._decisive()]
+        return self._following.followed[self._decisive()]
 
     def _threshold_and_ratio(self) -> tuple[float | None, float | None]:
         if not self._has_threshold:
             return None, None
         lr, kappa = float(self.optimizer.param_groups[0]["lr"]), stability_threshold(self.optimizer)
-        return kappa / lr if lr > 0 else float("inf"), lr * self._deciding().value / kappa
+        ratio = lr * self._deciding().value / kappa if self.products else None
+        return kappa / lr if lr > 0 else math.inf, ratio
 
     def _record(
-        self, loss: float, grad_norm: float, matvecs: int, status: Status, *, converged: bool, upper: float | None
+        self,
+        loss: float,
+        grad_norm: float,
+        status: Status,
+        look: Look | None = None,
+        directions: tuple[float | None, float | None] = (None, None),
     ) -> Record:
         threshold, ratio = self._threshold_and_ratio()
-        sharpness, deciding = self._followed["sharpness"], self._deciding()
-        preconditioned = None if deciding is sharpness else deciding
+        look, followed = look or Look(), self._following.followed
+        sharpness = followed.get("sharpness")  # there is none with products=False
+        preconditioned = followed.get("preconditioned_sharpness") if self._decisive() != "sharpness" else None
+        deciding = preconditioned or sharpness
         return Record(
             step=self._steps,
             loss=loss,
             lr=float(self.optimizer.param_groups[0]["lr"]),
             grad_norm=grad_norm,
-            sharpness=sharpness.value,
-            sharpness_error=sharpness.doubt(self._steps),
+            sharpness=math.nan if sharpness is None else sharpness.value,
+            sharpness_error=math.nan if sharpness is None else sharpness.doubt(self._steps),
             preconditioned_sharpness=None if preconditioned is None else preconditioned.value,
             preconditioned_sharpness_error=None if preconditioned is None else preconditioned.doubt(self._steps),
             threshold=threshold,
             ratio=ratio,
-            matvecs=matvecs,
+            matvecs=look.matvecs,
             status=status,
-            converged=converged,
-            eigenvalues=deciding.eigenvalues,
-            overlaps=deciding.overlaps,
-            upper=upper,
+            converged=look.converged,
+            eigenvalues=() if deciding is None else deciding.eigenvalues,
+            overlaps=None if deciding is None else deciding.overlaps,
+            upper=look.upper,
+            batch_sharpness=directions[0],
+            update_curvature=directions[1],
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -322,9 +359,12 @@ class SharpnessTracker:
         return {
             "version": _VERSION,
             "steps": self._steps,
-            "followed": {name: c.state_dict() for name, c in self._followed.items()},
-            "budget": None if self._budget is None else self._budget.state_dict(),
+            **self._following.state_dict(),
         }
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy may go on in another process, whose clock starts elsewhere. The budget then misses one step's time.
+        return {**vars(self), "_left_at": None}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore ``state_dict()``'s result; the tracker must have been made with the same options.
@@ -334,8 +374,15 @@ class SharpnessTracker:
         """
         check_state("SharpnessTracker", state, ("steps", "followed", "budget"), _VERSION)
         self._steps = state["steps"]
-        self._followed = {name: self._new() for name in state["followed"]}
-        for name, curvature in self._followed.items():
-            curvature.load_state_dict(state["followed"][name])
-        if self._budget is not None and state["budget"] is not None:
-            self._budget.load_state_dict(state["budget"])
+        self._following.load_state_dict({name: state[name] for name in ("followed", "budget")})
+
+
+def _check_kind(kind: Kind, *, budget: float | None, directions: bool) -> None:
+    """Raise a ValueError for options that a model over several processes does not have."""
+    if kind != "plain" and budget is not None:
+        raise ValueError(
+            "budget= goes by the clock, which differs between processes, so that some would measure and others not: "
+            "use every=."
+        )
+    if kind == "fsdp2" and directions:
+        raise ValueError("directions=True and products=False need whole vectors, and fully_shard's are sharded.")

@@ -227,6 +227,7 @@ def build_tracker(config: TrainConfig, task: Task, optimizer: torch.optim.Optimi
         task.model, task.loss_fn, optimizer, tol=t.tol, every=t.every, max_matvecs=t.max_matvecs, k=t.k,
         budget=t.budget, probe=None if t.probe is None else first_examples(task, t.probe),
         loader=task.whole() if t.dataset else None, tf32=t.tf32,
+        chunk=t.chunk, products=t.products, directions=t.directions,
     )  # fmt: skip
 
 

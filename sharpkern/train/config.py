@@ -89,6 +89,15 @@ class TrackingConfig:
     ] = None
     dataset: Annotated[bool, "track the Hessian of the whole training set, added up over its batches"] = False
     tf32: Annotated[bool, "on a GPU, let the products round to TF32; needs a tol of at least 0.005"] = False
+    chunk: Annotated[int | None, "differentiate at most so many examples of a batch at a time, to save memory"] = None
+    products: Annotated[
+        bool, "track the sharpness; without, only batch sharpness and update curvature are measured, at every step"
+    ] = True
+    directions: Annotated[
+        bool | None,
+        "measure batch sharpness and update curvature at every step, or at none; by default only what costs half a "
+        "product at steps where the sharpness is measured",
+    ] = None
 
 
 @dataclass(frozen=True)
@@ -174,6 +183,8 @@ def _tracking_limits(t: TrackingConfig) -> list[_Limit]:
         ("tracking.max_matvecs", t.max_matvecs >= t.k, f"be at least tracking.k = {t.k}"),
         ("tracking.budget", t.budget is None or 0 < t.budget < math.inf, "be a positive and finite fraction"),
         ("tracking.probe", t.probe is None or t.probe >= 1, "be at least 1"),
+        ("tracking.chunk", t.chunk is None or t.chunk >= 1, "be at least 1"),
+        ("tracking.products", t.products or t.directions is not False, "be true where tracking.directions is false"),
     ]
 
 

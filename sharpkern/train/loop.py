@@ -59,7 +59,7 @@ class Run:
         draw_second_moment(self.model, self.task.loss_fn, self.task.batch(1), self.optimizer)
         self.schedule = build_schedule(config, self.task, self.optimizer)
         self.tracker: SharpnessTracker = build_tracker(config, self.task, self.optimizer)
-        if like is not None:
+        if like is not None and like.tracker.hessian is not None:
             self.tracker.hessian = like.tracker.hessian
         self.done = 0
         if resume:

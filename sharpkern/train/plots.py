@@ -12,13 +12,14 @@ from ..dynamics import Catapult
 from .config import OptimizerConfig
 from .metrics import Row
 
-_BLUE, _RED, _GREY, _ORANGE = "#1f5fa8", "#c0392b", "#555555", "#d98a00"
+_BLUE, _RED, _GREY, _ORANGE, _GREEN = "#1f5fa8", "#c0392b", "#555555", "#d98a00", "#2e7d32"
 
 
-def threshold_curves(optimizer: OptimizerConfig) -> list[tuple[str, float, str]]:
-    """Return the thresholds that belong in a plot: label, kappa, and "solid" or "dotted".
+def threshold_curves(optimizer: OptimizerConfig, *, minibatch: bool = False) -> list[tuple[str, float, str]]:
+    """Return the thresholds that belong in a plot: label, kappa, and "solid", "dotted" or "dashed".
 
-    Momentum and Adam have two: their moments start at zero, so the first step is bound more tightly.
+    Momentum and Adam have two: their moments start at zero, so the first step is bound more tightly. With mini-batches
+    and momentum b, the batch sharpness has a plateau of its own at ``2 (1 - b) / lr`` (arXiv 2604.14108).
     """
     b = optimizer.beta1 if optimizer.name != "sgd" else optimizer.momentum
     if optimizer.name != "sgd":
@@ -28,11 +29,22 @@ def threshold_curves(optimizer: OptimizerConfig) -> list[tuple[str, float, str]]
             (f"first step: {early:.3g}/η", early, "dotted"),
         ]
     if b:
-        return [(f"(2+2β)/η = {2 + 2 * b:.3g}/η", 2 + 2 * b, "solid"), ("2/η", 2.0, "dotted")]
+        curves = [(f"(2+2β)/η = {2 + 2 * b:.3g}/η", 2 + 2 * b, "solid"), ("2/η", 2.0, "dotted")]
+        if minibatch:
+            curves.append((f"small batches: (2-2β)/η = {2 - 2 * b:.3g}/η", 2 - 2 * b, "dashed"))
+        return curves
     return [("threshold 2/η", 2.0, "solid")]
 
 
-def plot_run(rows: list[Row], optimizer: OptimizerConfig, catapults: list[Catapult], path: Path, title: str) -> None:
+def plot_run(
+    rows: list[Row],
+    optimizer: OptimizerConfig,
+    catapults: list[Catapult],
+    path: Path,
+    title: str,
+    *,
+    minibatch: bool = False,
+) -> None:
     """Draw three panels that share the step axis, and write a PNG.
 
     Args:
@@ -41,6 +53,8 @@ def plot_run(rows: list[Row], optimizer: OptimizerConfig, catapults: list[Catapu
         catapults: shaded; indices into rows.
         path: where to write.
         title: above the panels.
+        minibatch: the steps' batches were parts of the data: draw the batch sharpness too, which then is what settles
+            at the threshold (arXiv 2412.20553).
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -64,11 +78,11 @@ def plot_run(rows: list[Row], optimizer: OptimizerConfig, catapults: list[Catapu
     adaptive = any(row.get("preconditioned_sharpness") is not None for row in rows)
     key, label = ("preconditioned_sharpness", "preconditioned sharpness") if adaptive else ("sharpness", "sharpness λ")
     value = _column(rows, key)
-    bottom.plot(step, value, color=_BLUE, label=label)
-    error = _column(rows, f"{key}_error")
-    bottom.fill_between(
-        step, np.maximum(value - error, 1e-12), value + error, color=_BLUE, alpha=0.25, linewidth=0, label="error band"
-    )
+    if np.isfinite(value).any():  # nothing is with tracking.products = false
+        bottom.plot(step, value, color=_BLUE, label=label)
+        error = _column(rows, f"{key}_error")
+        low = np.maximum(value - error, 1e-12)
+        bottom.fill_between(step, low, value + error, color=_BLUE, alpha=0.25, linewidth=0, label="error band")
     if adaptive:
         bottom.plot(
             step,
@@ -77,10 +91,15 @@ def plot_run(rows: list[Row], optimizer: OptimizerConfig, catapults: list[Catapu
             linewidth=1,
             label="sharpness λ (not the stability variable)",
         )
-    for name, kappa, style in threshold_curves(optimizer):
+    along = _column(rows, "batch_sharpness")
+    if minibatch and np.isfinite(along).any():
+        bottom.plot(step, along, color=_GREEN, linewidth=0.8, alpha=0.6, label="batch sharpness g'Hg / g'g")
+    for name, kappa, style in threshold_curves(optimizer, minibatch=minibatch):
         with np.errstate(divide="ignore"):
-            bottom.plot(step, kappa / lr, color=_RED, linestyle="-" if style == "solid" else ":", label=name)
+            bottom.plot(step, kappa / lr, color=_RED, linestyle=style, label=name)
     shown = np.concatenate([value, _column(rows, "sharpness")]) if adaptive else value
+    if minibatch:
+        shown = np.concatenate([shown, along])
     positive = shown[np.isfinite(shown) & (shown > 0)]
     if positive.size:
         bottom.set_ylim(positive.min() / 2, positive.max() * 4)

@@ -11,7 +11,7 @@ from .metrics import Row
 def catapults_of(rows: list[Row]) -> list[Catapult]:
     """Find the catapults of a run; indices into its rows, all of which have a finite loss."""
     kappa = _kappa(rows)
-    if kappa is None:
+    if kappa is None or not rows:
         return []
     return detect_catapults(_column(rows, "loss"), _curvature(rows), _column(rows, "lr"), kappa)
 
@@ -63,6 +63,12 @@ def summarise(rows: list[Row]) -> list[str]:
                 f"Natural trend: {TRENDS[regime.name]} ({regime.name}), {regime.trend:.2f} of the initial value "
                 f"{when}{caution}."
             )
+    if along := [row for row in rows if row.get("batch_sharpness") is not None]:
+        late = [row["batch_sharpness"] * row["lr"] for row in along[len(along) // 2 :]]
+        lines.append(
+            f"Batch sharpness x lr: {along[0]['batch_sharpness'] * along[0]['lr']:.3g} at first, "
+            f"{sum(late) / len(late):.3g} on average over the second half."
+        )
     if rows[-1].get("diverged"):
         lines.append(f"The run diverged: the loss was not finite at step {rows[-1]['step']}.")
     losses = [row["loss"] for row in rows if row.get("loss") is not None]

@@ -13,7 +13,7 @@ from torch.func import functional_call, vmap
 
 from ..curvature.losses import LossModule, NonFiniteLossError
 from ..curvature.parameters import trainable
-from ..curvature.wrappers import unwrapped
+from ..curvature.wrappers import check_one_process, unwrapped
 from ..optimizers.next_update import next_update
 
 _FLAT = 1e-6  # a bracket this narrow (relative) is not halved further, whatever the rise: the loss jumps there
@@ -172,6 +172,7 @@ class _Line:
     def __init__(
         self, model: nn.Module, loss_fn: Callable[..., Tensor], batch: Any, optimizer: torch.optim.Optimizer
     ) -> None:
+        check_one_process(model)  # each process would find a rate of its own
         self.module, self.batch = LossModule(unwrapped(model), loss_fn), batch
         self.buffers = dict(self.module.named_buffers())
         held = {p for group in optimizer.param_groups for p in group["params"]}
@@ -219,6 +220,7 @@ class _Line:
 @torch.no_grad()
 def probe_loss(model: nn.Module, loss_fn: Callable[..., Tensor], batch: Any) -> float:
     """Return the loss of a batch; the model's buffers and the random state stay as they are."""
+    check_one_process(model)
     module = LossModule(unwrapped(model), loss_fn)
     buffers = {name: b.clone() for name, b in module.named_buffers()}
     devices = sorted({p.device.index for p in module.parameters() if p.device.type == "cuda"})

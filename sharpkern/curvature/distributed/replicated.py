@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from ...eigen.common import Space, random_rows
 from ..base import ParameterOperator
 from ..dataset import examples_of
+from ..engines import Engine
 from ..operators import GGNOperator, HessianOperator, LossCurvature
 from ..wrappers import check_uncoupled, kind_of, unwrapped
 from .group import Ranks, Step, checksum, ranks_of
@@ -118,6 +119,11 @@ class DataParallelHessian(ParameterOperator):
         self._weight = float(counts[self.ranks.rank] / counts.sum())
         self.loss = (own[:, 1] @ counts / counts.sum()).to(local.loss)
         self._gradient: Tensor | None = None
+
+    @property
+    def engine(self) -> Engine:
+        """What gives this process's own products."""
+        return self.local.engine
 
     @property
     def gradient(self) -> Tensor:

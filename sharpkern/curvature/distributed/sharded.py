@@ -90,11 +90,10 @@ class ShardedHessian(ParameterOperator):
         # Nothing is gathered before all processes have come this far with parameters and batches of the same shapes.
         _, counts = self.ranks.together("setup", lambda: self._prepare(batch), own=lambda n: [n])
         names = [f"{name} {list(s.parameter.shape)} {s.parameter.dtype}" for name, s in self._shards.items()]
-        self.ranks.agree(
-            "setup",
-            same={"the parameters' checksum": checksum(names), "the batch's shapes": checksum(shapes_of(self.batch))},
-            detail=[*names, *shapes_of(self.batch)],
-        )
+        same = {"the parameters' checksum": checksum(names)}
+        if self.weighting == "examples":
+            same["the batch's shape beyond its length, as a checksum,"] = checksum(shapes_of(self.batch))
+        self.ranks.agree("setup", same=same, detail=[*names, *shapes_of(self.batch)])
         share = counts[:, 0] if self.weighting == "examples" else torch.ones_like(counts[:, 0])
         self._weight = float(share[self.ranks.rank] / share.sum())
         loss = self._with_gathers("refresh", lambda: self._primal(update_buffers=update_buffers))
@@ -138,6 +137,11 @@ class ShardedHessian(ParameterOperator):
         if not math.isfinite(float(loss)):
             raise NonFiniteLossError(float(loss))
         return loss.to(own.dtype)
+
+    @property
+    def engine(self) -> DoubleBackward:
+        """What gives the products."""
+        return self._engine
 
     @property
     def gradient(self) -> Tensor:

@@ -1,0 +1,165 @@
+"""The operators' solvers over a run: when they are used, and for how many products."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..curvature.negative import NegativeOperator
+from ..curvature.preconditioned import PreconditionedOperator
+from ..eigen import WarmLanczos
+from ..eigen import certify as certificate_of
+from .budget import Budget, Status
+from .followed import Followed
+from .target import Tracked
+
+_CERTIFY_FAILURE = 0.01
+
+Operator = Tracked | NegativeOperator | PreconditionedOperator
+
+
+@dataclass(frozen=True)
+class Look:
+    """What was spent at a step, and what is certain of it.
+
+    Attributes:
+        matvecs: Hessian-vector products.
+        converged: every solve reached its tolerance.
+        upper: certified upper bound of the last operator's largest eigenvalue, if one was asked for.
+    """
+
+    matvecs: int = 0
+    converged: bool = True
+    upper: float | None = None
+
+
+class Following:
+    """Follows the largest eigenvalues of one or two operators through a run.
+
+    Args:
+        k: eigenvalues of each.
+        tol: relative residual at which a solve stops.
+        every: look at steps 1, 1 + every, ... only.
+        max_matvecs: the most products of a solve.
+        budget: the fraction of the steps' own time that may be spent; None for no limit.
+        tf32: let all solves but the first round factors to TF32.
+
+    Attributes:
+        followed: name -> what is known of the operator; empty before the first look.
+    """
+
+    def __init__(self, *, k: int, tol: float, every: int, max_matvecs: int, budget: float | None, tf32: bool) -> None:
+        self.k, self.tol, self.every, self.max_matvecs, self.tf32 = k, tol, every, max_matvecs, tf32
+        self.budget = None if budget is None else Budget(budget, tol)
+        self.followed: dict[str, Followed] = {}
+
+    def choose(self, step: int, deciding: str, own_seconds: float, ratio: float | None, *, certify: bool) -> Status:
+        """Say what to do at a step.
+
+        Args:
+            step: 1 for the first.
+            deciding: name of the operator that the threshold is about.
+            own_seconds: what the step takes without tracking.
+            ratio: last value over the present threshold, if there is one.
+            certify: a certificate is wanted, which is for a measured value.
+        """
+        if certify or deciding not in self.followed:
+            return "measured"
+        if (step - 1) % self.every:
+            return "carried"
+        if self.budget is None:
+            return "measured"
+        last = self.followed[deciding]
+        return self.budget.choose(own_seconds * self.every, last.drift(step), last.turned, ratio)
+
+    def look(
+        self,
+        status: Status,
+        operators: Mapping[str, Operator],
+        deciding: str,
+        step: int,
+        paid_from: float,
+        *,
+        certify: bool,
+    ) -> Look:
+        """Solve for the eigenvalues, or take forms of the last vectors.
+
+        Args:
+            status: "measured" or "bounded".
+            operators: name -> operator at the present parameters.
+            deciding: name of the one that the threshold is about.
+            step: 1 for the first.
+            paid_from: clock, from which on the time is charged to the budget.
+            certify: bound each largest eigenvalue from above by a solve from a random start.
+        """
+        matvecs, converged, upper = 0, True, None
+        at_most = None
+        if self.budget is not None and self.budget.started and not certify:
+            at_most = min(self.max_matvecs, max(self.k, self.budget.matvecs))
+        for name, operator in operators.items():
+            if name not in self.followed:
+                self.followed[name] = self._new()
+            followed = self.followed[name]
+            if status == "bounded":
+                followed.bound(operator, step)
+                continue
+            extra = None
+            if certify:
+                # A fresh seed: the promise holds for a start that has had no part in the run.
+                certificate = certificate_of(operator, failure=_CERTIFY_FAILURE)
+                matvecs += certificate.matvecs
+                upper, extra = certificate.upper, certificate.vector[None]
+            result = followed.solve(operator, step, extra, at_most)
+            matvecs += result.matvecs + followed.measure_rounding(operator)
+            converged = converged and result.converged
+        # The first step is not paid for: its solve is long, and the sweeps are recorded during it.
+        if self.budget is not None and self.budget.started:
+            self.budget.spent(time.perf_counter() - paid_from, matvecs, self.followed[deciding].shortfall)
+        elif self.budget is not None:
+            matvecs += self._start_budget(self.budget, operators, step)
+        return Look(matvecs, converged, upper)
+
+    def _start_budget(self, budget: Budget, operators: Mapping[str, Operator], step: int) -> int:
+        """Time a matvec and a form, now that their sweeps are recorded; return the matvecs spent on it."""
+        matvecs, matvec_seconds, form_seconds = 0, 0.0, 0.0
+        for name, operator in operators.items():
+            followed = self.followed[name]
+            followed.bound(operator, step)  # records its sweep, which the second one only replays
+            times = [time.perf_counter()]
+            followed.bound(operator, step)
+            times.append(time.perf_counter())
+            matvecs += (spent := followed.solve(operator, step, None, None).matvecs)
+            times.append(time.perf_counter())
+            form_seconds += times[1] - times[0]
+            matvec_seconds += (times[2] - times[1]) / spent
+        budget.operators = len(operators)
+        budget.start(matvec_seconds, form_seconds)
+        return matvecs
+
+    def _new(self) -> Followed:
+        """Start to follow an operator. Its random numbers are its own: no other operator changes what is found."""
+        generator = torch.Generator().manual_seed(0)
+        return Followed(WarmLanczos(self.k, self.tol, self.max_matvecs, generator), self.tf32)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what continues identically: tensors and plain Python only."""
+        return {
+            "followed": {name: f.state_dict() for name, f in self.followed.items()},
+            "budget": None if self.budget is None else self.budget.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore ``state_dict()``'s result.
+
+        Raises:
+            ValueError: a field of a part's state is missing or unknown, or its version is another one.
+        """
+        self.followed = {name: self._new() for name in state["followed"]}
+        for name, followed in self.followed.items():
+            followed.load_state_dict(state["followed"][name])
+        if self.budget is not None and state["budget"] is not None:
+            self.budget.load_state_dict(state["budget"])

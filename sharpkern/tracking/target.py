@@ -1,0 +1,161 @@
+"""What a tracker measures: the loss of a step's batch, and the operator whose eigenvalues are followed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..curvature.chunked import ChunkedHessian, MicroBatches
+from ..curvature.dataset import DatasetHessian
+from ..curvature.distributed.choose import hessian_of
+from ..curvature.distributed.replicated import DataParallelHessian
+from ..curvature.distributed.sharded import ShardedHessian
+from ..curvature.negative import NegativeOperator
+from ..curvature.operators import HessianOperator
+from ..curvature.parameters import gradients_of, select_parameters
+from ..curvature.wrappers import kind_of
+from ..optimizers.held import check_held
+
+StepHessian = HessianOperator | ChunkedHessian | DataParallelHessian | ShardedHessian
+Tracked = StepHessian | DatasetHessian
+
+
+class Target:
+    """The Hessian of a step's own batch, and that of a probe or a loader if one is tracked instead.
+
+    Args:
+        model: a module.
+        loss_fn: ``(output, targets) -> scalar``.
+        probe: a fixed batch, or None.
+        loader: batches, or None.
+        params: the parameters to differentiate by; None for all with ``requires_grad``.
+        chunk: the most examples of a batch that are differentiated at a time; None for all.
+        verify: compare programs with the eager model.
+
+    Raises:
+        ValueError: a kind of parallelism that is not supported, or an option that its operator does not have.
+
+    Attributes:
+        kind: what the model is wrapped in, see ``kind_of``.
+        hessian: of the step's batch, None before the first one.
+        order: name and shape of each parameter in a vector, None before the first batch.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: Callable[..., Tensor],
+        *,
+        probe: Any,
+        loader: Iterable[Any] | None,
+        params: Mapping[str, Tensor] | Iterable[str] | Iterable[Tensor] | None,
+        chunk: int | None,
+        verify: bool,
+    ) -> None:
+        self.model, self.loss_fn = model, loss_fn
+        self.kind = kind_of(model)
+        if self.kind != "plain" and not (loader is None and params is None and chunk is None):
+            raise ValueError(
+                "loader=, params= and chunk= are for a model that one process holds, and this one is wrapped for "
+                f"several ({self.kind}): leave them out."
+            )
+        self.probe, self.loader, self.chunk, self.verify = probe, loader, chunk, verify
+        # A generator of names would be empty the second time.
+        self.params: Any = params if params is None or isinstance(params, Mapping | str) else list(params)
+        self.hessian: StepHessian | None = None
+        self.order: list[tuple[str, torch.Size]] | None = None
+        self._instead: Tracked | None = None
+        self._present: list[int] = []  # what was checked last: ids of the parameters of model and optimizer
+
+    def differentiate(
+        self, batch: Any, optimizer: torch.optim.Optimizer, *, training: bool
+    ) -> tuple[dict[Tensor, Tensor], bool]:
+        """Compute loss and gradient of a batch.
+
+        Args:
+            batch: as for ``HessianOperator``, or ``MicroBatches``.
+            optimizer: must hold the parameters.
+            training: this is the training step itself: buffers change, and the gradients will be set.
+
+        Returns:
+            parameter -> gradient, and whether vectors of earlier steps still fit the parameters.
+
+        Raises:
+            NonFiniteLossError: the loss is NaN or infinite.
+            ValueError: bad batch, or see ``check_held``.
+        """
+        if self.chunk is not None and not isinstance(batch, MicroBatches):
+            batch = MicroBatches.split(batch, self.chunk)
+        if self.hessian is not None and isinstance(self.hessian, ChunkedHessian) == isinstance(batch, MicroBatches):
+            self.hessian.refresh(batch, update_buffers=training)
+        else:
+            self.hessian = self._operator(batch, update_buffers=training)
+        fits = self._follow(self.hessian.params, optimizer, sets_gradients=training)
+        return gradients_of(self.hessian), fits
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Programs are made anew where the copy goes on: they hold views of this model's parameters.
+        return {**vars(self), "hessian": None, "_instead": None, "_present": []}
+
+    def whole_model(self) -> bool:
+        """Whether every trainable parameter is differentiated by, so that its gradient can be set."""
+        chosen = {id(p) for p in select_parameters(self.model, self.params).values()}
+        return all(id(p) in chosen for p in self.model.parameters() if p.requires_grad)
+
+    def tracked(self, *, maximize: bool) -> Tracked | NegativeOperator:
+        """Return the operator whose eigenvalues are followed, at the present parameters.
+
+        Args:
+            maximize: the optimizer climbs, which is to descend minus the loss: return that one's operator.
+        """
+        operator = self._tracked()
+        return NegativeOperator(operator) if maximize else operator
+
+    def _tracked(self) -> Tracked:
+        assert self.hessian is not None
+        if self.probe is None and self.loader is None:
+            return self.hessian
+        # These are kept from step to step, as their export and recordings are.
+        if self._instead is not None and not isinstance(self._instead, DatasetHessian):
+            self._instead.refresh()
+        elif self._instead is None and self.loader is not None:
+            self._instead = DatasetHessian(
+                self.model, self.loss_fn, self.loader, params=self.params, verify=self.verify
+            )
+        elif self._instead is None:
+            probe = self.probe if self.chunk is None else MicroBatches.split(self.probe, self.chunk)
+            self._instead = self._operator(probe, update_buffers=False)
+        return self._instead
+
+    def _operator(self, batch: Any, *, update_buffers: bool) -> StepHessian:
+        if self.kind != "plain":
+            # Processes weigh alike, as DDP and FSDP average gradients: the curvature is that of the loss descended.
+            return hessian_of(
+                self.model, self.loss_fn, batch, update_buffers=update_buffers, verify=self.verify, weighting="ranks"
+            )
+        kind: Any = ChunkedHessian if isinstance(batch, MicroBatches) else HessianOperator
+        operator: StepHessian = kind(
+            self.model, self.loss_fn, batch, params=self.params, update_buffers=update_buffers, verify=self.verify
+        )
+        return operator
+
+    def _follow(self, params: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, *, sets_gradients: bool) -> bool:
+        """Check who holds the parameters when they are others than before; say whether the flat order is the same.
+
+        A layer that was unfrozen or replaced by one of other shapes has no place in the vectors followed so far.
+        """
+        held = [p for group in optimizer.param_groups for p in group["params"]]
+        present = [int(sets_gradients), *(id(p) for p in (*params.values(), *held))]
+        if present == self._present:
+            return True
+        self._present = present
+        check_held(optimizer, params, sets_gradients=sets_gradients)
+        order = [(name, p.shape) for name, p in params.items()]
+        fits = self.order is None or order == self.order
+        if not fits:
+            self._instead = None
+        self.order = order
+        return fits
