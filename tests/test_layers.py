@@ -19,8 +19,8 @@ LAYERS = {
     "recording.common recording.cuda_graph recording.pool recording.tape recording.replayed double_backward",
     "eigen": "common stopping state basis certificate krylov locally_optimal power warm",
     "optimizers": "parts held gi_adam rules norms threshold preconditioner next_update",
-    "curvature": "losses parameters wrappers watch eager gate engines freshness base operators dataset chunked negative "
-    "preconditioned distributed.group distributed.shards distributed.blocks distributed.skeleton "
+    "curvature": "losses parameters wrappers watch eager gate engines freshness base operators dataset chunked "
+    "negative preconditioned distributed.group distributed.shards distributed.blocks distributed.skeleton "
     "distributed.replicated distributed.sharded distributed.choose sharpness audit",
     "dynamics": "",
     "tracking": "budget record followed gradients target following directions tracker",

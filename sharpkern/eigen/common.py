@@ -12,13 +12,11 @@ from .. import kernels
 
 
 class Space(Protocol):
-    """How the processes of an operator hold its vectors: each a part of every vector, or each the whole.
+    """How the processes of an operator hold its vectors: each a part of every vector, or each the whole."""
 
-    Attributes:
-        n: length of a whole vector; the operator's own ``n`` is that of this process's part.
-    """
-
-    n: int
+    @property
+    def n(self) -> int:
+        """Length of a whole vector; the operator's own ``n`` is that of this process's part."""
 
     def total(self, partial: Tensor) -> Tensor:
         """Turn inner products of the parts into those of the whole vectors, the same bits on every process."""

@@ -38,21 +38,20 @@ def buffers_on_copies(modules: Iterable[nn.Module], *, updated: nn.Module | None
     finally:
         for module, buffers in before:
             if id(module) in to_update:
-                buffers |= _taken_over(buffers, module._buffers, copies)
+                buffers |= _taken_over(buffers, module._buffers)
             module._buffers.clear()
             module._buffers.update(buffers)
 
 
-def _taken_over(
-    originals: dict[str, Tensor | None], left: dict[str, Tensor | None], copies: dict[int, Tensor]
-) -> dict[str, Tensor | None]:
+def _taken_over(originals: dict[str, Tensor | None], left: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
     """Write what the pass left into the originals; return the buffers that cannot be written in place."""
     new: dict[str, Tensor | None] = {}
     for name, value in left.items():
         original = originals.get(name)
         if original is None or value is None or value.shape != original.shape or value.dtype != original.dtype:
             new[name] = value if value is None or value is original else value.detach()
-        elif value is not copies[id(original)] or value._version:  # a clone starts at version 0
+        # By value: batch norm writes its statistics without counting a new version.
+        elif not torch.equal(value, original):
             with torch.no_grad():
                 original.copy_(value)
     return new
@@ -61,13 +60,13 @@ def _taken_over(
 @contextmanager
 def restored_buffers(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Put old values back into buffers that were written: for an export, which must see the buffers' own memory."""
-    before = [(b, b.clone(), b._version) for m in modules for b in m._buffers.values() if b is not None]
+    before = [(b, b.clone()) for m in modules for b in m._buffers.values() if b is not None]
     try:
         yield
     finally:
         with torch.no_grad():
-            for b, value, version in before:
-                if b._version != version:
+            for b, value in before:
+                if not torch.equal(b, value):  # batch norm writes without counting a new version
                     b.copy_(value)
 
 

@@ -240,12 +240,12 @@ class _Buffers:
         tensors = {id(b): b for _, row in self._live for b in row.values() if b is not None}
         # In eval mode nothing writes to them, and masks may be large.
         self._copies = {i: b.clone() for i, b in tensors.items()} if root.training else {}
-        self._versions = {i: b._version for i, b in tensors.items()}
 
     def settled(self) -> _Buffers:
         """Forget the copies of buffers that the call has left alone."""
         live = {id(b): b for _, row in self._live for b in row.values() if b is not None}
-        self._copies = {i: c for i, c in self._copies.items() if live[i]._version != self._versions[i]}
+        # By value, because batch norm writes its statistics without counting a new version.
+        self._copies = {i: c for i, c in self._copies.items() if not torch.equal(live[i], c)}
         return self
 
     @contextmanager
