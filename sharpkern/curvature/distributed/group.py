@@ -54,11 +54,13 @@ class Ranks:
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         members = dist.get_process_group_ranks(group)
         self.first = members[0]
-        options: Any = {"timeout": timedelta(seconds=time_limit), "backend": "gloo", "use_local_synchronization": True}
+        # Groups of all processes are numbered; those of some are named by their members, so that only these need come.
+        some = self.size < dist.get_world_size()
+        options: Any = {"timeout": timedelta(seconds=time_limit), "backend": "gloo", "use_local_synchronization": some}
         with self._bounded("setup"):
             self._headers = dist.new_group(members, **options)
             # Apart from the headers: a process that failed between two data exchanges goes to the next header.
-            self._cpu_data = dist.new_group(members, **options)
+            self._cpu_data: dist.ProcessGroup | None = dist.new_group(members, **options)
 
     @contextmanager
     def _bounded(self, step: str) -> Any:
@@ -116,15 +118,18 @@ class Ranks:
         """Tell everyone what went wrong, and raise."""
         told: list[Any] = [None] * self.size
         loss = failure.loss if isinstance(failure, NonFiniteLossError) else None
+        # A process whose connection was closed on it has failed because another one has.
+        second_hand = isinstance(failure, DistributedError)
         with self._bounded(step):
-            message = None if failure is None else (f"{type(failure).__name__}: {failure}", loss)
+            message = None if failure is None else (second_hand, f"{type(failure).__name__}: {failure}", loss)
             dist.all_gather_object(told, message, group=self._headers)
-        if failure is not None:
+        failed = [(m[0], rank, *m[1:]) for rank, m in enumerate(told) if m is not None]
+        consequence, rank, text, loss = min(failed, key=lambda m: m[:2])
+        if failure is not None and second_hand <= consequence:
             raise failure
-        rank, (text, loss) = next((r, m) for r, m in enumerate(told) if m is not None)
         if loss is not None:
             raise NonFiniteLossError(loss)
-        raise DistributedError(f"rank {rank} failed at {step!r}: {text}")
+        raise DistributedError(f"rank {rank} failed at {step!r}: {text}") from failure
 
     def _disagreement(self, table: Tensor, names: list[str], exact: int) -> str | None:
         steps = table[:, 0].long().tolist()
@@ -187,6 +192,8 @@ class Ranks:
 
     def data_group(self, t: Tensor) -> dist.ProcessGroup | None:
         """Return the group that exchanges tensors on a device; on the CPU it has the time limit, too."""
+        if self._cpu_data is None:
+            raise DistributedError("the connections were closed when a rank failed: make a new operator on all ranks.")
         return self._cpu_data if t.device.type == "cpu" else self.group
 
     def sum_(self, t: Tensor) -> Tensor:
@@ -204,8 +211,17 @@ class Ranks:
         return t
 
     def hang_up(self) -> None:
-        """Close the data connections on the CPU, so that no process waits in them for one that has failed."""
-        self._cpu_data.abort()
+        """Close the data connections on the CPU, so that no process waits in them for one that has failed.
+
+        Operators on these ``Ranks`` are at their end; ``ranks_of`` makes new ones.
+        """
+        for known in _made.values():
+            for limit in [limit for limit, ranks in known.items() if ranks is self]:
+                del known[limit]
+        group, self._cpu_data = self._cpu_data, None
+        if group is not None:
+            # Destroyed, not aborted: gloo closes its connections with the last reference.
+            dist.destroy_process_group(group)
 
     def gathered(self, t: Tensor, label: int = 0) -> Tensor:
         """Return the tensors of all processes, which have one shape, joined along the first dimension.

@@ -137,8 +137,9 @@ class DataParallelHessian(ParameterOperator):
         return self._gradient
 
     def apply_rows(self, block: Tensor) -> Tensor:
+        product = self._average("product", lambda: self.local.apply_rows(block), block)
         self.products += block.shape[0]
-        return self._average("product", lambda: self.local.apply_rows(block), block)
+        return product
 
     def form_rows(self, block: Tensor) -> Tensor:
         return self._average("quadratic form", lambda: self.local.form_rows(block), block)

@@ -149,8 +149,9 @@ class ShardedHessian(ParameterOperator):
         return self._engine.gradient()
 
     def apply_rows(self, block: Tensor) -> Tensor:
+        product = self._with_gathers("product", lambda: self._product(block), block)
         self.products += block.shape[0]
-        return self._with_gathers("product", lambda: self._product(block), block)
+        return product
 
     def form_rows(self, block: Tensor) -> Tensor:
         def form() -> Tensor:
