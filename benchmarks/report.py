@@ -318,11 +318,11 @@ def write_docs(path: Path) -> None:
         if (path.parent / name).is_file():
             (root / "docs" / "images" / name).write_bytes((path.parent / name).read_bytes())
             text = f"![{caption}](images/{name})\n\n{text}"
-    _between(root / "docs" / "benchmarks.md", text)
-    _between(root / "README.md", readme_table(json.loads(path.read_text())) + "\n")
+    between(root / "docs" / "benchmarks.md", text)
+    between(root / "README.md", readme_table(json.loads(path.read_text())) + "\n")
 
 
-def _between(page: Path, text: str) -> None:
+def between(page: Path, text: str) -> None:
     """Replace what stands between the two marks of a page.
 
     Raises:

@@ -25,6 +25,7 @@ Parameter given(Passed<Parameter> value) {
   }
 }
 
+// The interpreter lock is released: kernels touch no Python objects.
 template <class Result, class... Parameters>
 void expose(py::module_& m, const std::string& name, Result (*kernel)(Parameters...)) {
   m.def(
@@ -38,6 +39,7 @@ void expose_words(py::module_& m, const std::string& name, void (*kernel)(const 
   m.def(
       name.c_str(),
       [kernel](decltype(I, Address())... words, int threads) {
+        // The fields are 8-byte words without gaps, as is checked below, so that the words are the struct.
         const Address row[] = {words...};
         Arguments arguments;
         std::memcpy(&arguments, row, sizeof arguments);

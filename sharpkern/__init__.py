@@ -14,6 +14,8 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from .curvature.audit import AuditReport as AuditReport
     from .curvature.audit import audit as audit
+    from .curvature.chunked import ChunkedHessian as ChunkedHessian
+    from .curvature.chunked import MicroBatches as MicroBatches
     from .curvature.dataset import DatasetHessian as DatasetHessian
     from .curvature.distributed.choose import hessian_of as hessian_of
     from .curvature.distributed.group import DistributedError as DistributedError
@@ -67,6 +69,7 @@ if TYPE_CHECKING:
 _HOME = {
     "curvature.audit": ("AuditReport", "audit"),
     "warmup.critical": ("CriticalLR", "critical_learning_rate"),
+    "curvature.chunked": ("ChunkedHessian", "MicroBatches"),
     "curvature.dataset": ("DatasetHessian",),
     "dynamics": (
         "Catapult",

@@ -102,6 +102,7 @@ def first_crossing(ratio: Measured, level: float = 1.0) -> int | None:
     >>> first_crossing([0.5, None, 1.2, 0.9])
     2
     """
+    # A NaN is above nothing, so unmeasured steps of either spelling are passed over.
     return next((t for t, r in enumerate(ratio) if r is not None and r > level), None)
 
 
@@ -121,6 +122,7 @@ def crossings(ratio: Measured, level: float = 1.0) -> list[tuple[int, int | None
     found: list[tuple[int, int | None]] = []
     up = None
     for t, r in enumerate(_column(ratio)):
+        # NaN compares as False with everything: an unmeasured step neither begins a stay nor ends one.
         if up is None and r > level:
             up = t
         elif up is not None and r <= level:
@@ -151,6 +153,7 @@ def edge_of_stability(
     values = _column(ratio)
     if start is None:
         crossing = next((t for t, r in enumerate(values) if r > 1), None)
+        # After the crossing: the way up to the threshold is not time spent at it.
         start = len(values) if crossing is None else crossing + 1
     counted = [r for r in values[start:] if not math.isnan(r)]
     if not counted:
@@ -200,11 +203,13 @@ def training_outcome(
         raise ValueError("the run has no loss.")
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1, got {window}.")
+    # "not <=" and not ">", so that NaN is bad.
     bad = next((t for t, x in enumerate(losses) if not (math.isfinite(x) and x <= limit)), None)
     if bad is not None:
         return Outcome("diverged", bad, f"the loss is {losses[bad]:.4g} at step {bad}.")
     if accuracy is None:
         last, of = _last_mean(losses, window)
+        # A tenth of its absolute value, as a loss may be negative.
         failed = last > losses[0] - 0.1 * abs(losses[0])
         evidence = f"the loss is {last:.4g}, the mean of the last {of}, and was {losses[0]:.4g} at first."
         return Outcome("failed" if failed else "trained", None, evidence)
@@ -269,7 +274,9 @@ def detect_catapults(
         raise ValueError(f"smooth must be at least 1, got {smooth}.")
     losses, measured, rates, kappa = _columns(threshold, loss=loss, sharpness=sharpness, lr=lr)
     min_drop = (0.1 if smooth > 1 else 0.0) if min_drop is None else min_drop
+    # Held first: a mean over measured steps alone would have holes where the condition below is asked.
     held = _smoothed(_hold(measured), smooth)
+    # A loss that is NaN is higher than any other: the run did not come back from there.
     height = _smoothed([x if math.isfinite(x) else math.inf for x in losses], smooth)
     found: list[Catapult] = []
     t, steps = 0, len(height)
@@ -278,13 +285,18 @@ def detect_catapults(
             t += 1
             continue
         later = range(t + 1, steps)
+        # Both conditions: below the threshold with a high loss the model is still on its way back, and a low loss above
+        # the threshold is about to rise again.
         end = next((s for s in later if rates[s] * held[s] <= kappa[s] and height[s] <= height[t]), None)
         last = steps - 1 if end is None else end
         peak = max(range(t, last + 1), key=height.__getitem__)
         ratio = height[peak] / height[t] if height[t] > 0 else math.inf
+        # At the end and not at the peak: the sharpness goes on falling while the loss comes back.
         drop = 1 - held[last] / held[t]
+        # One that is not over has no final drop yet: it counts unless a least drop is asked for.
         if drop >= min_drop or (end is None and min_drop == 0):
             found.append(Catapult(t, peak, end, ratio, drop))
+        # From its end, at which the next one may begin: catapults follow each other at the edge of stability.
         t = last
     return found
 
@@ -321,6 +333,7 @@ def classify_regime(sharpness: Measured, lr: Measured, threshold: float | Measur
     if smooth < 1:
         raise ValueError(f"smooth must be at least 1, got {smooth}.")
     measured, rates, kappa = _columns(threshold, sharpness=sharpness, lr=lr)
+    # Not held here: a carried value would say that the sharpness kept still.
     values = {t: s for t, s in enumerate(_smoothed(measured, smooth)) if not math.isnan(measured[t])}
     first = next(iter(values.values()), None)
     if first is None or first <= 0:
@@ -332,8 +345,10 @@ def classify_regime(sharpness: Measured, lr: Measured, threshold: float | Measur
     persistence = None
     if crossing is not None:
         after = [r for t, r in ratio.items() if t > crossing]
+        # As ``edge_of_stability``'s default limits.
         persistence = sum(0.8 <= r <= 1.3 for r in after) / len(after) if after else None
     before = sum(t < at for t in values)
+    # Fewer may all lie in the dip with which runs that sharpen later often begin.
     confident = before >= 8
     name: Literal["C1", "C2", "C3"] = "C1" if trend > 1.2 else "C2" if trend < 0.8 else "C3"
     where = "at the end (no crossing)" if crossing is None else f"at the first crossing (step {crossing})"
@@ -348,6 +363,7 @@ def classify_regime(sharpness: Measured, lr: Measured, threshold: float | Measur
 def _columns(threshold: float | Measured, **columns: Measured) -> list[list[float]]:
     """Turn columns to floats, check that they have one length, and add the threshold spread over it."""
     found = {name: _column(values) for name, values in columns.items()}
+    # A 0-d tensor or array is one number, although its class can be iterated.
     many = isinstance(threshold, Iterable) and getattr(threshold, "ndim", 1) > 0
     if many:
         found["threshold"] = _column(threshold)  # type: ignore[arg-type]
@@ -376,6 +392,7 @@ def _smoothed(values: list[float], width: int) -> list[float]:
     """Return the mean of the finite values around each step; what is not finite stays so."""
     if width == 1:
         return values
+    # An even width has its odd step ahead.
     back, ahead = (width - 1) // 2, width // 2
     around = (values[max(0, t - back) : t + ahead + 1] for t in range(len(values)))
     means = (statistics.fmean(finite) if (finite := [x for x in w if math.isfinite(x)]) else math.nan for w in around)

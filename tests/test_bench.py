@@ -149,13 +149,13 @@ def test_the_readme_table_is_made_from_the_run(tmp_path):
     assert "| 2.00 |" in table  # of the floor
     page = tmp_path / "page.md"
     page.write_text("a\n<!-- measured -->\nold\n<!-- end -->\nz\n")
-    report._between(page, table)
+    report.between(page, table)
     assert "old" not in page.read_text()
     assert page.read_text().startswith("a\n")
     assert page.read_text().endswith("<!-- end -->\nz\n")
     page.write_text("no marks")
     with pytest.raises(ValueError, match="marks"):
-        report._between(page, table)
+        report.between(page, table)
 
 
 def test_the_suite_is_found_in_a_checkout_only(tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ from torch import nn
 
 import sharpkern as sk
 from sharpkern.curvature.chunked import ChunkedHessian, MicroBatches
+from sharpkern.rop.sandbox import random_state
 
 
 def dense_sum(problem: Problem, parts: MicroBatches) -> torch.Tensor:
@@ -36,7 +37,7 @@ def test_weights_are_the_loops_own_and_batches_may_change() -> None:
     problem = double(mlp())
     x, y = problem.batch
     H = ChunkedHessian(problem.model, problem.loss_fn, MicroBatches([problem.batch]))
-    parts = MicroBatches([(x[:2], y[:2]), (x[2:], y[2:])], [1.0, 1.0])
+    parts = MicroBatches([(x[:2], y[:2]), (x[2:], y[2:])], [0.5, 0.5])
     with torch.no_grad():
         next(problem.model.parameters()).add_(0.1)
     H.refresh(parts)
@@ -70,6 +71,23 @@ def test_noise_is_the_same_in_every_product_and_training_draws_as_without() -> N
         [torch.cat([(z if r is None else r).flatten() for r, z in zip(row, zeros, strict=True)]) for row in rows]
     )
     assert error(dense, truth) <= 1e-10
+
+
+def test_the_loops_own_noise_is_drawn_again() -> None:
+    x, y = torch.randn(6, 3).double(), torch.randn(6, 2).double()
+    model = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.5), nn.Linear(8, 2)).double()
+    parts, losses, states = [(x[:2], y[:2]), (x[2:], y[2:])], [], []
+    for a, b in parts:
+        states.append(random_state())
+        losses.append(nn.functional.mse_loss(model(a), b) / 2)
+    gradient = torch.cat([g.flatten() for g in torch.autograd.grad(sum(losses), list(model.parameters()))])
+    after = torch.get_rng_state()
+    H = ChunkedHessian(model, nn.MSELoss(), MicroBatches(parts, [0.5, 0.5], random_states=states))
+    assert torch.equal(torch.get_rng_state(), after)
+    H.refresh()
+    assert error(H.gradient, gradient) <= 1e-12 and error(H.loss, sum(losses).detach()) <= 1e-12
+    with pytest.raises(ValueError, match="one random state for each of 2"):
+        MicroBatches(parts, random_states=states[:1])
 
 
 def test_running_statistics_move_as_in_accumulation() -> None:

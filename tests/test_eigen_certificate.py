@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from test_eigen import F64, Dense, prescribed
+from matrices import F64, Dense, prescribed
 
 from sharpkern.eigen import certify
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from test_eigen import F64, Dense, prescribed, with_top
+from matrices import F64, Dense, prescribed, with_top
 
 from sharpkern.eigen import WarmLanczos, lanczos
 

@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "sharpkern"
 # Lowest first: a folder imports from the folders above its line, a module from the modules before it in its row.
 LAYERS = {
-    "kernels": "saved reference cholesky_qr cpu.native cpu.huge_pages cpu.blocked_attention cuda precision dispatch "
+    "kernels": "precision saved reference cholesky_qr cpu.native cpu.huge_pages cpu.blocked_attention cuda dispatch "
     "vectors attention embedding linear norm pointwise softmax triton.attention_tiles triton.attention_kernels "
     "triton.attention triton.embedding triton.linear triton.norm_kernels triton.norm triton.pointwise triton.softmax",
     "rop": "layout rule step sandbox rules.fallback rules.arithmetic rules.attention rules.conv rules.dropout "
@@ -26,6 +26,7 @@ LAYERS = {
     "tracking": "budget record followed gradients target following directions tracker",
     "warmup": "formulas critical schedule persistent trials suggest_text suggest",
     "train": "cifar idx text config metrics models batched checkpoint data moments plots summary losses own build loop",
+    "integrations": "observer lightning transformers",
     "sweep": "grid collect diagrams run report stacked groups executors",
     "cli": "exits progress options train suggest sweep report audit bench doctor __main__",
 }

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
 from rule_truth import check, check_op, double_backward
 from torch import Tensor
 
+from sharpkern.rop.rule import Rule
 from sharpkern.rop.rules.norm import BatchNorm, GroupNorm, LayerNorm, RMSNorm
 
 TRUTH = {"truth": double_backward}  # jvp(jacrev) of layer norm is silently wrong in torch 2.13
@@ -44,6 +47,21 @@ def test_layer_norm_with_some_arguments_active(active: tuple[int, ...]) -> None:
 def test_rms_norm(shape: tuple[int, ...], weighted: bool, eps: float | None) -> None:
     shapes = (shape, (5,)) if weighted else (shape,)
     check_op(lambda x, *w: F.rms_norm(x, (5,), *w, eps=eps), *shapes, rule=RMSNorm, **TRUTH)
+
+
+@pytest.mark.parametrize(
+    ("norm", "rule"),
+    [
+        (lambda x, w: F.layer_norm(x, (5,), w), LayerNorm),
+        (lambda x, w: F.rms_norm(x, (5,), w), RMSNorm),
+        (lambda x, w: F.group_norm(x, 1, w), GroupNorm),
+        (lambda x, w: F.batch_norm(x, None, None, w, training=True), BatchNorm),
+    ],
+    ids=["layer", "rms", "group", "batch"],
+)
+def test_norms_of_a_transposed_x(norm: Callable[[Tensor, Tensor], Tensor], rule: type[Rule]) -> None:
+    # x = p' keeps p's strides; kernels read the saved rows by address.
+    check_op(lambda p, w: norm(p.t(), w), (5, 4), (5,), rule=rule, **TRUTH)
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])

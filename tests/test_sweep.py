@@ -109,6 +109,9 @@ def test_several_grids_share_their_axes_and_count_a_cell_once(tmp_path: Path) ->
             "[optimizer]\nname = 'adam'\n[sweep]\nlr_unit = '1/sharpness'\n[sweep.grid]\nseed = [1]",
             "is for sgd, got 'adam'",
         ),
+        # Refused before anything is imported: there is no such module, which would be another message.
+        ("task = 'nowhere.to_be_found:make'\n[sweep.grid]\nseed = [1]", "task is for train, suggest and audit"),
+        ("[sweep.grid]\ntask = ['nowhere.to_be_found:make']", "task is for train, suggest and audit"),
     ],
 )
 def test_mistakes_in_the_file_are_one_line(tmp_path: Path, text: str, message: str, capsys) -> None:

@@ -21,7 +21,7 @@ from sharpkern.train import checkpoint, metrics
 from sharpkern.train.build import batch_at
 from sharpkern.train.config import DataConfig, ModelConfig, OptimizerConfig, TrainConfig, to_toml
 from sharpkern.train.loop import Run
-from sharpkern.train.summary import summarise
+from sharpkern.train.summary import summary_lines
 
 
 def config(out: Path, **changes) -> TrainConfig:
@@ -114,7 +114,7 @@ def test_rows_hold_what_shows_that_adam_fails(tmp_path: Path, optimizer: str) ->
         assert row[name] == pytest.approx(value, rel=2e-2)
     assert row[f"initial_{optimizer.replace('-', '_')}"] == pytest.approx(row["preconditioned_sharpness"], rel=1e-2)
     assert "initial_adam" not in metrics.read(tmp_path / "run" / "metrics.jsonl")[1]
-    assert f"{row['initial_adam']:.4g} for Adam" in "\n".join(summarise([row]))
+    assert f"{row['initial_adam']:.4g} for Adam" in "\n".join(summary_lines([row]))
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "gi-adam"])

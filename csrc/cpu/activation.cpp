@@ -57,6 +57,7 @@ template <class T>
 struct Gelu {
   static T density(T x) { return T(0.39894228040143267794) * decay<T>(T(-0.5) * x * x); }
   static T slope(T x, T y) {
+    // Phi(x) = y / x saves the error function; towards zero it is 1/2, where y / x would be 0 / 0.
     const T share = std::abs(x) < Format<T>::TINY ? T(0.5) : y / x;
     return share + x * density(x);
   }

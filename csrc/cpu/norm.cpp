@@ -10,6 +10,8 @@
 
 namespace {
 
+// A sum in one register could not be vectorised, since float additions may not change their order; 16 sums also round
+// less than one.
 constexpr int LANES = 16;
 constexpr int64_t STRETCHES = 64;
 constexpr int64_t SMALL = 16384;  // numbers below which waking the other threads costs more than it saves
@@ -146,6 +148,9 @@ void backward_row(const NormBackwardTangent<T>& s, int64_t row, const T* __restr
     }
   });
   if (!out) return;
+  // With m(.) for the mean, a = m(xhat dx) and rho = r a, J du + dJ u of kernels/norm.py is, for centred statistics,
+  //   r [du - rho u - (m(du) - rho m(u)) - xhat (m(xhat du) - rho m(xhat u) + m(dxhat u)) - dxhat m(xhat u)]:
+  // five sums in one pass over the row, and the result in a second one.
   const T rho = r * along;
   const T shift = s.mode == CENTRED ? (m_du - rho * m_u) / count_all : T(0);
   const T by_x = s.mode == FIXED ? T(0) : (m_xdu - rho * m_xu + m_mu) / count_all;

@@ -8,6 +8,7 @@
 
 namespace {
 
+// Sums under way: one alone could not be vectorised, since float additions may not change their order.
 constexpr int LANES = 16;
 constexpr int64_t SMALL = 32768;   // numbers below which waking the other threads costs more than it saves
 constexpr int64_t STRETCH = 4096;  // numbers of the primal that stay in L1 while all k tangents pass
@@ -51,6 +52,7 @@ void softmax_jacobian(const SoftmaxJacobian<T>& a, int threads) {
       const T* __restrict__ p = a.p + row * C;
       const T* __restrict__ u = a.u + at;
       T* __restrict__ out = a.out + at;
+      // Two passes over the row, the second one from the cache.
       const T mean = dot(p, u, C), weight = a.weight ? a.weight[row] : T(1);
       a.mean[i * a.rows + row] = mean;
       for (int64_t c = 0; c < C; ++c) out[c] = weight * p[c] * (u[c] - mean);

@@ -35,11 +35,13 @@ def main(argv: list[str] | None = None) -> int:
     """
     arguments = sys.argv[1:] if argv is None else argv
     try:
+        # A bare ``sharpkern`` shows its help too, but is a mistake: a script that forgot the command must not go on.
         given = _parse(arguments or ["--help"])
         if given is None:
             return OK if arguments else USER_ERROR
         code: int = given.run(given)
         return code
+    # What the package raises for a user's mistake. Anything else is a bug, and keeps its traceback.
     except (ValueError, OSError, TypeError, RuntimeError) as error:
         return complain(_one_line(error))
     except KeyboardInterrupt:
@@ -62,6 +64,7 @@ def _parse(arguments: list[str]) -> Namespace | None:
             module.add_options(command)
     try:
         given, unknown = parser.parse_known_args(arguments)
+    # Only --help and --version end so: ``Parser.error`` raises a ValueError instead.
     except SystemExit:
         return None
     if unknown:  # told by the command's parser, whose help lists the known ones
@@ -70,6 +73,7 @@ def _parse(arguments: list[str]) -> Namespace | None:
 
 
 def _one_line(error: Exception) -> str:
+    # Without the number of the error, which str() puts in front.
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}." if error.filename else f"{error.strerror}."
     return (str(error) or type(error).__name__).splitlines()[0]

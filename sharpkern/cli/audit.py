@@ -31,7 +31,10 @@ def run(given: argparse.Namespace) -> int:
     task = build_task(config)
     batch = task.batch(1)
     if config.task is None and config.batch_size is None:
+        # Only of the reference data: nothing is known of the form of a user's batch, nor which tensors have a row an
+        # example.
         batch = tuple(t[:_EXAMPLES] for t in batch)
     found = audit(task.model, task.loss_fn, batch)
     print("\n".join(found.lines))
+    # An audit without a truth fails too: a script that asks whether products can be trusted must not hear yes.
     return OK if found.ok else FAILED

@@ -31,9 +31,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(given: argparse.Namespace) -> int:
     """Run the suite; return its exit code."""
+    # Passed on only where given, so that the suite's own defaults stand in one place.
     values = {name: getattr(given, name) for name in ("threads", "rounds", "seconds", "out")}
     arguments = [f"--{name}={value}" for name, value in values.items() if value is not None]
     quick = ["--quick"] if given.quick else []
+    # A process of its own: the suite imports its parts as scripts from their folder, and peers that the package must
+    # not need.
     return subprocess.run([sys.executable, str(find()), *quick, *arguments]).returncode
 
 
@@ -47,6 +50,7 @@ def find(start: Path | None = None) -> Path:
         FileNotFoundError: neither is there.
     """
     here = Path.cwd() if start is None else start
+    # The first holds for an editable installation, whose files are those of the checkout.
     for root in (Path(__file__).parents[2], here, *here.parents):
         if (root / SCRIPT).is_file() and (root / "sharpkern").is_dir():
             return root / SCRIPT

@@ -45,6 +45,7 @@ def findings() -> list[str]:
     forced = os.environ.get("SHARPKERN_BACKEND")
     lines.append(f"SHARPKERN_BACKEND: {forced or 'not set, the fastest backend that fits is used'}")
     for package in ("triton", "tqdm", "matplotlib", "scipy"):
+        # Looked up and not imported: importing all four takes seconds, and one that is broken would end the report.
         found = util.find_spec(package) is not None
         lines.append(f"{package}: {metadata.version(package) if found else 'not installed'}")
     return lines
@@ -60,6 +61,8 @@ def _backends() -> list[str]:
     x = torch.zeros(1, 1)
     for backend in kernels.BACKENDS:
         device = "cuda" if backend in ("cuda", "triton") else "cpu"
+        # A backend is asked about a kernel that it has: Triton has no vector kernels, the compiled modules no
+        # ``dual_gemm``.
         reason = kernels.why_not(backend, "dual_gemm" if backend == "triton" else "gram", x)
         if reason is None:
             level = f", {native.level()} instructions" if backend == "cpu" else ""
@@ -74,4 +77,5 @@ def _gpu() -> str:
 
     if torch.cuda.is_available():
         return f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
+    # Tells a machine without a GPU from a torch that was built without CUDA.
     return f"none that torch can use (torch is built {'with' if torch.version.cuda else 'without'} CUDA)"

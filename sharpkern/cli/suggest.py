@@ -37,8 +37,10 @@ def run(given: argparse.Namespace) -> int:
     from ..warmup.suggest import suggest_warmup
 
     task = build_task(config)
+    # One epoch, as a list: short runs go through it again and again, each from its start.
     batches = [task.batch(step) for step in range(1, task.per_epoch + 1)]
     optimizer = build_optimizer(config, task.model)
+    # RI-Adam's v_0 is drawn once, so that all short runs begin from one state.
     draw_second_moment(task.model, task.loss_fn, batches[0], optimizer)
     found = suggest_warmup(
         task.model, task.loss_fn, batches, optimizer, lr_target=given.lr_target, probe_steps=given.probe_steps

@@ -38,12 +38,14 @@ def run(given: argparse.Namespace) -> int:
     from ..sweep.grid import read_sweep
 
     sweep = read_sweep(given.file, given.out)
+    # Before --list, so that a folder of other settings is refused then too.
     done = sum(result_of(cell) is not None for cell in sweep.cells)
     if given.list:
         print("\n".join(cell.name for cell in sweep.cells))
         return OK
     if given.executor == "submitit":
         parameters = dict(_pair(item) for item in given.submitit)
+        # How many jobs run at once is the cluster's affair, so stacks are not divided for it.
         executor, at_once = executors.submitit(sweep.folder / "jobs", **parameters), 1
     else:
         threads = max(cell.config.threads or 1 for cell in sweep.cells)
@@ -52,9 +54,12 @@ def run(given: argparse.Namespace) -> int:
     print(f"{len(sweep.cells)} cells, {done} of them done; folder: {sweep.folder}")
     ends = with_progress(executors.run_sweep(sweep, executor, at_once=at_once), done, len(sweep.cells), "cell")
     try:
+        # This is what runs the sweep: ``run_sweep`` is a generator.
         errors = [end for end in ends if end.status == "error"]
+    # ``main`` would speak of --resume, which a sweep has not.
     except KeyboardInterrupt:
         return complain("interrupted; the same command goes on from here.", INTERRUPTED)
+    # Of the whole table: cells that were done before count as well.
     statuses = [row["status"] for row in table(sweep)]
     counts = ", ".join(f"{statuses.count(name)} {name}" for name in dict.fromkeys(statuses))
     print(f"{counts}; table: {sweep.folder / 'table.csv'}; next: sharpkern report {sweep.folder}")
@@ -71,4 +76,5 @@ def _pair(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not equals:
         raise ValueError(f"--submitit needs KEY=VALUE, got {text!r}.")
+    # submitit checks types: ``timeout_min`` must be a number, not the text of one.
     return name, int(value) if value.isdecimal() else value

@@ -40,6 +40,7 @@ def run(given: argparse.Namespace) -> int:
             pass
     except NonFiniteLossError as error:
         code = complain(f"{error} The run folder keeps what was done.", DIVERGED)
+    # Also after a divergence or Ctrl-C: what was done has a summary and a plot.
     finally:
         _conclude(config)
     return code
@@ -63,12 +64,14 @@ def _conclude(config: TrainConfig) -> None:
 
     rows = read(config.out / "metrics.jsonl")
     finite = [row for row in rows if row.get("loss") is not None]
+    # After a divergence at the first step there is nothing to plot, and a sentence would repeat the error.
     if not finite:
         return
     from ..train.plots import plot_run
-    from ..train.summary import catapults_of, summarise
+    from ..train.summary import catapults_of, summary_lines
 
-    lines = summarise(rows)
+    # Of all rows, as the last one may be the divergence; the plot takes those with numbers.
+    lines = summary_lines(rows)
     (config.out / "summary.txt").write_text("\n".join(lines) + "\n")
     tracked = [row for row in finite if row["sharpness"] is not None]
     plot_run(

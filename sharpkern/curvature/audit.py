@@ -23,7 +23,13 @@ _COARSE = 0.2  # the most that is ever taken for rounding, as in 16-bit floats
 
 @dataclass(frozen=True)
 class Check:
-    """One figure of an audit: a relative error and the most that passes."""
+    """One figure of an audit.
+
+    Attributes:
+        name: what was compared with what.
+        error: relative; NaN if one of the two was.
+        allowed: the most that passes.
+    """
 
     name: str
     error: float
@@ -110,11 +116,13 @@ def audit(
     """
     generator = generator or torch.Generator().manual_seed(0)
     seed = int(torch.randint(2**31, (), generator=generator))
+    # The caller's random numbers are left alone; within, one seed gives every evaluation the same dropout masks.
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         H = HessianOperator(model, loss_fn, batch)
         try:
             checks, v = _against_itself(H, generator)
+        # Loss and gradient are still good, and are checked: only the products are missing.
         except UnsupportedOpError as error:
             return AuditReport((_gradient_check(H, seed),), tuple(H.fallback_ops), f"there are no products: {error}")
         checks.append(_gradient_check(H, seed))
@@ -128,7 +136,9 @@ def audit(
 def _against_itself(H: HessianOperator, generator: torch.Generator) -> tuple[list[Check], Tensor]:
     u, v = _unit(H, generator), _unit(H, generator)
     Hu, Hv = H @ u, H @ v
+    # One scale for all three: u'Hv itself may be near zero, and a relative error of it would be noise.
     scale = max(float(Hu.norm()), float(Hv.norm()), torch.finfo(H.dtype).tiny)
+    # Tighter than for the truths: both sides come from the same sweeps and differ by the order of sums alone.
     allowed = min(_COARSE, 1e3 * _rounding(H))
     twice = float((H @ (2 * u - 3 * v) - 2 * Hu + 3 * Hv).norm())
     return [
@@ -150,12 +160,14 @@ def _product_check(H: HessianOperator, v: Tensor, seed: int, where: str) -> tupl
     allowed = min(_COARSE, _PRODUCT * _rounding(H))
     floor = max(_rounding(H) * float(H.gradient.norm()), torch.finfo(H.dtype).tiny)  # where Hv is zero but for rounding
     product = H @ v
+    # Double backward can only judge a program: where it gives the products itself, it would agree with itself.
     if isinstance(H.engine, ReplayedProgram):
         leaves, spec = pytree.tree_flatten(H.batch)
         truth = DoubleBackward(H.module, spec, H.params, H.others)
         torch.manual_seed(seed)
         try:
             loss = truth.forward(H.module, leaves)
+            # Else the two have drawn different noise, and a difference of their products would say nothing.
             if abs(float(loss - H.loss)) <= allowed * max(abs(float(loss)), torch.finfo(H.dtype).tiny):
                 wanted = truth.hvp(v[None])[0]
                 return [Check(f"Hv against double backward{where}", _relative(product, wanted, floor), allowed)], ""
@@ -177,15 +189,19 @@ def _difference_error(H: HessianOperator, v: Tensor, product: Tensor, seed: int,
     def gradient(shift: float) -> Tensor:
         with torch.no_grad():
             for p, old, d in zip(params, before, v.split([p.numel() for p in params]), strict=True):
+                # Each step starts from the saved values: adding and taking away again would leave rounding behind.
                 p.copy_(old + shift * d.view(p.shape).to(p.dtype))
         torch.manual_seed(seed)
         return _flat(H, run_eagerly(H.module, H.batch, H.params, H.others).gradients)
 
     try:
+        # At the point itself the gradients must agree, or the noise is another one and all differences are worthless.
         if _relative(gradient(0.0), H.gradient) > min(_COARSE, _PRODUCT * _rounding(H)):
             return 0.0, "the model's noise cannot be drawn again as the program drew it"
         steps = [shift * size for shift in _SHIFTS]
+        # Central, whose error is of second order in the step. The best of several, as no one step suits every loss.
         return min(_relative(product, (gradient(h) - gradient(-h)) / (2 * h), floor) for h in steps), ""
+    # Also after an error in the user's code: the model must not be left at shifted parameters.
     finally:
         with torch.no_grad():
             for p, old in zip(params, before, strict=True):
@@ -197,12 +213,14 @@ def _in_float64(H: HessianOperator, v: Tensor, seed: int) -> list[Check]:
     if H.dtype == torch.float64:
         return []
     try:
+        # Copied as a pair, since a loss function may hold the model or share modules with it.
         model, loss_fn = copy.deepcopy((H.module.model, H.module.loss_fn))
         for part in (model, loss_fn):
             if isinstance(part, nn.Module):
                 part.double()
         batch = pytree.tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, H.batch)
         torch.manual_seed(seed)
+        # By name, so that a selection made by the caller is made in the copy.
         wide = HessianOperator(model, loss_fn, batch, params=list(H.params))
         checks, _ = _product_check(wide, v.double(), seed, ", float64 copy")
     except Exception:  # a user's code need not be copied, nor run in float64: the own dtype was checked
@@ -213,6 +231,7 @@ def _in_float64(H: HessianOperator, v: Tensor, seed: int) -> list[Check]:
 def _rounding(H: HessianOperator) -> float:
     if isinstance(H.engine, ReplayedProgram):
         return H.engine.program.graph.rounding
+    # An autograd graph does not tell which casts the model makes, so the parameters' dtypes must do.
     return max(torch.finfo(p.dtype).eps for p in H.params.values())
 
 
@@ -226,6 +245,7 @@ def _relative(a: Tensor, b: Tensor, floor: float = torch.finfo(torch.float64).ti
 
 
 def _unit(H: HessianOperator, generator: torch.Generator) -> Tensor:
+    # Drawn on the generator's device and then moved: one seed gives one vector on every machine.
     v = torch.randn(H.n, generator=generator, dtype=H.dtype).to(H.device)
     return v / v.norm()
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..rop.sandbox import kept_random_states, random_state, set_random_state
+from ..rop.sandbox import RandomState, kept_random_states, random_state, set_random_state
 from .base import ParameterOperator
 from .operators import HessianOperator
 
@@ -17,32 +19,44 @@ from .operators import HessianOperator
 class MicroBatches:
     """One optimizer step's batch in pieces, as gradient accumulation sees it.
 
-    Its loss is ``sum_i w_i loss_i``, with the weights scaled so that they add up to one.
+    Its loss is ``sum_i w_i loss_i``.
 
     Args:
         batches: at least one; each as for ``HessianOperator``.
-        weights: what the loop gives each loss; None for the number of examples, the length of the first tensor. A loop
-            that divides every loss by the number of micro-batches gives all the same, ``[1.0] * len(batches)``.
+        weights: what the loop multiplies each loss with before ``backward()``. None for each one's share of the
+            examples (the length of the first tensor), which makes it the mean over all examples.
+        random_states: for each micro-batch, ``rop.sandbox.random_state()`` just before the loop's own forward pass, so
+            that its dropout masks are drawn again; None to draw new ones.
 
     Raises:
-        ValueError: no batch; another number of weights than of batches; a weight that is negative or not finite, or
-            none that is positive; a batch without a tensor, whose examples cannot be counted.
+        ValueError: no batch; another number of weights or states than of batches; a weight that is negative or not
+            finite, or none that is positive; a batch without a tensor, whose examples cannot be counted.
 
     >>> parts = MicroBatches([(torch.ones(3, 2), torch.ones(3)), (torch.ones(1, 2), torch.ones(1))])
     >>> parts.weights
     [0.75, 0.25]
     """
 
-    def __init__(self, batches: Sequence[Any], weights: Sequence[float] | None = None) -> None:
+    def __init__(
+        self,
+        batches: Sequence[Any],
+        weights: Sequence[float] | None = None,
+        *,
+        random_states: Sequence[RandomState] | None = None,
+    ) -> None:
         self.batches: list[Any] = list(batches)
         if not self.batches:
             raise ValueError("MicroBatches needs at least one batch, got none.")
-        given = [float(_examples(b)) for b in self.batches] if weights is None else [float(w) for w in weights]
-        if len(given) != len(self.batches):
-            raise ValueError(f"need one weight for each of {len(self.batches)} micro-batches, got {len(given)}.")
-        if not all(math.isfinite(w) and w >= 0 for w in given) or sum(given) == 0:
-            raise ValueError(f"weights must be finite, not negative, and not all zero, got {given}.")
-        self.weights = [w / sum(given) for w in given]
+        if weights is None:
+            rows = [_examples(b) for b in self.batches]
+            weights = [count / max(sum(rows), 1) for count in rows]
+        self.weights = [float(w) for w in weights]
+        self.random_states = None if random_states is None else list(random_states)
+        for what, given in (("weight", self.weights), ("random state", self.random_states)):
+            if given is not None and len(given) != len(self.batches):
+                raise ValueError(f"need one {what} for each of {len(self.batches)} micro-batches, got {len(given)}.")
+        if not all(math.isfinite(w) and w >= 0 for w in self.weights) or not any(self.weights):
+            raise ValueError(f"weights must be finite, not negative, and not all zero, got {self.weights}.")
 
     @classmethod
     def split(cls, batch: Any, size: int) -> MicroBatches:
@@ -72,7 +86,7 @@ class MicroBatches:
         pieces = [
             [leaf[i : i + size] if is_cut else leaf for leaf, is_cut in zip(leaves, cut, strict=True)] for i in starts
         ]
-        return cls([pytree.tree_unflatten(p, spec) for p in pieces], [min(size, rows - i) for i in starts])
+        return cls([pytree.tree_unflatten(p, spec) for p in pieces], [min(size, rows - i) / rows for i in starts])
 
 
 class ChunkedHessian(ParameterOperator):
@@ -110,10 +124,11 @@ class ChunkedHessian(ParameterOperator):
         verify: bool = True,
     ) -> None:
         self.batch = batch
-        self._random = [random_state()]  # in which each micro-batch's forward pass began
-        self.part = HessianOperator(
-            model, loss_fn, batch.batches[0], params=params, update_buffers=update_buffers, verify=verify
-        )
+        self._random: list[RandomState] = []  # in which each micro-batch's forward pass began
+        with self._noise(0):
+            self.part = HessianOperator(
+                model, loss_fn, batch.batches[0], params=params, update_buffers=update_buffers, verify=verify
+            )
         self._take_over(update_buffers=update_buffers, first_done=True)
 
     def refresh(self, batch: MicroBatches | None = None, *, update_buffers: bool = False) -> None:
@@ -135,8 +150,8 @@ class ChunkedHessian(ParameterOperator):
         loss = gradient = None
         for i, (batch, weight) in enumerate(zip(self.batch.batches, self.batch.weights, strict=True)):
             if i or not first_done:
-                self._random.append(random_state())
-                self.part.refresh(batch, update_buffers=update_buffers)
+                with self._noise(i):
+                    self.part.refresh(batch, update_buffers=update_buffers)
             part = self.part.gradient * weight
             gradient = part if gradient is None else gradient.add_(part)
             # In float64, so that a thousand micro-batches add up like one.
@@ -148,6 +163,18 @@ class ChunkedHessian(ParameterOperator):
         self.params, self.others = self.part.params, self.part.others
         self.n, self.dtype, self.device = self.part.n, self.part.dtype, self.part.device
         self._held = len(self.batch.batches) - 1  # the micro-batch whose primal values the operator holds
+
+    @contextmanager
+    def _noise(self, index: int) -> Iterator[None]:
+        """Let a micro-batch draw the loop's own random numbers again if they are known; note where it began."""
+        if self.batch.random_states is None:
+            self._random.append(random_state())
+            yield
+            return
+        self._random.append(self.batch.random_states[index])
+        with kept_random_states(_cuda_devices()):
+            set_random_state(self._random[-1])
+            yield
 
     @property
     def engine(self) -> Any:
@@ -174,11 +201,17 @@ class ChunkedHessian(ParameterOperator):
         order = sorted(range(len(self.batch.batches)), key=lambda i: i != self._held)
         for i in order:
             if i != self._held:
-                with kept_random_states({self.device}):
+                with kept_random_states(_cuda_devices()):
                     set_random_state(self._random[i])
                     self.part.refresh(self.batch.batches[i])
                 self._held = i
             yield self.batch.weights[i]
+
+
+def _cuda_devices() -> list[torch.device]:
+    """Return every CUDA device in use: their generators are what a random state holds."""
+    count = torch.cuda.device_count() if torch.cuda.is_initialized() else 0
+    return [torch.device("cuda", i) for i in range(count)]
 
 
 def _examples(batch: Any) -> int:

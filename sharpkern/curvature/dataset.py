@@ -47,6 +47,7 @@ class DatasetHessian(ParameterOperator):
         if reduction not in ("mean", "sum"):
             raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}.")
         self.batches, self.reduction = batches, reduction
+        # Only to export: every product begins again from the first batch.
         first = next(iter(batches), None)
         if first is None:
             raise ValueError("the loader gives no batch.")
@@ -57,6 +58,7 @@ class DatasetHessian(ParameterOperator):
 
     def _weighted(self) -> Iterator[float]:
         """Bring the operator to one batch after the other, and yield its weight in the sum."""
+        # The primal sweeps of every batch run again for each product, as only one batch's activations fit into memory.
         # Every product must see the same dropout masks and the same order of batches, or it is no linear operator;
         # and training's own random numbers must not depend on how many products were made.
         with kept_random_states({self.device}):
@@ -75,12 +77,15 @@ class DatasetHessian(ParameterOperator):
         total, weights = None, 0.0
         for weight in self._weighted():
             part = term() * weight
+            # ``part`` is a new tensor (the product with the weight), so adding to it in place changes nothing of the
+            # operator's.
             total = part if total is None else total.add_(part)
             weights += weight
         if total is None:
             raise ValueError(
                 "the loader gives no batch any more: pass one that can be iterated again, not a generator."
             )
+        # Weighted by length: a smaller last batch counts for its examples only.
         return total.div_(weights) if self.reduction == "mean" else total
 
 

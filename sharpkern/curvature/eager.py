@@ -57,12 +57,16 @@ def run_eagerly(
     with without_trace([module, *others], devices), requiring_grad(tensors), _gradient_hooks() as hooks:
         states = _random_states(devices)
         loss = check_loss(module(batch)[0])
+        # Told by the state and not by the modules: a user's own code may draw noise too.
         draws = any(not torch.equal(a, b) for a, b in zip(states, _random_states(devices), strict=True))
         unseen = [f"the autograd.Function {name}" for name in sorted(python_functions(loss))]
         unseen += [f"a gradient hook on {place}" for place in hooks]
         unseen += [f"a gradient hook on {name}" for name, p in params.items() if p._backward_hooks]
         unseen += _drawn(before, _python_random_states())
+        # Not ``backward()``, which would add to ``p.grad``. Unused parameters have no gradient, which is no error in
+        # eager training.
         gradients = torch.autograd.grad(loss, tensors, allow_unused=True)
+        # Inside the block, after which the module has its old buffers back.
         buffers = {name: b.detach().clone() for name, b in module.named_buffers()}
     return EagerPass(loss.detach(), list(gradients), buffers, list(dict.fromkeys(unseen)), draws)
 
@@ -73,6 +77,7 @@ def check_loss(loss: Any) -> Tensor:
     Raises:
         ValueError: it is none, and what to return instead.
     """
+    # The forms that losses of other libraries have, each with its own remedy.
     if isinstance(loss, Mapping | tuple | list):
         kind = f"a {type(loss).__name__}" + (f" with {sorted(map(str, loss))}" if isinstance(loss, Mapping) else "")
         raise ValueError(f"loss_fn must return one scalar tensor, got {kind}: return the entry to differentiate.")
@@ -98,12 +103,14 @@ def python_functions(loss: Tensor) -> set[str]:
     """Name the ``autograd.Function`` classes in a loss's graph: their backward need not be the forward's derivative."""
     names: set[str] = set()
     seen: set[Any] = set()
+    # A list and not recursion: graphs of deep models are deeper than Python's stack.
     stack = [loss.grad_fn]
     while stack:
         node = stack.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
+        # The base class of the nodes that torch makes for Python functions.
         if isinstance(node, BackwardCFunction):
             names.add(type(node).__name__.removesuffix("Backward"))
         stack += [following for following, _ in node.next_functions]
@@ -114,6 +121,7 @@ def python_functions(loss: Tensor) -> set[str]:
 def _gradient_hooks() -> Iterator[list[str]]:
     """Collect where tensors get hooks while the forward pass runs."""
     found: list[str] = []
+    # Patched while the model runs: afterwards nobody holds the intermediate tensors on which hooks are listed.
     original = torch.Tensor.register_hook
 
     def register(tensor: Tensor, hook: Any) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# As whole words and not as numbers: NaN differs from itself, and 0.0 equals -0.0.
 _WORDS = {1: ctypes.c_uint8, 2: ctypes.c_uint16, 4: ctypes.c_uint32, 8: ctypes.c_uint64}
 
 
@@ -36,6 +37,7 @@ class Freshness:
         self._tensors = [*self._params, *inputs]
         self._marks = self._present_marks()
         addresses = [p.data_ptr() if p.layout is torch.strided else 0 for p in self._params]
+        # Pointers are made anew only where memory has moved: this runs at every refresh.
         if addresses != self._addresses:
             self._addresses = addresses
             self._words = [word for p in self._params if p.device.type == "cpu" for word in _samples(p)]
@@ -50,11 +52,13 @@ class Freshness:
 
 
 def _marks(t: Tensor) -> tuple[int, int]:
+    # Tensors made in inference mode have no counter, and torch raises when asked for it.
     version = 0 if t.is_inference() else t._version
     return version, t.data_ptr() if t.layout is torch.strided else 0
 
 
 def _samples(p: Tensor) -> list[Any]:
+    # Sparse tensors have no elements at an address, and complex128 is wider than any word.
     if not p.numel() or p.layout is not torch.strided or p.element_size() not in _WORDS:
         return []
     word, base, size = _WORDS[p.element_size()], p.data_ptr(), p.element_size()
@@ -65,6 +69,7 @@ def _offset(p: Tensor, index: int) -> int:
     """Return where an element lies, in elements from the first."""
     offset = 0
     for length, stride in zip(reversed(p.shape), reversed(p.stride()), strict=True):
+        # From the last dimension on, which is how an index in logical order counts; strides say where it lies.
         index, position = divmod(index, length)
         offset += position * stride
     return offset

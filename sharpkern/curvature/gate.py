@@ -58,6 +58,7 @@ def compare(
         params: name -> parameter.
         eager: ``run_eagerly`` of the same module, batch and parameters, from the same random state.
     """
+    # The program draws what the eager pass drew: both start from the same state, so masks are the same.
     with kept_random_states({t.device for t in params.values()}):
         loss = engine.forward(module, leaves)
         engine.backward()
@@ -66,8 +67,10 @@ def compare(
     pieces = [g.view(p.shape) for g, p in zip(parts, params.values(), strict=True)]
     allowed = min(_MOST, _ROUNDING * engine.program.graph.rounding)
     verdict = _differences(loss, pieces, eager, params, allowed)
+    # Only where rounding could be the reason: a copy in float64 is expensive, and a large difference is no rounding.
     if not verdict.agrees and verdict.difference <= _MOST:
         verdict = _second_look(verdict, loss, pieces, module, pytree.tree_unflatten(list(leaves), spec), params, eager)
+    # Buffers last: where loss or gradient is wrong already, that is what a user should read.
     if verdict.agrees and (name := _other_buffer(module, engine.program.new_buffers(), eager.buffers)) is not None:
         return Verdict(False, f"the buffer {name!r} that the forward pass leaves", verdict.difference)
     return verdict
@@ -77,11 +80,13 @@ def _differences(
     loss: Tensor, pieces: Sequence[Tensor], eager: EagerPass, params: Mapping[str, Tensor], allowed: float
 ) -> Verdict:
     """Compare loss and gradient, each part on the scale of its own."""
+    # None is the eager way to say zero.
     wanted = [torch.zeros_like(p) if g is None else g for g, p in zip(eager.gradients, params.values(), strict=True)]
     norms = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float64) for g in wanted])
     whole = float(torch.linalg.vector_norm(norms))
     gaps = torch.stack([torch.linalg.vector_norm(a.double() - b.double()) for a, b in zip(pieces, wanted, strict=True)])
     relative = gaps / norms.clamp(min=max(_SMALL * whole, torch.finfo(torch.float64).tiny))
+    # A NaN would be lost in ``argmax`` or in a comparison, and must be the worst of all.
     relative = torch.where(relative.isnan(), math.inf, relative)
     worst = int(relative.argmax())
     value = float(eager.loss)
@@ -106,6 +111,7 @@ def _second_look(
     """Where terms cancel, both are rounding: let a float64 copy say which of the two is nearer, if there can be one."""
     try:
         twin = copy.deepcopy(module).double()
+        # The caller's names need not be the module's: a functional loss has others.
         names = {id(p): name for name, p in module.named_parameters()}
         own = dict(twin.named_parameters())
         doubles = {name: own[names[id(p)]] for name, p in params.items()}
@@ -118,6 +124,7 @@ def _second_look(
     exact = EagerPass(truth.loss, truth.gradients, {}, [], draws=False)
     mine = _differences(loss, pieces, exact, params, 0.0)
     eagers = _differences(eager.loss, theirs, exact, params, 0.0)
+    # As near to the truth as eager torch is, up to a small factor: two sums of rounding are never equal.
     return Verdict(True, "", verdict.difference) if mine.difference <= 4 * eagers.difference else verdict
 
 
@@ -126,6 +133,7 @@ def _other_buffer(module: nn.Module, program: Mapping[str, Tensor], eager: Mappi
     for name, left in eager.items():
         mine = program.get(name)
         if mine is None:
+            # The program does not write it, so it leaves the value that is there.
             mine = module.get_buffer(name)
         if mine.shape != left.shape:
             return name

@@ -15,7 +15,12 @@ _LEAF = pytree.tree_structure(0)
 
 
 class NonFiniteLossError(RuntimeError):
-    """The loss is NaN or infinite. Attributes: ``loss`` (float), ``step`` (int, or None outside training)."""
+    """The loss is NaN or infinite.
+
+    Attributes:
+        loss: the value.
+        step: of a training run, from 1; None outside training.
+    """
 
     def __init__(self, loss: float, step: int | None = None) -> None:
         self.loss, self.step = loss, step
@@ -26,7 +31,12 @@ class NonFiniteLossError(RuntimeError):
 
 
 class LossModule(nn.Module):
-    """Model and loss as one module: ``(inputs, targets)`` or a dict batch in, loss and model outputs out."""
+    """Model and loss as one module: ``(inputs, targets)`` or a dict batch in, loss and model outputs out.
+
+    Args:
+        model: called as ``model(inputs)``, ``model(*inputs)`` for a tuple or list, ``model(**inputs)`` for a dict.
+        loss_fn: ``(output, targets) -> scalar``, or ``(output, batch) -> scalar`` for a dict batch.
+    """
 
     def __init__(self, model: nn.Module, loss_fn: Callable[..., Tensor]) -> None:
         super().__init__()
@@ -40,7 +50,9 @@ class LossModule(nn.Module):
             ValueError: it is neither a pair nor a mapping.
         """
         if isinstance(batch, Mapping):
+            # Mappings that pytree does not know would be one opaque leaf, whose tensors no export could see.
             return batch if pytree.tree_structure(batch) != _LEAF else dict(batch)
+        # Two and no other number: of three, nobody knows which are inputs, and a guess would give a wrong number.
         if isinstance(batch, tuple | list) and len(batch) == 2:
             return batch
         if isinstance(batch, Tensor):
@@ -81,6 +93,7 @@ class LossModule(nn.Module):
                 f"GGNOperator finds no tensor in the model's output, a {type(output).__name__}: return a tensor, or a "
                 "tuple, list or dict of tensors (or register the class with torch.utils._pytree)."
             )
+        # By identity. Split there, the loss would be linear in the outputs, and the matrix zero.
         if any(loss is t for t in tensors) or (isinstance(output, Mapping) and output.get("loss") is not None):
             raise ValueError(
                 "the model computes the loss itself, so there is no output to split at: let it return its outputs, "
@@ -95,13 +108,19 @@ class LossModule(nn.Module):
 class FunctionalLoss(nn.Module):
     """A loss of named parameters and a batch, without a module: ``loss_fn(params, batch)``.
 
-    ``values`` are parameters that share the memory of the tensors given.
+    Args:
+        params: name -> tensor, in the flat order of vectors.
+        loss_fn: ``(params, batch) -> scalar``.
+
+    Attributes:
+        values: parameters that share the memory of the tensors given.
     """
 
     def __init__(self, params: Mapping[str, Tensor], loss_fn: Callable[..., Tensor]) -> None:
         super().__init__()
         self.names = list(params)
         self.given = list(params.values())
+        # A ParameterList, because the export and the gate look for parameters in a module.
         self.values = nn.ParameterList(list(params.values()))
         self.loss_fn = loss_fn
 
@@ -116,5 +135,6 @@ class FunctionalLoss(nn.Module):
     def follow(self) -> None:
         """Share the memory of the tensors given again, where their ``.data`` was assigned anew."""
         for value, tensor in zip(self.values, self.given, strict=True):
+            # An assigned ``.data`` gives the user's tensor new memory; a program reads the old one until it is told.
             if value.data_ptr() != tensor.data_ptr():
                 value.data = tensor.data

@@ -68,20 +68,26 @@ def select_parameters(
 ) -> dict[str, Tensor]:
     """Resolve names, tensors, a dict or None to name -> parameter in the order of ``model.named_parameters()``.
 
+    Args:
+        model: a module; None for a functional loss, whose parameters are ``params`` as they are.
+        params: what is wanted; of a dict the values count. None for all that require a gradient.
+
     Raises:
-        ValueError: an unknown name or tensor, or nothing selected.
+        ValueError: an unknown name or tensor, a single string, a complex parameter, or nothing selected.
     """
     if model is None:
         if not isinstance(params, Mapping) or not params:
             raise ValueError("a functional loss (model=None) needs params: a dict name -> tensor.")
         return dict(params)
     everything: dict[str, Tensor] = dict(model.named_parameters())
+    # A string is an iterable of strings too: its letters would be looked up as names.
     if isinstance(params, str):
         raise ValueError(f"params must be several names, got the string {params!r}: write [{params!r}].")
     if params is None:
         chosen: dict[str, Tensor] = dict(trainable(model))
     else:
         wanted = list(params.values() if isinstance(params, Mapping) else params)
+        # By identity, as == on tensors compares their numbers.
         by_id = {id(p): name for name, p in everything.items()}
         # A tied weight is listed under its first name, and may be asked for by any.
         first = {name: by_id[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
@@ -91,6 +97,7 @@ def select_parameters(
         }
         if unknown := names - everything.keys():
             raise ValueError(f"not among the model's parameters: {sorted(unknown)}. It has {list(everything)}.")
+        # In the model's order whatever the caller's: vectors of two selections that are equal can be exchanged.
         chosen = {name: p for name, p in everything.items() if name in names}
     if complexes := [name for name, p in chosen.items() if p.is_complex()]:
         raise ValueError(

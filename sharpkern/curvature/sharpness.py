@@ -119,7 +119,9 @@ def preconditioned_sharpness(
     Source: Cohen et al., Adaptive gradient methods at the edge of stability (2022).
     """
     hessian = hessian_of(model, loss_fn, batch)
+    # With this batch's gradient and not the state alone: the step about to be taken divides by a v that holds it.
     P = preconditioner(optimizer, gradients=gradients_of(hessian))
+    # Symmetric, with the eigenvalues of P^-1 H: Lanczos needs a symmetric matrix.
     operator = PreconditionedOperator(hessian, P)
     return _top(lanczos(operator, tol=tol, v0=v0, max_matvecs=max_matvecs, generator=generator))
 

@@ -42,12 +42,14 @@ class Snapshot:
         for name, m in module.named_modules():
             reader.module(m, name or "the loss")
         loss_fn = getattr(module, "loss_fn", None)
+        # A loss that is a module is among the modules read above already.
         if not isinstance(loss_fn, nn.Module):
             reader.function(loss_fn, "loss_fn", 0)
         ids = {id(m) for m in own}
         self.values = reader.found
         self.others = [m for m in reader.modules.values() if id(m) not in ids]
         self._reads, self._cells = reader.reads, reader.cells
+        # Their sizes tell that a submodule or a hook was added or removed, without a look at each of them.
         self._parts = [
             (container, len(container)) for m in (*own, *self.others) for container in (m._modules, *_hooks_of(m))
         ]
@@ -66,6 +68,7 @@ class Snapshot:
         """Whether everything still is as it was; a fraction of the time of a new snapshot."""
         try:
             return (
+                # Identity first: it is cheaper, and == on arrays or tensors gives no truth value.
                 all(container[key] is value or container[key] == value for container, key, value in self._reads)
                 and all(cell.cell_contents is value for cell, value in self._cells)
                 and all(len(container) == size for container, size in self._parts)
@@ -102,6 +105,7 @@ class _Reader:
 
     def function(self, f: Any, where: str, depth: int) -> None:
         """Read what a function's code mentions: closure, globals, defaults, the object it is bound to."""
+        # Functions may refer to each other in a circle.
         if id(f) in self._seen or depth > _DEEPEST:
             return
         self._seen.add(id(f))
@@ -114,6 +118,7 @@ class _Reader:
             self.function(f.__func__, where, depth + 1)
         elif isinstance(f, types.FunctionType):
             self._plain_function(f, where, depth)
+        # An object with ``__call__``: what its class's functions mention are its values.
         elif f is not None and not isinstance(f, type | types.BuiltinFunctionType | types.ModuleType):
             self.value(f, where, names_in_class(_class_of(f)), depth + 1)
 
@@ -136,11 +141,13 @@ class _Reader:
     def value(self, value: Any, where: str, names: frozenset[str], depth: int) -> None:
         """Read a value: plain ones are kept, containers and objects are walked."""
         if isinstance(value, _PLAIN):
+            # A NaN differs from itself, and would look changed at every refresh.
             self.found[where] = value if value == value else "nan"
         elif len(self.found) >= _MOST or depth > _DEEPEST:
             return
         elif isinstance(value, Tensor):
             self.tensors.append(value)
+            # Not its numbers: a captured tensor's memory is read at every run; only another tensor is a change.
             self.found[where] = (id(value), value.dtype, value.shape)
         elif isinstance(value, np.ndarray):
             small = value.nbytes <= _SMALL_ARRAY
@@ -155,6 +162,7 @@ class _Reader:
             self._seen.add(id(value))
             items = value.items() if isinstance(value, Mapping) else enumerate(value)
             for key, item in list(items):
+                # A set has no keys by which to read an element again.
                 if not isinstance(value, set | frozenset):
                     self.reads.append((value, key, item))
                 self.value(item, f"{where}[{key!r}]", names, depth + 1)
@@ -191,10 +199,12 @@ def names_in_class(cls: Any) -> frozenset[str]:
     """Return all names that the functions of a class mention, those of torch's and Python's base classes apart."""
     names: set[str] = set()
     for base in cls.__mro__:
+        # Their functions mention every name that torch itself uses, and would make all attributes look read.
         if base is nn.Module or base is object:
             continue
         for member in vars(base).values():
             function = getattr(member, "__func__", getattr(member, "fget", member))
+            # What the constructor alone mentions is read once, before the export.
             if isinstance(function, types.FunctionType) and function.__name__ != "__init__":
                 names |= names_in_code(function.__code__)
     return frozenset(names)
@@ -218,7 +228,11 @@ def is_library(module: str | None) -> bool:
 
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[str]:
-    """Name the values that differ."""
+    """Name the values that differ, or that only one of two looks has.
+
+    Args:
+        before, after: ``Snapshot.values``.
+    """
     for name in {**before, **after}:
         if before.get(name, _MISSING) != after.get(name, _MISSING):
             yield name

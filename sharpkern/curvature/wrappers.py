@@ -15,6 +15,7 @@ _HOW = "sharpkern.hessian_of(model, loss_fn, batch), sharpness() and SharpnessTr
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """Return the module that ``torch.compile`` has wrapped, or the model itself: its names are the user's own."""
+    # Else every name would begin with "_orig_mod.", and the export would meet a compiled function.
     inner: nn.Module = getattr(model, "_orig_mod", model)
     return inner
 

@@ -60,6 +60,7 @@ def certify(
     """
     if matvecs < 2 or not 0 < failure < 1:
         raise ValueError(f"need at least 2 matvecs and failure within (0, 1), got {matvecs} and {failure}.")
+    # A fresh seed and not 0: the probability is over the start, which must not be the same at every call.
     if generator is None:
         generator = torch.Generator()
         generator.seed()
@@ -71,6 +72,7 @@ def certify(
         theta, Y = basis.ritz()
         if basis.size == steps:
             break
+        # The residual of the top pair has the direction of the next Krylov vector, so this is Lanczos.
         basis.extend(basis.residuals(theta[:1], Y[:, :1])[0])
     # A Krylov space of the whole dimension holds every eigenvector: theta_1 is then the eigenvalue itself.
     eps = 0.0 if steps == n else (math.log(1.648 * math.sqrt(n) / (failure / 2)) / (2 * steps - 1)) ** 2

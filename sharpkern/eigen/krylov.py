@@ -73,6 +73,7 @@ def lanczos(
     n, ends = dimension(op), 2 if which == "both" else 1
     if which not in ("largest", "smallest", "both") or ends * k > n:
         raise ValueError(f"which must be 'largest', 'smallest' or 'both' (2k <= n = {n}), got {which!r}, k = {k}.")
+    # Twice the wanted and some room: a restart keeps half, and a short basis converges slowly.
     limit = max(2 * ends * k + 20, 40) if max_basis is None else max_basis
     if limit < ends * k + 2:
         raise ValueError(f"max_basis must be at least {ends * k + 2}, got {limit}.")

@@ -18,6 +18,7 @@ def check_state(owner: str, state: Mapping[str, Any], fields: Iterable[str], ver
     Raises:
         ValueError: a field is missing or unknown, or the version is another one.
     """
+    # First the version: with another one, what lacks or is unknown follows from it.
     if state.get("version") != version:
         raise ValueError(f"a state of {owner} must have version {version}, got {state.get('version')}.")
     expected = {"version", *fields}

@@ -1,4 +1,9 @@
-"""One public function per kernel, which checks its arguments, chooses a backend, and calls it."""
+"""One public function per kernel, which chooses a backend and calls it.
+
+Users call the vector kernels, which check their arguments. The kernels of the rules (norm, softmax, attention, ...) are
+called at every op of a sweep and trust their callers: shapes, dtypes and contiguous tensors as their docstrings say.
+Each raises a RuntimeError where ``SHARPKERN_BACKEND`` forces a backend that cannot run it.
+"""
 
 from . import attention as attention  # with the module its kernels are registered, here as below
 from . import embedding as embedding

@@ -35,7 +35,10 @@ def attention(
         causal: query i sees keys up to i.
         scale: factor of the scores.
 
-    Cost: 2 B T S (d + e) operations, half with ``causal``.
+    Returns:
+        The operands as given, o ``[B, T, e]`` and lse ``[B, T]``, see ``Heads``.
+
+    Cost: 2 B T S (d + e) operations, half with ``causal``. Memory: o and lse, and blocks of a fixed size.
     """
     result: Heads = choose("attention", q).attention(q, k, v, mask, causal, scale)
     return result
@@ -43,11 +46,14 @@ def attention(
 
 @kernel(cpu=IN_BLOCKS, triton=triton("attention"))
 def attention_tangent(h: Heads, dq: Tensor | None, dk: Tensor | None, dv: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return ``do`` ``[k, B, T, e]`` and ``m = <P, dS>`` ``[k, B, T]``.
+    """Return the tangent of o, and what ``attention_backward_tangent`` needs.
 
     Args:
         h: the primal.
         dq: ``[k, B, T, d]``, dk ``[k, B, S, d]``, dv ``[k, B, S, e]``; None where nothing moves, not all of them.
+
+    Returns:
+        ``do`` ``[k, B, T, e]`` in q's dtype, and ``m = <P, dS>`` ``[k, B, T]``, float32 for 16-bit floats.
 
     Cost: up to 2 B T S (d + k (2 d + 2 e)) operations.
     """
@@ -57,7 +63,14 @@ def attention_tangent(h: Heads, dq: Tensor | None, dk: Tensor | None, dv: Tensor
 
 @kernel(cpu=IN_BLOCKS, triton=triton("attention"))
 def attention_backward(h: Heads, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the cotangents of q, k, v for cotangents g ``[k, B, T, e]`` of o, each with leading k.
+    """Return the cotangents of q, k and v.
+
+    Args:
+        h: the primal.
+        g: ``[k, B, T, e]``, k cotangents of o.
+
+    Returns:
+        ``[k, B, T, d]``, ``[k, B, S, d]``, ``[k, B, S, e]`` in q's dtype.
 
     Cost: 2 B T S (d + k (2 d + 2 e)) operations.
     """

@@ -27,6 +27,7 @@ def cholesky_qr(V: Tensor, gram: Callable[..., Tensor], combine: Callable[..., T
     """
     k = V.shape[0]
     eps = torch.finfo(torch.float64).eps
+    # k by k numbers in float64: the factorisation is done by LAPACK on the CPU, for GPUs too.
     G = gram(V, V).cpu()
     length = G.diagonal().sqrt()
     if not bool(G.isfinite().all()):
@@ -37,16 +38,22 @@ def cholesky_qr(V: Tensor, gram: Callable[..., Tensor], combine: Callable[..., T
     G = G / torch.outer(length, length)
     factor, inverse_length = torch.eye(k, dtype=torch.float64), 1 / length
     for index in range(_PASSES):
+        # Of the rows that this pass starts from. Its result is off by the condition number of G times rounding, so from
+        # nearly orthonormal rows on no further pass is needed.
         deviation = float((G - torch.eye(k, dtype=torch.float64)).abs().max())
         L, failed = torch.linalg.cholesky_ex(G)
+        # Above the error of G, about k eps for unit rows, and far below what matters to the next pass.
         shift = 100 * k * eps
         while int(failed):
             L, failed = torch.linalg.cholesky_ex(G + shift * torch.eye(k, dtype=torch.float64))
             shift *= 10
         inverse = torch.linalg.solve_triangular(L, torch.eye(k, dtype=torch.float64), upper=False)
         if index == 0:
+            # The lengths of the rows go into the combination, and cost no pass over V.
             inverse *= inverse_length
         V = combine(inverse.contiguous().to(V.device), V)
+        # V = L1 L2 ... Q, up to the lengths: the factor of Gram-Schmidt, and its singular values those of the unit
+        # rows.
         factor = factor @ L
         if deviation <= _NEAR:
             break

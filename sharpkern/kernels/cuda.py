@@ -43,6 +43,7 @@ def problem(device: torch.device) -> str | None:
 def launch(kernel: str, x: Tensor, *arguments: float | Tensor) -> None:
     """Call a vector kernel of x's dtype on x's device and stream, with its arguments in the order of csrc/vectors.h."""
     addresses = (a.data_ptr() if isinstance(a, Tensor) else a for a in arguments)
+    # A launch goes to the current device, which need not be that of x.
     with torch.cuda.device(x.device):
         workspace = _workspace(kernel, x, *(a for a in arguments if type(a) is int))
         stream = torch.cuda.current_stream(x.device).cuda_stream

@@ -52,6 +52,7 @@ def kernel(**versions: Version) -> Callable[[Function], Function]:
     """
 
     def register(function: Function) -> Function:
+        # The function itself stays as it is: it calls ``choose`` where it has checked its arguments.
         _versions[function.__name__] = versions
         return function
 
@@ -91,6 +92,7 @@ def _missing(version: Version) -> str | None:
 
 
 def _module(version: Version) -> ModuleType:
+    # On first use: importing Triton takes long, and it may be missing.
     return importlib.import_module(f"{__package__}.{version.module}")
 
 
@@ -104,6 +106,7 @@ def choose(kernel: str, x: Tensor) -> ModuleType:
     """
     if type(x) is not Tensor and hasattr(x, "to_local"):  # its address is 0, and a compiled kernel would go there
         raise TypeError(f"{kernel} takes plain tensors, got a {type(x).__name__}: pass its part, t.to_local().")
+    # The variable is part of the key, so that a change of it is seen at the next call.
     return _choice(kernel, forced_backend(), x.device, x.dtype)
 
 
@@ -119,6 +122,7 @@ def runs_on(backend: str, kernel: str, x: Tensor) -> bool:
 def _choice(kernel: str, forced: str | None, device: torch.device, dtype: torch.dtype) -> ModuleType:
     if forced and forced not in BACKENDS:
         raise ValueError(f"SHARPKERN_BACKEND is {forced!r}; known backends are {', '.join(BACKENDS)}.")
+    # Refused and not replaced: who forces a backend wants to know that it ran.
     if forced and (reason := _why_not(forced, kernel, device, dtype)):
         raise RuntimeError(f"{kernel} cannot run on backend {forced!r}: {reason}.")
     backend = forced or _fastest(kernel, device, dtype)

@@ -52,6 +52,17 @@ def activation_slope(name: str, x: Tensor, y: Tensor) -> Tensor:
 
 @kernel(cpu=COMPILED, triton=triton("pointwise"))
 def activation_curvature(name: str, x: Tensor, g: Tensor) -> Tensor:
-    """Return ``g f''(x)``; name, x and result as for ``activation_slope``, g ``[*shape]`` like x."""
+    """Return ``g f''(x)`` of a smooth activation.
+
+    Args:
+        name: as for ``activation_slope``.
+        x: ``[*shape]``.
+        g: ``[*shape]`` like x, the primal's cotangent.
+
+    Returns:
+        ``[*shape]``, contiguous. 16-bit floats are computed in float32 and rounded once.
+
+    Cost: reads two and writes one number for each of x, and one exponential.
+    """
     result: Tensor = choose("activation_curvature", x).activation_curvature(name, x, g)
     return result

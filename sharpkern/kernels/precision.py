@@ -1,4 +1,4 @@
-"""Whether float32 products may be rounded to TF32: torch's own setting, or TF32 for a while."""
+"""The precision that kernels compute in: float32 for 16-bit floats, and TF32 products where they are allowed."""
 
 from __future__ import annotations
 
@@ -6,8 +6,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 _inside = 0  # blocks of tf32_products
+
+
+def wide(t: Tensor) -> Tensor:
+    """Return bfloat16 and float16 as float32, in which sums and differences of them are formed; others as they are."""
+    return t.float() if t.dtype in (torch.bfloat16, torch.float16) else t
 
 
 def allows_tf32() -> bool:
@@ -28,8 +34,10 @@ def tf32_products(on: bool = True) -> Iterator[None]:
     if not on:
         yield
         return
+    # Both, for a convolution's products are cuDNN's.
     settings = torch.backends.cuda.matmul, torch.backends.cudnn.conv  # type: ignore[attr-defined]
     before = [setting.fp32_precision for setting in settings]
+    # A count, since blocks may be nested.
     _inside += 1
     try:
         for setting in settings:

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from .precision import wide
 from .saved import CENTRED, FIXED, Heads, RankError, Standardised
 
 
@@ -19,8 +20,10 @@ def power_step(V: Tensor, HV: Tensor, out: Tensor | None = None) -> tuple[Tensor
     """``theta = v.Hv``, ``residual = |Hv - theta v|``, ``v <- Hv / |Hv|`` for each row; a zero row stays zero."""
     v, h = V.double(), HV.double()
     theta = (v * h).sum(1)
+    # From the difference itself: |h|^2 - theta^2 would lose half of the digits near an eigenvector.
     residual = torch.linalg.vector_norm(h - theta[:, None] * v, dim=1)
     norm = torch.linalg.vector_norm(h, dim=1)
+    # ``where`` and no division by a floor: a zero product has no direction, and must not get one.
     following = torch.where(norm[:, None] > 0, h / norm[:, None], 0.0).to(V.dtype)
     return theta, residual, following if out is None else out.copy_(following)
 
@@ -50,14 +53,17 @@ def orthonormalise(V: Tensor) -> Tensor:
     length = torch.linalg.vector_norm(v, dim=1, keepdim=True)
     if not bool(length.isfinite().all()):
         raise ValueError("V holds numbers that are NaN, infinite, or too large to be squared.")
+    # Unit rows: the rank is to count directions, and a short row is as good a direction as a long one.
     Q, R = torch.linalg.qr(torch.where(length > 0, v / length, 0.0).t())
     if (rank := rank_of(R, V.dtype)) < V.shape[0]:
         raise RankError(rank, V.shape[0])
+    # LAPACK leaves the signs of R's diagonal open; with a positive one, Q is unique.
     return ((Q * R.diagonal().sign()).t() + 0.0).to(V.dtype).contiguous()  # -0 becomes 0
 
 
 def rank_of(factor: Tensor, dtype: torch.dtype) -> int:
     """Count the singular values of unit rows' triangular factor that rounding in a dtype cannot explain."""
+    # Rounding k unit rows moves a singular value by at most sqrt(k) eps / 2; the margin is for the factor's own.
     return int((torch.linalg.svdvals(factor) > 4 * factor.shape[-1] * torch.finfo(dtype).eps).sum())
 
 
@@ -70,6 +76,7 @@ def norm_tangent(
     dxhat = along = None
     if dx is not None:
         dxhat = _jacobian(s, dx)
+        # With fixed statistics r does not move: along is what r moves by, dr = -r^2 along.
         along = torch.zeros_like(dx[..., 0]) if s.mode == FIXED else (s.xhat * dx).mean(-1)
         dy = dxhat if w is None else dxhat * _by_number(s, w)
     if dw is not None:
@@ -99,6 +106,7 @@ def norm_backward_tangent(
     if g is not None and dxhat is not None and along is not None:
         by_channel = by_channel + g * dxhat
         if s.mode != FIXED:
+            # dJ u as in ``kernels.norm``; its mean(xhat dx) is ``along``.
             u = g if w is None else g * _by_number(s, w)
             out = out - r * along[..., None] * _jacobian(s, u)
             out = out - r * (dxhat * (s.xhat * u).mean(-1, True) + s.xhat * (dxhat * u).mean(-1, True))
@@ -107,52 +115,56 @@ def norm_backward_tangent(
 
 def slope_product(slope: Tensor, d: Tensor, curvature: Tensor | None = None, dz: Tensor | None = None) -> Tensor:
     """See ``kernels.pointwise``."""
-    out = _wide(slope) * _wide(d)
+    out = wide(slope) * wide(d)
     if curvature is not None and dz is not None:
-        out = out + _wide(curvature) * _wide(dz)
+        out = out + wide(curvature) * wide(dz)
     return out.to(d.dtype)
 
 
 def activation_slope(name: str, x: Tensor, y: Tensor) -> Tensor:
     """See ``kernels.pointwise``."""
-    wide = _wide(x)
+    z = wide(x)
     if name == "silu":
-        s = torch.sigmoid(wide)
-        slope = s * (1 + wide * (1 - s))
+        # y' = s + x s (1 - s)
+        s = torch.sigmoid(z)
+        slope = s * (1 + z * (1 - s))
     else:
-        one = wide.new_ones(()).expand_as(wide)
-        slope = torch.ops.aten.gelu_backward(one, wide, approximate="none" if name == "gelu" else "tanh")
+        # Torch's own formula at a cotangent of one; expanded, for it is not worth a tensor.
+        one = z.new_ones(()).expand_as(z)
+        slope = torch.ops.aten.gelu_backward(one, z, approximate="none" if name == "gelu" else "tanh")
     return slope.to(y.dtype).contiguous()
 
 
 def activation_curvature(name: str, x: Tensor, g: Tensor) -> Tensor:
     """See ``kernels.pointwise``."""
-    wide, square = _wide(x), _wide(x).square()
+    z, square = wide(x), wide(x).square()
     if name == "silu":
-        s = torch.sigmoid(wide)
-        second = s * (1 - s) * (2 + wide * (1 - 2 * s))
+        s = torch.sigmoid(z)
+        # s' = s (1 - s), so y'' = 2 s' + x s'' with s'' = s' (1 - 2s).
+        second = s * (1 - s) * (2 + z * (1 - 2 * s))
     elif name == "gelu":
+        # y = x Phi(x) with Phi' = phi and phi' = -x phi: y'' = 2 phi + x phi' = (2 - x^2) phi.
         second = torch.exp(-0.5 * square) * ((2 - square) / math.sqrt(2 * math.pi))
     else:
         # y = x (1 + t) / 2 with t = tanh u,  u = c (x + a x^3):  y'' = (1 - t^2) (u' + x (u'' / 2 - t u'^2))
         a, c = 0.044715, math.sqrt(2 / math.pi)
-        t, du = torch.tanh(c * wide * (1 + a * square)), c * (1 + 3 * a * square)
-        second = (1 - t * t) * (du + wide * (3 * a * c * wide - t * du * du))
-    return (_wide(g) * second).to(g.dtype).contiguous()
+        t, du = torch.tanh(c * z * (1 + a * square)), c * (1 + 3 * a * square)
+        second = (1 - t * t) * (du + z * (3 * a * c * z - t * du * du))
+    return (wide(g) * second).to(g.dtype).contiguous()
 
 
 def softmax_jacobian(p: Tensor, u: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """See ``kernels.softmax``."""
-    wide = _wide(p)
-    mean = (wide * _wide(u)).sum(-1)
-    out = wide * (_wide(u) - mean[..., None])
-    out = out if weight is None else out * _wide(weight)[:, None]
+    q, d = wide(p), wide(u)
+    mean = (q * d).sum(-1)
+    out = q * (d - mean[..., None])
+    out = out if weight is None else out * wide(weight)[:, None]
     return out.to(u.dtype), mean.to(u.dtype)
 
 
 def softmax_backward_tangent(p: Tensor, dp: Tensor, inner: Tensor, dg: Tensor) -> Tensor:
     """See ``kernels.softmax``."""
-    w, dw, i, d = _wide(p), _wide(dp), _wide(inner), _wide(dg)
+    w, dw, i, d = wide(p), wide(dp), wide(inner), wide(dg)
     return (w * (d - (w * d).sum(-1, True) - (dw * i).sum(-1, True)) + dw * i).to(dg.dtype)
 
 
@@ -165,11 +177,11 @@ def dual_gemm(
     out: Tensor | None = None,
 ) -> Tensor:
     """See ``kernels.linear``."""
-    y = _wide(a) @ _wide(b)
+    y = wide(a) @ wide(b)
     if c is not None and d is not None:
-        y = y + _wide(c) @ _wide(d)
+        y = y + wide(c) @ wide(d)
     if bias is not None:
-        y = y + _wide(bias)[:, None]
+        y = y + wide(bias)[:, None]
     return y.to(a.dtype) if out is None else out.copy_(y)
 
 
@@ -177,8 +189,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool
     """See ``kernels.attention``."""
     scores = _scores(q, k, mask, causal, scale)
     lse = torch.logsumexp(scores, -1)
+    # A row that sees nothing: with lse = +inf every exp(score - lse) is zero in all sweeps, where -inf - -inf is NaN.
     lse = torch.where(lse == -math.inf, math.inf, lse)
-    o = torch.exp(scores - lse[..., None]) @ _wide(v)
+    o = torch.exp(scores - lse[..., None]) @ wide(v)
     return Heads(q, k, v, o.to(q.dtype), lse, mask, causal, scale)
 
 
@@ -186,20 +199,21 @@ def attention_tangent(h: Heads, dq: Tensor | None, dk: Tensor | None, dv: Tensor
     """See ``kernels.attention``."""
     P, dS = _probabilities(h), _score_tangent(h, dq, dk)
     k = next(d for d in (dq, dk, dv) if d is not None).shape[0]
+    # Nothing moves the scores; m is returned all the same, since the backward tangent takes it.
     m = P.new_zeros(k, *P.shape[:-1]) if dS is None else (P * dS).sum(-1)
     do = torch.zeros(k, *h.o.shape, dtype=P.dtype, device=P.device)
     if dS is not None:
-        do = (P * (dS - m[..., None])) @ _wide(h.v)
+        do = (P * (dS - m[..., None])) @ wide(h.v)
     if dv is not None:
-        do = do + P @ _wide(dv)
+        do = do + P @ wide(dv)
     return do.to(h.q.dtype), m
 
 
 def attention_backward(h: Heads, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """See ``kernels.attention``."""
-    P, g = _probabilities(h), _wide(g)
-    gS = P * (g @ _wide(h.v).mT - (g * _wide(h.o)).sum(-1, True)) * h.scale
-    parts = gS @ _wide(h.k), gS.mT @ _wide(h.q), P.mT @ g
+    P, g = _probabilities(h), wide(g)
+    gS = P * (g @ wide(h.v).mT - (g * wide(h.o)).sum(-1, True)) * h.scale
+    parts = gS @ wide(h.k), gS.mT @ wide(h.q), P.mT @ g
     return tuple(part.to(h.q.dtype) for part in parts)  # type: ignore[return-value]
 
 
@@ -214,13 +228,15 @@ def attention_backward_tangent(
     dg: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See ``kernels.attention``."""
-    P, dS, v, o = _probabilities(h), _score_tangent(h, dq, dk), _wide(h.v), _wide(h.o)
-    g, dg, q, k = _wide(g), _wide(dg), _wide(h.q), _wide(h.k)
+    P, dS, v, o = _probabilities(h), _score_tangent(h, dq, dk), wide(h.v), wide(h.o)
+    g, dg, q, k = wide(g), wide(dg), wide(h.q), wide(h.k)
+    # gP - <P, gP>, where <P, gP> = <g, o>: o is at hand, and a row of d numbers instead of S.
     inner = g @ v.mT - (g * o).sum(-1, True)
     gS = P * inner
-    dinner = dg @ v.mT - ((dg * o).sum(-1) + (g * _wide(do)).sum(-1))[..., None]
+    # The tangent of the line above, but for dv, which may be absent.
+    dinner = dg @ v.mT - ((dg * o).sum(-1) + (g * wide(do)).sum(-1))[..., None]
     if dv is not None:
-        dinner = dinner + g @ _wide(dv).mT
+        dinner = dinner + g @ wide(dv).mT
     dgS, dgv = P * dinner, P.mT @ dg
     if dS is not None:
         dP = P * (dS - m[..., None])
@@ -228,10 +244,11 @@ def attention_backward_tangent(
         dgv = dgv + dP.mT @ g
     dgq, dgk = dgS @ k, dgS.mT @ q
     if dk is not None:
-        dgq = dgq + gS @ _wide(dk)
+        dgq = dgq + gS @ wide(dk)
     if dq is not None:
-        dgk = dgk + gS.mT @ _wide(dq)
+        dgk = dgk + gS.mT @ wide(dq)
     dtype = h.q.dtype
+    # Scaled at the end, on d columns: gS and dgS above lack the factor.
     return (h.scale * dgq).to(dtype), (h.scale * dgk).to(dtype), dgv.to(dtype)
 
 
@@ -242,19 +259,17 @@ def embedding(tables: Tensor, index: Tensor) -> Tensor:
 
 def embedding_backward(g: Tensor, index: Tensor, rows: int) -> Tensor:
     """See ``kernels.embedding``."""
-    wide = _wide(g)
-    return wide.new_zeros(g.shape[0], rows, g.shape[2]).index_add_(1, index, wide).to(g.dtype)
-
-
-def _wide(t: Tensor) -> Tensor:
-    return t.float() if t.dtype in (torch.bfloat16, torch.float16) else t
+    d = wide(g)
+    # Float32 sums, rounded once: a frequent row has as many terms as it has tokens.
+    return d.new_zeros(g.shape[0], rows, g.shape[2]).index_add_(1, index, d).to(g.dtype)
 
 
 def _scores(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
-    scores = scale * (_wide(q) @ _wide(k).mT)
+    scores = scale * (wide(q) @ wide(k).mT)
     if mask is not None:
-        scores = scores + _wide(mask)
+        scores = scores + wide(mask)
     if causal:
+        # Counted from the first query and key, also where there are more keys than queries, as torch does.
         seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
         scores = scores.masked_fill(~seen, -math.inf)
     return scores
@@ -265,9 +280,9 @@ def _probabilities(h: Heads) -> Tensor:
 
 
 def _score_tangent(h: Heads, dq: Tensor | None, dk: Tensor | None) -> Tensor | None:
-    dS = None if dq is None else _wide(dq) @ _wide(h.k).mT
+    dS = None if dq is None else wide(dq) @ wide(h.k).mT
     if dk is not None:
-        other = _wide(h.q) @ _wide(dk).mT
+        other = wide(h.q) @ wide(dk).mT
         dS = other if dS is None else dS + other
     return None if dS is None else h.scale * dS
 
@@ -275,6 +290,7 @@ def _score_tangent(h: Heads, dq: Tensor | None, dk: Tensor | None) -> Tensor | N
 def _jacobian(s: Standardised, u: Tensor) -> Tensor:
     if s.mode == FIXED:
         return s.r[:, None] * u
+    # RMS norm subtracts no mean, so J has no such term.
     centred = u - u.mean(-1, True) if s.mode == CENTRED else u
     return s.r[:, None] * (centred - s.xhat * (s.xhat * u).mean(-1, True))
 
@@ -282,6 +298,7 @@ def _jacobian(s: Standardised, u: Tensor) -> Tensor:
 def _by_number(s: Standardised, w: Tensor) -> Tensor:
     """``[..., channels]`` to ``[..., rows, D]``: each number its channel's value."""
     rows, D = s.xhat.shape
+    # Channels repeat along inner within a row, and groups from row to row.
     spread = w.reshape(*w.shape[:-1], s.groups, D // s.inner, 1).expand(*w.shape[:-1], s.groups, D // s.inner, s.inner)
     return spread.reshape(*w.shape[:-1], s.groups, D).repeat(*[1] * (w.ndim - 1), rows // s.groups, 1)
 

@@ -10,7 +10,11 @@ FIXED, RMS, CENTRED = 0, 1, 2  # a norm's statistics: constants; root mean squar
 
 
 class Standardised(NamedTuple):
-    """A norm's primal: ``xhat`` ``[rows, D]``, ``r`` ``[rows]``, and how rows and channels belong together."""
+    """A norm's primal: ``xhat`` ``[rows, D]``, ``r`` ``[rows]``, and how rows and channels belong together.
+
+    Both are contiguous: the compiled kernels know them by address. ``groups`` and ``inner`` as in ``kernels.norm``;
+    ``mode`` is FIXED, RMS or CENTRED.
+    """
 
     xhat: Tensor
     r: Tensor
@@ -21,6 +25,7 @@ class Standardised(NamedTuple):
     @property
     def channels(self) -> int:
         """Length of weight and bias."""
+        # D / inner channels in each row, and as many different rows as groups.
         return self.groups * (self.xhat.shape[1] // self.inner)
 
 

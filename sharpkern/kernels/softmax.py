@@ -2,6 +2,8 @@
 
 J u  = p (u - <p, u>)                                                  the Jacobian of softmax, symmetric
 dJ u = dp (u - <p, u>) - p <dp, u>,   with dp = J dz
+
+The difference is taken before the product with p: where p is close to 1, p u - p <p, u> would cancel.
 """
 
 from __future__ import annotations

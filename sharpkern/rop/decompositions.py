@@ -46,6 +46,7 @@ def decomposed(exported: Any, parameters: set[Any]) -> Any:
     attention = aten.scaled_dot_product_attention.default
     masks = [node.args[3] for node in program.graph.nodes if node.target is attention and len(node.args) > 3]
     if any(isinstance(mask, fx.Node) and mask in _reached(program, parameters) for mask in masks):
+        # All attention of the model then, for the table goes by op; the scores of the others cost memory only.
         program = exported.run_decompositions(dict(_table()) | {attention: explicit_attention})
     return program
 
@@ -55,6 +56,7 @@ def _reached(program: Any, parameters: set[Any]) -> set[fx.Node]:
     sources = {
         spec.arg.name
         for spec in program.graph_signature.input_specs
+        # A parameter that a closure captured arrives as a constant, on the parameter's memory.
         if spec.kind == InputKind.PARAMETER or memory_of(program.constants.get(spec.target)) in parameters
     }
     reached: set[fx.Node] = set()
@@ -109,6 +111,7 @@ def product_along(x: Tensor, dim: int, keepdim: bool = False, *, dtype: torch.dt
     if x.shape[dim] == 0:
         return torch.ones_like(x.sum(dim, keepdim=keepdim))
     while (n := x.shape[dim]) > 1:
+        # Halves, not neighbours: each half lies in one piece, and log2 n steps suffice either way.
         pairs = x.narrow(dim, 0, n // 2) * x.narrow(dim, n // 2, n // 2)
         x = pairs if n % 2 == 0 else torch.cat([pairs, x.narrow(dim, n - 1, 1)], dim)
     return x if keepdim else x.squeeze(dim)
@@ -121,6 +124,8 @@ def running_product(x: Tensor, dim: int, *, dtype: torch.dtype | None = None) ->
         return x.clone()
     n, reach = x.shape[dim], 1
     while reach < n:
+        # n log2 n multiplications, where a loop over entries would make n steps of the program and a division by x
+        # would fail at a zero. The first ``reach`` entries are complete.
         x = torch.cat([x.narrow(dim, 0, reach), x.narrow(dim, reach, n - reach) * x.narrow(dim, 0, n - reach)], dim)
         reach *= 2
     return x.clone() if n <= 1 else x
@@ -128,6 +133,7 @@ def running_product(x: Tensor, dim: int, *, dtype: torch.dtype | None = None) ->
 
 def pairwise_distances(x: Tensor, y: Tensor, p: float, mode: int | None = None) -> Tensor:  # noqa: ARG001
     """Distances between all rows; torch has no second derivative of its own op. Memory: all differences."""
+    # Not |x|^2 + |y|^2 - 2 x y, one of torch's modes: near rows lose their digits in it.
     return torch.linalg.vector_norm(x.unsqueeze(-2) - y.unsqueeze(-3), p, -1)
 
 
@@ -153,15 +159,19 @@ def embedding_bag(
         raise NotImplementedError(f"embedding_bag with mode={_MODES[mode]!r}, scale_grad_by_freq={scale_grad_by_freq}")
     starts = offsets[:-1] if include_last_offset else offsets
     position = torch.arange(indices.shape[0], device=indices.device)
+    # The last bag that starts at or before a position: of bags that start together, all but the last one are empty.
     bag = (position[:, None] >= starts[None, :]).sum(1) - 1
     kept = (indices != padding_idx).to(weight.dtype)
+    # Multiplied by zero and not left out: how many rows are padding depends on values.
     rows = weight[indices] * kept[:, None]
     if per_sample_weights is not None:
         rows = rows * per_sample_weights[:, None]
     total = rows.new_zeros(starts.shape[0], weight.shape[1]).index_add(0, bag, rows)
     sizes = kept.new_zeros(starts.shape[0]).index_add(0, bag, kept)
     if _MODES[mode] == "mean":
+        # An empty bag's mean is zero, as in torch.
         total = total / sizes.clamp(min=1)[:, None]
+    # The last result says which rows a maximum took: of sums and means nobody reads it.
     return total, bag, sizes.to(indices.dtype), torch.empty_like(offsets)
 
 
@@ -188,5 +198,6 @@ def explicit_attention(
     elif attn_mask is not None:
         scores = scores + attn_mask
     dead = (scores == -math.inf).all(-1, keepdim=True)  # a row that may attend to nothing gives zero
+    # Filled in front as well as behind: softmax of -inf alone is NaN, and so would its derivative be.
     weights = torch.softmax(scores.masked_fill(dead, 0.0), -1).masked_fill(dead, 0.0)
     return (torch.dropout(weights, dropout_p, train=True) if dropout_p else weights) @ value

@@ -63,9 +63,11 @@ class DoubleBackward:
             ):
                 stack.enter_context(context)
             loss = self._split_at_outputs(batch) if self.keep_outputs else module(batch)[0]
+            # ``allow_unused``: the loss need not depend on every parameter. The derivative is zero there.
             parts = torch.autograd.grad(loss, self.layout.tensors, create_graph=True, allow_unused=True)
         # A part without a graph is constant in the parameters: its derivative is zero.
         self.parts = [None if g is None or not g.requires_grad else g for g in parts]
+        # Detached, or who keeps a gradient would keep the graph.
         self._gradient = self._flat([None if g is None else g.detach() for g in parts])
         return loss.detach()
 
@@ -73,12 +75,14 @@ class DoubleBackward:
         """Run model and loss apart, so that the loss's own second derivative can be taken at the outputs."""
         output = self.module.output(batch)  # type: ignore[operator]
         self.outputs = [z for z in tensors_of(output) if z.requires_grad]
+        # By id: an output that appears twice in the nest is one point.
         points = {id(z): z.detach().requires_grad_() for z in self.outputs}
         self.points = list(points.values())
         apart = pytree.tree_map(lambda t: points.get(id(t), t), output)
         with kept_random_states({self.layout.device}):  # both see the same noise
             apart_loss = self.module.loss(apart, batch)  # type: ignore[operator]
         self.slopes = torch.autograd.grad(apart_loss, self.points, create_graph=True, materialize_grads=True)
+        # The loss twice: at cut points for its own second derivative, and on the model's graph for the gradient.
         loss: Tensor = self.module.loss(output, batch)  # type: ignore[operator]
         return loss
 
@@ -110,6 +114,8 @@ class DoubleBackward:
         tensors = self.layout.tensors
         try:
             with requiring_grad(tensors):
+                # One after the other: batched cotangents are an experiment of torch, without a rule for some ops, and
+                # the unusual ops are those that end here.
                 columns = zip(*self.layout.views(block), strict=True)
                 return torch.stack([product([t.to(p.dtype) for t, p in zip(v, tensors, strict=True)]) for v in columns])
         except (RuntimeError, NotImplementedError) as error:
@@ -119,11 +125,13 @@ class DoubleBackward:
             ) from error
 
     def _hessian_column(self, v: list[Tensor]) -> Tensor:
+        # grad <grad, v>, without forming the sum: v is given as the cotangent of the gradient's parts.
         pairs = [(g, t) for g, t in zip(self.parts, v, strict=True) if g is not None]
         return self._flat(self._pull(pairs) if pairs else [None] * len(v))
 
     def _ggn_column(self, v: list[Tensor]) -> Tensor:
         # J v by two pulls: J'u is linear in u, and its derivative along v by u is J v.
+        # Any u would do, for J'u is linear in it; but torch's way to it may have a kink at zero, as in the fallback.
         dummies = [torch.ones_like(z, requires_grad=True) for z in self.outputs]
         pulled = torch.autograd.grad(self.outputs, self.layout.tensors, dummies, create_graph=True, allow_unused=True)
         pairs = [(g, t) for g, t in zip(pulled, v, strict=True) if g is not None]
@@ -142,6 +150,7 @@ class DoubleBackward:
 
     def _pull(self, pairs: list[tuple[Tensor, Tensor]]) -> Sequence[Tensor | None]:
         ys, cotangents = zip(*pairs, strict=True)
+        # The graph stays: the next product runs through it again.
         return torch.autograd.grad(ys, self.layout.tensors, cotangents, retain_graph=True, allow_unused=True)
 
 

@@ -75,7 +75,10 @@ def export(module: nn.Module, batch: Any) -> Graph:
         warnings.simplefilter("ignore")
         try:
             with contextlib.redirect_stderr(io.StringIO()), differentiable_checkpoints():  # torch prints whole graphs
+                # Non-strict: the user's code runs as Python, so that what dynamo cannot read exports too. What such a
+                # trace freezes, ``curvature/watch.py`` looks after.
                 exported = torch.export.export(module, (batch,), strict=False)
+                # Before the decompositions, which inline these regions.
                 _detach_no_grad_regions(exported.graph_module)
                 exported = decomposed(exported, {memory_of(p) for p in module.parameters()})
         except Exception as error:  # torch.export has no common base class for what a user's code can trip
@@ -93,6 +96,7 @@ def _read(exported: Any, module: nn.Module) -> Graph:
 
 def _read_inputs(graph: Graph, exported: Any, module: nn.Module) -> None:
     """Say what each placeholder stands for."""
+    # With every name of a tied tensor: the export may have an input for each.
     own = dict(module.named_parameters(remove_duplicate=False))
     # A closure's parameter arrives as a constant, on the parameter's memory: it is the parameter all the same.
     captured = {memory_of(p): p for p in own.values()}
@@ -102,7 +106,9 @@ def _read_inputs(graph: Graph, exported: Any, module: nn.Module) -> None:
         elif spec.kind == InputKind.BUFFER:
             graph.buffers[spec.arg.name] = spec.target
         elif spec.kind == InputKind.USER_INPUT:
+            # A leaf that is no tensor has become a constant of the program, and takes no place in it.
             graph.user_inputs.append(None if isinstance(spec.arg, ConstantArgument) else spec.arg.name)
+        # Tokens order effects, such as prints; they carry no number.
         elif spec.kind != InputKind.TOKEN:
             constant = _tensor(exported.constants[spec.target])
             if (parameter := captured.get(memory_of(constant))) is not None:
@@ -129,6 +135,7 @@ def _read_outputs(graph: Graph, exported: Any) -> None:
             graph.mutations[out.target] = by_name[out.arg.name]
         elif out.kind == OutputKind.USER_OUTPUT and not isinstance(out.arg, ConstantArgument):
             user.append(by_name[out.arg.name])
+        # The program would have to write to the user's own tensors at every forward sweep.
         elif out.kind not in (OutputKind.USER_OUTPUT, OutputKind.TOKEN):
             raise UnsupportedModelError(f"the model changes its input or parameter {out.target!r} in place")
     if not user:
@@ -180,6 +187,7 @@ def _line(node: fx.Node) -> str:
     """Say where in the user's code a node comes from."""
     places = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
     own = [place for place in places if not _is_torchs(place[0])]
+    # The last one is the innermost frame of the user's: nearest to the cause.
     return f", at {own[-1][0]}:{own[-1][1]}" if own else ""
 
 
@@ -190,6 +198,7 @@ def _place(error: BaseException) -> str:
 
 
 def _is_torchs(file: str) -> bool:
+    # "<" begins the names of code without a file, which torch generates.
     return file.startswith((_TORCH, _PACKAGE, "<"))
 
 
@@ -210,6 +219,7 @@ def _detach_no_grad_regions(graph_module: fx.GraphModule) -> None:
             with graph_module.graph.inserting_after(item):
                 stop = graph_module.graph.call_function(aten.detach.default, (item,))
             stop.meta = dict(item.meta)
+            # But for the new node's own input, which would then be itself.
             item.replace_all_uses_with(stop, delete_user_cb=lambda user, stop=stop: user is not stop)
     graph_module.recompile()
 
@@ -228,6 +238,7 @@ class _quiet:
     def __enter__(self) -> None:
         self.levels = [logger.level for logger in self.loggers]
         for logger in self.loggers:
+            # By level, which loggers below inherit; a filter would not see what these pass up.
             logger.setLevel(logging.CRITICAL)
 
     def __exit__(self, *_: object) -> None:

@@ -37,6 +37,7 @@ class Program:
         self.layout = Layout(params)
         self.steps: list[Step] = []
         self._build(graph)
+        # A fused head leaves no slot for the logits, at which ``ggn`` would split the program.
         if not keep_outputs:
             self.output_slots.clear()
             self.steps = fuse_head(self.steps, self.loss_slot, self._shapes)
@@ -57,6 +58,7 @@ class Program:
                 slot_of[node.name] = self._new_slot()
                 if tensor is not None:
                     by_tensor[id(tensor)] = slot_of[node.name]
+            # An op with several results has a slot for each, so that picking one of them is no step of its own.
             elif node.op == "call_function" and node.target is operator.getitem:
                 source: Any = node.args[0]
                 slot_of[node.name] = slot_of[source.name][node.args[1]]
@@ -67,7 +69,10 @@ class Program:
                 self.steps.append(step_of(node, slot_of, slots))
                 self.steps[-1].many = many
                 slot_of[node.name] = slots if many else slots[0]
-        self._params = [(slot, t) for t, slot in ((t, by_tensor[id(t)]) for t in _unique(graph.parameters.values()))]
+        # The exported module's parameters may be more than those of the layout (a user may ask for some of them only):
+        # all are read, and the others are constants to every derivative. One of the layout that the program lacks has
+        # no slot.
+        self._params = [(by_tensor[id(t)], t) for t in _unique(graph.parameters.values())]
         self.param_slots = [by_tensor.get(id(t), NOTHING) for t in self.layout.tensors]
         self._buffers = [(slot_of[name], target) for name, target in graph.buffers.items()]
         self._constants = [(slot_of[name], value) for name, value in graph.constants.items()]
@@ -92,6 +97,7 @@ class Program:
         self.fallback_ops = sorted({str(step.op) for step in self.live if isinstance(step.rule, Fallback)})
         last = self.live[-1].rule if self.live and self.live[-1].outputs == [self.loss_slot] else None
         self._ends_in_final = last is not None and last.can_end_program
+        # The loss's own tangent is then needed by nobody, and the tangent of its cotangent is zero: both are left out.
         if last is not None:
             last.ends_program = last.can_end_program
         liveness.mark_last_uses(self.steps, {self.loss_slot, *self.output_slots, *(s for _, s in self._mutations)})
@@ -122,6 +128,8 @@ class Program:
         with torch.no_grad():
             values: list[Any] = [None] * self.size
             for slot, tensor in self._params:
+                # Detached: the fallback enables gradients, and a parameter outside the layout would become part of its
+                # graphs.
                 values[slot] = tensor.detach()
             for slot, target in self._buffers:
                 values[slot] = module.get_buffer(target)
@@ -142,11 +150,15 @@ class Program:
                         values[slot] = value
                 else:
                     values[step.outputs[0]] = result
+                # What a rule needs later it has saved; everything else is freed as early as in eager torch.
                 for slot in step.last_use:
                     values[slot] = None
+            # Kept and not written: whether they are is the caller's choice at each call, which a recording of this
+            # sweep could not make.
             self._new_buffers = [(target, values[slot]) for target, slot in self._mutations]
             if update_buffers:
                 self.update_buffers(module)
+            # A copy: the result may be a view of what a rule has saved, and belongs to the caller.
             loss: Tensor = values[self.loss_slot].clone()
         return loss
 
@@ -162,15 +174,20 @@ class Program:
 
     def backward(self) -> None:
         """Sweep from the loss to where the parameters enter; save what products and ``gradient`` need."""
+        # One more than there are slots: NOTHING is the index -1, so that its entry is the last one and stays None.
         cotangents: list[Any] = [None] * (self.size + 1)
         owned: set[int] = set()
         with torch.no_grad():
             cotangents[self.loss_slot] = self.empty_loss()[None].fill_(1)
             for step in reversed(self.live):
                 assert step.rule is not None
+                # Complete by now: every step that uses these results comes later, and has been passed.
                 g = _take(cotangents, step)
+                # Only what leads on to other steps. The parameters' own cotangents, half of a backward sweep's matrix
+                # products, wait until somebody asks for the gradient; products never need them.
                 results = step.rule.pull_back(g, step.through)
                 step.rule.prepare(g)
+                # The others' cotangents are freed here: an activation's has become part of its curvature.
                 step.g = g if step.rule.keeps_cotangent or any_of(step.to_parameters) else None
                 _distribute(cotangents, owned, step.inputs, results)
 
@@ -180,6 +197,7 @@ class Program:
         owned: set[int] = set()
         with torch.no_grad():
             parts = self._direct_to(out)
+            # In any order: parameters have no producer, so that nothing here depends on another step's result.
             for step in self.live:
                 assert step.rule is not None
                 if any_of(step.to_parameters):
@@ -213,6 +231,8 @@ class Program:
         """
         with torch.no_grad():
             linear_steps = frozenset(self.model_steps)
+            # The model's own steps must not begin a part of d(gW) from dx and g: their second order does not belong to
+            # this matrix. The loss's steps may.
             self._tangent(block, out, linear_steps)
             self._reverse(linear_steps, out)
 
@@ -222,6 +242,7 @@ class Program:
         The generalised Gauss-Newton matrix leaves out the second order of the model's own ops.
         """
         with torch.no_grad():
+            # Without a result there is no reverse sweep, and nobody would read what a rule begins.
             self._tangent(block, None, frozenset(self.model_steps if gauss_newton else ()), out.zero_())
 
     def _tangent(
@@ -243,10 +264,12 @@ class Program:
         tangents: list[Any] = [None] * (self.size + 1)
         for slot, view, tensor in zip(self.param_slots, self.layout.views(block), self.layout.tensors, strict=True):
             if slot != NOTHING:
+                # Flat vectors are float32 at least, also where parameters are 16-bit floats.
                 tangents[slot] = view.to(tensor.dtype)
         for step in self.live:
             assert step.rule is not None
             dargs = tuple(_pick(tangents, entry) for entry in step.inputs)
+            # Here and not at the end of ``backward``: a captured graph runs ``prepare`` twice.
             step.rule.forget_primals()
             result = step.rule.tangent(*dargs)
             if second is not None and step.name not in linear_steps:
@@ -254,6 +277,7 @@ class Program:
                 if part is not None:
                     second += part
             if second is not None:
+                # No reverse sweep will come and read them.
                 step.rule.forget_tangents()
             if isinstance(result, tuple | list):
                 for slot, value in zip(step.outputs, result, strict=True):
@@ -270,13 +294,16 @@ class Program:
         """
         cotangents: list[Any] = [None] * (self.size + 1)
         owned: set[int] = set()
+        # The loss's cotangent is the constant 1, so its tangent is zero; a rule that can end a program knows by itself.
         if not self._ends_in_final:
             cotangents[self.loss_slot] = self.empty_loss().new_zeros(out.shape[0])
         parts = self._direct_to(out)
         for step in reversed(self.live):
             assert step.rule is not None
+            # None where the loss itself ends the program.
             dg = _take(cotangents, step)
             linear = step.name in linear_steps
+            # Of a linear step, without the term of g and dx, ``backward`` is the derivative (docs/design.md).
             results = step.rule.backward(dg) if linear else step.rule.backward_tangent(dg, step.g)
             step.rule.forget_tangents()
             _distribute(cotangents, owned, step.inputs, results)
@@ -284,11 +311,14 @@ class Program:
 
     def _collect(self, cotangents: list[Any], parts: list[Tensor]) -> None:
         """Copy what rules have not written to its place."""
+        # Rules let go of the result's memory, which is the caller's: nothing later may write there.
         self._direct_to(None)
         for slot, part in zip(self.param_slots, parts, strict=True):
             value = cotangents[slot]
             if value is None:
+                # The result was allocated and not cleared; the loss does not depend on this parameter.
                 part.zero_()
+            # Identity is enough: a rule that has written to its place returns the very tensor that it was given.
             elif value is not part:
                 part.copy_(value)
 
@@ -300,6 +330,7 @@ def _pick(values: list[Any], entry: Any) -> Any:
 def _take(cotangents: list[Any], step: Step) -> Any:
     """Take a step's cotangents out of their slots."""
     taken = tuple(cotangents[slot] for slot in step.outputs)
+    # Gone from the table, so that each cotangent is freed as soon as its rule has used it.
     for slot in step.outputs:
         cotangents[slot] = None
     return taken if step.many else taken[0]
@@ -321,9 +352,11 @@ def _accumulate(values: list[Any], owned: set[int], slot: int, value: Tensor | N
     """Add a cotangent into its slot; the first sum makes a tensor of its own, since rules may return aliases."""
     if slot == NOTHING or value is None:
         return
+    # As it is, without a copy: most values have one user.
     if values[slot] is None:
         values[slot] = value
     elif slot in owned:
+        # In place, because the sum was made here and nobody else holds it.
         values[slot] += value
     else:
         values[slot] = values[slot] + value

@@ -14,6 +14,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from ..kernels.precision import wide
+
+# An OpOverload, which torch keeps private, or a function of this package (``rules/head.py``).
 Op = Any  # torch._ops.OpOverload
 RULES: dict[Op, type[Rule]] = {}
 
@@ -57,6 +60,7 @@ class Rule:
     def __init__(self, op: Op, needs: tuple[Any, ...]) -> None:
         self.op = op
         self.needs = needs
+        # By argument. Empty between two products, so that a rule never keeps a caller's result alive.
         self._places: dict[int, Tensor] = {}
 
     @classmethod
@@ -93,7 +97,10 @@ class Rule:
         The sum over all ops is v'Hv. ``backward_tangent`` of a zero dg is ``g f''[d, .]``: one more contraction with
         the tangents makes any rule's second order; rules with expensive products have a cheaper way.
         """
+        # From a tangent: g belongs to the primal and has k = 1.
         k = next(d for d in _flat(dargs) if d is not None).shape[0]
+        # g is fixed, so its tangent is zero. A tensor of zeros and not None: only a rule that ends the program has to
+        # understand None. Its own cotangent is the constant 1.
         dg = None if self.ends_program else pytree.tree_map_only(Tensor, lambda t: t.new_zeros(k, *t.shape[1:]), g)
         results = self.backward_tangent(dg, g)
         total = None
@@ -138,7 +145,7 @@ class Selective(Rule):
         raise NotImplementedError
 
     def pull_back(self, g: Any, wanted: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Return ``backward(g, wanted)``."""
+        """Return ``backward(g, wanted)``, so that nothing else is computed."""
         return _only(self.backward(g, wanted), wanted) if any_of(wanted) else (None,) * len(wanted)
 
 
@@ -152,14 +159,14 @@ class LinearInArgs(Rule):
         return self.backward(dg)
 
     def second_order(self, dargs: tuple[Any, ...], g: Any) -> None:  # noqa: ARG002
-        """Nothing."""
+        """Return None: there is no second derivative."""
 
 
 def inner(a: Tensor, b: Tensor) -> Tensor:
     """Return the inner products ``[k]``, float64, of ``[k or 1, *shape]`` with ``[k, *shape]``."""
-    a, b = (t.reshape(t.shape[0], -1) for t in (a, b))
-    if a.dtype.itemsize < 4:
-        a, b = a.float(), b.float()
+    # A product of 16-bit numbers summed in 16 bits would keep two digits. The sum within an op is in the model's
+    # precision, as its other sums are; those of different ops may cancel, so from here on it is float64.
+    a, b = (wide(t.reshape(t.shape[0], -1)) for t in (a, b))
     return torch.linalg.vecdot(a, b).double()
 
 
@@ -195,6 +202,7 @@ def rule(*ops: Op) -> Callable[[type[Rule]], type[Rule]]:
 
 def align(d: Tensor, ndim: int) -> Tensor:
     """View a tangent ``[k, *shape]`` so that it broadcasts against ``[k, *(ndim dims)]``: ones after k."""
+    # Broadcasting aligns shapes at their end: without the ones, k would meet a dimension of the other argument.
     missing = ndim + 1 - d.ndim
     return d if missing <= 0 else d.reshape(d.shape[0], *([1] * missing), *d.shape[1:])
 
@@ -205,15 +213,12 @@ def reduce_to(g: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
         return g
     extra = g.ndim - 1 - len(shape)
     dims = list(range(1, 1 + extra))
+    # Only what was 1 and no longer is: a dimension of size 1 on both sides has nothing to add up.
     dims += [i + 1 + extra for i, size in enumerate(shape) if size == 1 and g.shape[i + 1 + extra] != 1]
+    # torch sums over every dimension, k too, where the list of dimensions is empty.
     return g.sum(dims).reshape(g.shape[0], *shape) if dims else g.reshape(g.shape[0], *shape)
 
 
 def fold(d: Tensor) -> Tensor:
     """Merge k into the batch: ``[k, N, ...] -> [k*N, ...]``."""
     return d.reshape(-1, *d.shape[2:])
-
-
-def unfold(y: Tensor, k: int) -> Tensor:
-    """Undo ``fold``: ``[k*N, ...] -> [k, N, ...]``."""
-    return y.view(k, -1, *y.shape[1:]) if y.is_contiguous() else y.reshape(k, -1, *y.shape[1:])

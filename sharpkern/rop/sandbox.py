@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import checkpoint as checkpointing
 
+RandomState = tuple[Tensor, dict[int, Tensor]]
+
 
 @contextmanager
 def buffers_on_copies(modules: Iterable[nn.Module], *, updated: nn.Module | None = None) -> Iterator[None]:
@@ -33,6 +35,7 @@ def buffers_on_copies(modules: Iterable[nn.Module], *, updated: nn.Module | None
     try:
         yield
     except BaseException:
+        # A pass that failed half way has left half of its statistics.
         to_update.clear()
         raise
     finally:
@@ -50,11 +53,18 @@ def _taken_over(originals: dict[str, Tensor | None], left: dict[str, Tensor | No
         original = originals.get(name)
         if original is None or value is None or value.shape != original.shape or value.dtype != original.dtype:
             new[name] = value if value is None or value is original else value.detach()
-        # By value: batch norm writes its statistics without counting a new version.
-        elif not torch.equal(value, original):
+        # Written only where the pass wrote, so that the version counter of an untouched buffer does not move.
+        elif was_written(value, original):
             with torch.no_grad():
                 original.copy_(value)
     return new
+
+
+def was_written(now: Tensor, before: Tensor) -> bool:
+    """Whether a buffer differs from a copy of it that was taken before."""
+    if now.layout is torch.strided:
+        return not torch.equal(now, before)  # by value: batch norm writes without counting a new version
+    return now._version > 0  # torch does not compare sparse tensors
 
 
 @contextmanager
@@ -66,13 +76,15 @@ def restored_buffers(modules: Iterable[nn.Module]) -> Iterator[None]:
     finally:
         with torch.no_grad():
             for b, value in before:
-                if not torch.equal(b, value):  # batch norm writes without counting a new version
+                # An untouched buffer is not written to: that too would count as a change.
+                if was_written(b, value):
                     b.copy_(value)
 
 
 @contextmanager
 def kept_random_states(devices: Iterable[torch.device]) -> Iterator[None]:
     """Put the random states of torch, Python and NumPy back afterwards."""
+    # Only the devices in use: by default ``fork_rng`` copies the state of every GPU of the machine.
     indices = sorted({d.index or 0 for d in devices if d.type == "cuda"})
     # The generators that user code draws from are the global ones.
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
@@ -84,13 +96,13 @@ def kept_random_states(devices: Iterable[torch.device]) -> Iterator[None]:
         np.random.set_state(numpy)  # noqa: NPY002
 
 
-def random_state() -> tuple[Tensor, dict[int, Tensor]]:
+def random_state() -> RandomState:
     """Return the state of torch's global generators: the CPU's, and each CUDA device's in use, by index."""
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     return torch.get_rng_state(), {i: torch.cuda.get_rng_state(i) for i in devices}
 
 
-def set_random_state(state: tuple[Tensor, dict[int, Tensor]]) -> None:
+def set_random_state(state: RandomState) -> None:
     """Set what ``random_state`` returned, so that noise is drawn again."""
     torch.set_rng_state(state[0])
     for index, cuda in state[1].items():
@@ -138,6 +150,7 @@ def differentiable_checkpoints() -> Iterator[None]:
 @contextmanager
 def requiring_grad(tensors: Iterable[Tensor]) -> Iterator[None]:
     """Let the tensors require a gradient within the block, with gradients recorded."""
+    # A list first: the flags are about to change, and only these are put back.
     frozen = [t for t in tensors if not t.requires_grad]
     for t in frozen:
         t.requires_grad_(True)

@@ -41,6 +41,8 @@ def step_of(node: fx.Node, slot_of: Mapping[str, Any], outputs: list[int]) -> St
     for position, argument in enumerate(schema):
         if position < len(node.args):
             value: Any = node.args[position]
+        # Filled in from the schema, so that a rule's ``forward`` gets every argument, at the same place for every
+        # model.
         elif argument.name in node.kwargs:
             value = node.kwargs[argument.name]
         else:
@@ -51,6 +53,7 @@ def step_of(node: fx.Node, slot_of: Mapping[str, Any], outputs: list[int]) -> St
         if isinstance(value, fx.Node):
             entry = slot_of[value.name]
             step.refs.append((position, entry))
+            # A hole in the template, filled at run time. The slot alone says where from.
             value = None
         elif isinstance(value, list | tuple) and any(isinstance(v, fx.Node) for v in value):
             entry = [slot_of[v.name] if isinstance(v, fx.Node) else NOTHING for v in value]

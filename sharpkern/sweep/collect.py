@@ -15,6 +15,7 @@ from ..train.metrics import Row, replace_file
 from .grid import Cell, Sweep
 
 RESULT, DECLARED = "result.json", "cell.toml"
+# A multiple of the first loss, for a loss has no scale of its own.
 _OUT_OF_BOUNDS = 1e5
 _SMOOTH = 10  # steps over which a mini-batch run is averaged before catapults and regimes are looked for
 
@@ -26,6 +27,7 @@ def result_of(cell: Cell) -> dict[str, Any] | None:
         ValueError: the folder belongs to a cell of the same name with other settings.
     """
     declared = cell.folder / DECLARED
+    # Compared as text: a cell is known by its folder's name, which tells its place on the axes and nothing of the rest.
     if declared.exists() and declared.read_text(encoding="utf-8") != cell.declared():
         raise ValueError(
             f"{cell.folder} was declared with other settings (see its {DECLARED}): choose another --out, or remove it."
@@ -41,6 +43,7 @@ def table(sweep: Sweep) -> list[dict[str, Any]]:
     A cell without a result has the status "unfinished" and nothing else.
     """
     rows = [{"cell": cell.name, **cell.axes, **(result_of(cell) or {"status": "unfinished"})} for cell in sweep.cells]
+    # A cell without a result has fewer keys, and a CSV file has one header for all.
     columns = dict.fromkeys(key for row in rows for key in row)
     return [columns | row for row in rows]
 
@@ -59,7 +62,9 @@ def result_row(rows: list[Row], config: TrainConfig, classes: int) -> dict[str, 
     finite = [row for row in rows if row.get("loss") is not None]
     evaluated = [row for row in finite if row.get("train_accuracy") is not None]
     losses = [row["loss"] for row in rows]
+    # A first loss of 0 would make any later one a divergence.
     limit = _OUT_OF_BOUNDS * losses[0] if finite and losses[0] else math.inf
+    # Not for text: its commonest character alone is far more often right than one in a vocabulary.
     accuracy = [row["train_accuracy"] for row in evaluated] if evaluated and config.model.kind != "gpt" else None
     status = training_outcome(losses, accuracy=accuracy, chance=1 / classes, limit=limit).name
     return {
@@ -83,16 +88,19 @@ def curvature_key(rows: list[Row]) -> str:
 
 def _dynamics(rows: list[Row], config: TrainConfig, status: str) -> dict[str, Any]:
     """Say how the run met the stability threshold, how often it was thrown back, and in which regime."""
+    # All keys in every result, so that a run that was never measured leaves its columns empty, not missing.
     empty = dict.fromkeys(
         ("initial_sharpness", "initial_curvature", "crossing_step", "crossing_lr", "crossing_sharpness", "catapults",
          "largest_catapult", "largest_drop", "regime", "trend", "regime_is_sure", "near_threshold")
     )  # fmt: skip
+    # Carried values are left out: with them a catapult could begin and end on one and the same value.
     measured = [row for row in rows if row["measured"] and row["ratio"] and row["threshold"]]
     if not measured:
         return empty
     key = curvature_key(measured)
     curvature, lr = [row[key] for row in measured], [row["lr"] for row in measured]
     result = empty | {"initial_sharpness": measured[0]["sharpness"], "initial_curvature": curvature[0]}
+    # The same at every step, as the trainer never changes momentum or betas.
     kappa = measured[0]["threshold"] * lr[0]
     crossed = next((row for row in measured if row["ratio"] > 1), None)
     if crossed:
@@ -101,6 +109,7 @@ def _dynamics(rows: list[Row], config: TrainConfig, status: str) -> dict[str, An
             "crossing_lr": crossed["lr"],
             "crossing_sharpness": crossed[key],
         }
+    # Full-batch losses have no noise to average, and a mean would blur catapults of a few steps.
     smooth = 1 if config.batch_size is None else _SMOOTH
     # with momentum the loss also rises without a catapult: the sharpness must fall
     drop = 0.0 if smooth == 1 and config.optimizer.name == "sgd" and not config.optimizer.momentum else 0.1
@@ -125,7 +134,12 @@ def _dynamics(rows: list[Row], config: TrainConfig, status: str) -> dict[str, An
 
 
 def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write the table as CSV; it is there whole or not at all."""
+    """Write the table as CSV; it is there whole or not at all.
+
+    Args:
+        path: the file.
+        rows: of ``table``, at least one, all with the same keys.
+    """
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, fieldnames=list(rows[0]))
     writer.writeheader()

@@ -63,13 +63,21 @@ class Map:
 
 
 def heatmap(content: Map, title: str, lr_label: str, path: Path) -> None:
-    """Draw a map with its numbers and its boundary, and write a PNG."""
+    """Draw a map with its numbers and its boundary, and write a PNG.
+
+    Args:
+        content: the squares.
+        title: above.
+        lr_label: of the axis of learning rates, which says their unit.
+        path: of the PNG.
+    """
     from matplotlib import colormaps
     from matplotlib.collections import LineCollection
 
     width, height = len(content.lr), len(content.warmup)
     figure = _figure(max(3.4, 0.9 + 0.46 * width), max(1.9, 1.1 + 0.42 * height))
     axes = figure.subplots()
+    # NaN for squares without a value: the colour map draws them in its colour for "bad".
     image = np.full((height, width), np.nan)
     low, high = content.limits
     if low == high:  # one colour, from the middle of the map: numbers are legible on it
@@ -85,6 +93,7 @@ def heatmap(content: Map, title: str, lr_label: str, path: Path) -> None:
         text = format(square.value, content.form)
         if square.held < square.seeds:
             text += f"\n{square.held}/{square.seeds}"
+        # Brightness as the eye weighs it (Rec. 601), not the mean of the three.
         dark = 0.3 * r + 0.59 * g + 0.11 * b < 0.5
         axes.text(x, y, text, ha="center", va="center", fontsize=8, color="white" if dark else _INK, linespacing=0.95)
     axes.imshow(image, origin="lower", aspect="auto", cmap=colours, vmin=low, vmax=high)
@@ -102,6 +111,7 @@ def heatmap(content: Map, title: str, lr_label: str, path: Path) -> None:
 
 def boundary(content: Map) -> list[list[tuple[float, float]]]:
     """Return the line segments between neighbouring squares of which one held and the other did not."""
+    # -1 for squares that were not run: nothing is known of them, so they have no boundary.
     inside = np.full((len(content.warmup), len(content.lr)), -1)
     for (lr, warmup), square in content.squares.items():
         inside[content.warmup.index(warmup), content.lr.index(lr)] = square.inside
@@ -128,6 +138,7 @@ def trajectories(runs: Mapping[str, list[Row]], title: str, path: Path) -> None:
     curvatures: list[float] = []
     key = curvature_key([row for rows in runs.values() for row in rows])
     for index, (label, rows) in enumerate(runs.items()):
+        # The upper end of the map is a yellow that cannot be seen on white.
         colour = colormaps["plasma"](0.85 * index / max(1, len(runs) - 1))
         finite = [row for row in rows if row.get("loss") is not None]
         if not finite:
@@ -139,8 +150,10 @@ def trajectories(runs: Mapping[str, list[Row]], title: str, path: Path) -> None:
             top.plot(step[-1], 0.96, "x", color=colour, markersize=8, markeredgewidth=2, transform=across)
         bottom.plot(step, curvature, color=colour, linewidth=1.3)
         bottom.plot(step, threshold, color=colour, linewidth=1, linestyle="--")
+        # A run that diverges would set the scale for all others: limits come from what stayed near its start.
         losses += loss[loss <= 20 * loss[0]].tolist()
         curvatures += curvature[(curvature > 0) & (curvature <= 5 * curvature[0])].tolist()
+    # In the legend once, in black: colours tell the runs apart, and styles the curves.
     bottom.plot([], [], color=_INK, linewidth=1, linestyle="--", label="threshold")
     bottom.plot([], [], color=_INK, linewidth=1.3, label=key.replace("_", " "))
     for axes, values in ((top, losses), (bottom, curvatures)):
@@ -162,6 +175,7 @@ def _figure(width: float, height: float) -> Figure:
 
 
 def _write(figure: Figure, path: Path) -> None:
+    # Not pyplot: no global state, and no display. Imported here, as matplotlib is optional and no sweep needs it.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     for axes in figure.axes:

@@ -28,11 +28,16 @@ def local(processes: int | None = None) -> Executor:
 
     Args:
         processes: at most so many at once; by default as many as there are cores for their torch threads.
+
+    Raises:
+        RuntimeError: while it runs: a process died, perhaps for want of memory.
     """
 
     def run(function: Callable[[Group], list[CellEnd]], todo: Sequence[Group]) -> Iterator[list[CellEnd]]:
+        # A process gets its number of threads once, before it knows its cells: that of the largest.
         threads = max(cell.config.threads or 1 for group in todo for cell in group)
         workers = processes or processes_for(threads)
+        # Spawned and not forked: a fork inherits torch's threads as dead ones, and comes too late for OMP_NUM_THREADS.
         with ProcessPoolExecutor(
             min(workers, len(todo)), multiprocessing.get_context("spawn"), _prepare, (threads,)
         ) as pool:
@@ -44,6 +49,8 @@ def local(processes: int | None = None) -> Executor:
                     "a process died, perhaps for want of memory: try fewer --processes; what is done is kept."
                 ) from None
             except BaseException:  # Ctrl-C: the cells' folders keep what is done
+                # Running cells are not waited for: their folders have checkpoints, and a second call goes on from
+                # those.
                 pool.shutdown(wait=False, cancel_futures=True)
                 for child in multiprocessing.active_children():
                     child.terminate()
@@ -54,13 +61,17 @@ def local(processes: int | None = None) -> Executor:
 
 def processes_for(threads: int) -> int:
     """Return for how many processes of so many threads this machine has cores."""
+    # The cores that this process may use, which in a container are fewer than the machine's.
     return max(1, len(os.sched_getaffinity(0)) // threads)
 
 
 def _prepare(threads: int) -> None:
     """Set up a process before it imports torch: few threads, no Ctrl-C of its own, no life after its parent's."""
+    # Read by OpenMP once, when torch loads it.
     os.environ["OMP_NUM_THREADS"] = str(threads)
+    # A terminal sends Ctrl-C to all processes of the group. The parent alone decides, and ends the others.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A parent that was killed cannot end its children, which would train on beside a second call.
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with contextlib.suppress(ImportError):  # torch imports tqdm, whose own lock outlives a process that is terminated
         from tqdm import tqdm
@@ -72,6 +83,7 @@ def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
+        # ``sys.exit`` would end this thread only.
         os._exit(1)
 
 
@@ -98,6 +110,7 @@ def submitit(logs: Path, **parameters: Any) -> Executor:
         raise ValueError(f"submitit: {error}") from error
 
     def run(function: Callable[[Group], list[CellEnd]], todo: Sequence[Group]) -> Iterator[list[CellEnd]]:
+        # One array job: a scheduler takes it as a whole, where a job a cell would flood its queue.
         jobs = dict(zip(executor.map_array(function, todo), todo, strict=True))
         for job in engine.helpers.as_completed(list(jobs), poll_frequency=1):
             try:
@@ -121,9 +134,11 @@ def run_sweep(sweep: Sweep, executor: Executor, *, at_once: int = 1) -> Iterator
         ValueError: a cell's folder belongs to another sweep; nothing is run then.
         RuntimeError: a process died; what is done is kept.
     """
+    # All of them before the first is run: a cell of other settings is refused while nothing has changed yet.
     todo = [cell for cell in sweep.cells if result_of(cell) is None]
     sweep.folder.mkdir(parents=True, exist_ok=True)
     replace_file(sweep.folder / "sweep.toml", sweep.text.encode())
     if todo:
         yield from itertools.chain.from_iterable(executor(run_group, groups(todo, at_once)))
+    # Also when nothing was left to do: the file may declare fewer cells than the table of the last call.
     write_table(sweep.folder / "table.csv", table(sweep))

@@ -39,6 +39,7 @@ class Cell:
 
     def declared(self) -> str:
         """Return the cell's declaration, which does not depend on where the sweep's folder is."""
+        # Without the folder, so that a sweep's folder can be moved or given by another path.
         text = to_toml(replace(self.config, out=Path(self.name)))
         return f"# learning rates in units of {'1' if self.lr_unit == '1' else '1 / initial sharpness'}\n{text}"
 
@@ -90,6 +91,7 @@ def read_sweep(path: Path, out: Path | None = None) -> Sweep:
         raise ValueError(f"{path}: not TOML: {error}.") from error
     options = _table(tables.pop("sweep", {}), "sweep", path)
     folder = out or Path(tables.pop("out", Path("runs") / path.stem))
+    # Again, because ``or`` looks no further where the caller gave the folder; a cell's configuration must not have it.
     tables.pop("out", None)
     if unknown := options.keys() - {"grid", "lr_unit", "keep_checkpoints"}:
         raise ValueError(
@@ -103,12 +105,15 @@ def read_sweep(path: Path, out: Path | None = None) -> Sweep:
         raise ValueError(f"{path}, [sweep]: keep_checkpoints must be true or false, got {keep!r}.")
     grids = options.get("grid", {})
     flat = [_flatten(_table(g, "sweep.grid", path)) for g in (grids if isinstance(grids, list) else [grids])]
+    # A set that keeps the order of the file, which is that of the table's columns.
     axes = tuple(dict.fromkeys(key for grid in flat for key in grid))
     if not axes:
         raise ValueError(f"{path}: the grid is empty: give lists in [sweep.grid], as in optimizer.lr = [0.1, 0.2].")
+    # By name, as grids may overlap: what two of them declare is one cell.
     cells: dict[str, Cell] = {}
     for chosen in (c for grid in flat for c in _combinations(grid, path)):
         config = _configure(tables, chosen, folder, path, unit)
+        # From the configuration and not from the file, so that ``lr = 1`` and ``lr = 1.0`` name one folder.
         values = {key: value_of(config, key) for key in axes}
         name = ",".join(f"{label}={word(values[key])}" for key, label in zip(axes, labels(axes), strict=True))
         cells[name] = Cell(name, values, replace(config, out=folder / "cells" / name), unit, keep)
@@ -117,6 +122,7 @@ def read_sweep(path: Path, out: Path | None = None) -> Sweep:
 
 def _configure(tables: dict[str, Any], chosen: dict[str, Any], folder: Path, path: Path, unit: str) -> TrainConfig:
     """Build a cell's configuration."""
+    # Tables are copied, for the cells write their own values into them.
     merged = {name: dict(value) if isinstance(value, dict) else value for name, value in tables.items()}
     for key, value in chosen.items():
         *above, last = key.split(".")
@@ -125,10 +131,13 @@ def _configure(tables: dict[str, Any], chosen: dict[str, Any], folder: Path, pat
             table = _table(table.setdefault(name, {}), name, path)
         table[last] = value
     config: TrainConfig = build(TrainConfig, merged, str(path))
+    # One thread by default: cells run side by side, and each would else take all cores.
     config = replace(config, out=folder, threads=config.threads or 1)
     config.validate()
+    # A result needs test data and a number of classes, which a user's own task does not tell.
     if config.task is not None:
         raise ValueError(f"{path}: a sweep is of reference models: task is for train, suggest and audit.")
+    # An adaptive optimizer's threshold is one of P^-1 H: 1 / sharpness is no unit for its learning rate.
     if unit != "1" and config.optimizer.name != "sgd":
         raise ValueError(f"{path}: lr_unit = {unit!r} is for sgd, got {config.optimizer.name!r}.")
     return config
@@ -166,6 +175,8 @@ def labels(axes: tuple[str, ...]) -> list[str]:
 def word(value: Any) -> str:
     """Write a value so that it fits into a folder's name, and back without loss for numbers."""
     if isinstance(value, float):
+        # Six digits where they are all there is, and every digit otherwise: two values must not share a folder.
         short = f"{value:g}"
         return short if float(short) == value else repr(value)
+    # What a shell or a file system could take for its own becomes a dash.
     return re.sub(r"[^\w.+-]+", "-", str(value))

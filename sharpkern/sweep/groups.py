@@ -33,6 +33,7 @@ def groups(cells: Sequence[Cell], at_once: int = 1) -> list[Group]:
     found: list[Group] = []
     for members in together.values():
         wanted = math.ceil(len(members) / max(1, _most(members[0])))
+        # A multiple of ``at_once``, so that all processes have work to the end; never an empty group.
         parts = min(len(members), math.ceil(wanted / at_once) * at_once)
         ends = [len(members) * i // parts for i in range(parts + 1)]
         found += [tuple(members[a:b]) for a, b in zip(ends, ends[1:], strict=False)]
@@ -59,6 +60,7 @@ def _most(cell: Cell) -> int:
     """Return how many cells like this one may be in a stack."""
     c = cell.config
     examples = c.batch_size or c.data.limit
+    # Solved at the first step alone, with steps left to stack: a later solve would be each cell's own.
     if (
         c.model.kind != "fcn" or c.optimizer.name != "sgd" or not 1 < c.steps <= c.tracking.every
         or cell.keep_checkpoint or examples is None

@@ -49,6 +49,7 @@ def write_report(folder: Path, *, partial: bool = False) -> Path:
     sweep = read_sweep(folder / "sweep.toml", folder)
     rows = table(sweep)
     unfinished = sum(row["status"] == "unfinished" for row in rows)
+    # Refused unless asked for: the boundary is read off the cells that are there, and a missing one moves it.
     if unfinished == len(rows) or (unfinished and not partial):
         raise ValueError(
             f"{folder}: {unfinished} of {len(rows)} cells are not finished: call sharpkern sweep again"
@@ -56,6 +57,7 @@ def write_report(folder: Path, *, partial: bool = False) -> Path:
         )
     (folder / "figures").mkdir(exist_ok=True)
     page = folder / "report.html"
+    # One file, images inside, so that it can be sent; written whole or not at all.
     replace_file(page, _Report(sweep, rows).page().encode())
     return page
 
@@ -97,6 +99,7 @@ class _Report:
         counts = ", ".join(
             f"{statuses.count(s)} {s}" for s in ("trained", "failed", "diverged", "unfinished") if s in statuses
         )
+        # Told once for all cells; what varies stands with the maps.
         fixed = {
             "model.kind": c.model.kind.upper(), "data.name": c.data.name, "optimizer.name": c.optimizer.name,
             "loss": c.loss, "batch_size": f"batches of {c.batch_size}" if c.batch_size else "full batch",
@@ -141,6 +144,7 @@ class _Report:
     def maps(self, cells: list[Cell], suffix: str) -> list[str]:
         """Accuracy, loss, and where the critical learning rate is known, T_reach and T_save."""
         parts = []
+        # The "z" turns a rounded -0 into 0, and the "#" keeps the zero of 0.10, so that all numbers show two digits.
         kinds: list[tuple[str, str, str, str, str, Callable[[Cell], float | None]]] = [
             ("best_test_accuracy", "best test accuracy", "The best at any evaluation of a run that trained.", ".2f",
              "viridis", lambda c: self.of(c, "best_test_accuracy")),
@@ -152,6 +156,7 @@ class _Report:
              "cividis", lambda c: self.of(c, "T_save")),
         ]  # fmt: skip
         for file, title, note, form, colours, value in kinds:
+            # Over the whole sweep and not over this group: equal colours mean equal numbers in all maps of a page.
             every = [v for c in self.sweep.cells if self.trained(c) and (v := value(c)) is not None]
             if not every:
                 continue
@@ -159,6 +164,8 @@ class _Report:
             squares = {}
             for place in dict.fromkeys(map(_place, cells)):
                 here = [c for c in cells if _place(c) == place and self.of(c, "status") != "unfinished"]
+                # Means over those that trained: one divergence among the seeds would make the others' numbers
+                # meaningless.
                 values = [v for c in here if self.trained(c) and (v := value(c)) is not None]
                 if here:
                     ends = "\n".join(dict.fromkeys(_ENDS[self.of(c, "status")] for c in here if not self.trained(c)))
@@ -182,6 +189,7 @@ class _Report:
             body.append([str(warmup), *(_edge(lr, failed) for lr, failed in found)])
         head = ["warmup steps", *(f"seed {s}" if len(seeds) > 1 else "largest that trained" for s in seeds)]
         parts = [f"<h3>Boundary: the largest {escape(self.lr_label)} that trained</h3>", _table(head, body)]
+        # A seed without any run that trained has no boundary to move.
         pairs = [(a, b) for a, b in zip(largest[lengths[0]], largest[lengths[-1]], strict=True) if a and b]
         if len(lengths) > 1 and pairs:
             gains = [b / a for a, b in pairs]
@@ -194,6 +202,8 @@ class _Report:
 
     def edge(self, cells: list[Cell]) -> tuple[float | None, bool]:
         """The largest learning rate below the first that fails after one that trained; is there such a failure?"""
+        # From the first that trained: below it a rate may "fail" because it is too small to learn anything in these
+        # steps.
         ordered = sorted((c for c in cells if self.of(c, "status") != "unfinished"), key=_place)
         first = next((i for i, c in enumerate(ordered) if self.trained(c)), None)
         if first is None:
@@ -213,6 +223,7 @@ class _Report:
         lr = max(_place(c)[0] for c in trained)
         runs = sorted((c for c in own if _place(c)[0] == lr), key=_place)
         most = min(len(runs), _MOST_CURVES)
+        # Evenly spread over the lengths, first and last among them.
         return [runs[round(i * (len(runs) - 1) / max(1, most - 1))] for i in range(most)]
 
     def dynamics(self, cells: list[Cell]) -> str:

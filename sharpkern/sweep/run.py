@@ -17,6 +17,8 @@ from ..train.metrics import read, replace_file
 from .collect import DECLARED, RESULT, result_of, result_row
 from .grid import Cell
 
+# Whatever imports torch is imported inside functions: a spawned process imports this module before ``_prepare`` has
+# limited its threads.
 if TYPE_CHECKING:
     from ..train.build import ReferenceTask
     from ..train.data import Dataset
@@ -57,12 +59,14 @@ def locked(cell: Cell) -> Iterator[None]:
     """Make the cell's folder, and lock it: a second caller waits for the first, or until the first's process dies."""
     cell.folder.mkdir(parents=True, exist_ok=True)
     with (cell.folder / "lock").open("w") as lock:
+        # The kernel's own lock: it ends with its process, however that dies, where a file of the same purpose would
+        # stay.
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
 def report_error(cell: Cell, error: Exception) -> CellEnd:
-    """Leave an error's traceback in the cell's folder."""
+    """Leave an error's traceback in the cell's folder as ``error.txt``, and return an end of status "error"."""
     (cell.folder / ERROR).write_text("".join(traceback.format_exception(error)))
     return CellEnd(cell.name, "error", (str(error) or type(error).__name__).splitlines()[0])
 
@@ -73,15 +77,18 @@ def begin(cell: Cell) -> Run:
     from ..train.loop import Run
 
     folder = cell.folder
+    # That of an earlier attempt.
     (folder / ERROR).unlink(missing_ok=True)
     replace_file(folder / DECLARED, cell.declared().encode())
     started = folder / "config.toml"
     if started.is_file():
+        # Its learning rates are absolute already; the folder may have been moved since.
         config = replace(from_toml(started.read_text(encoding="utf-8"), str(started)), out=folder)
     else:
         config = _in_units(cell)
     shared = what_is_exported(config)
     run = Run(config, resume=started.is_file(), like=_LAST.get(shared))
+    # One run at most, for each holds a model, its data and its recordings.
     _LAST.clear()
     _LAST[shared] = run
     return run
@@ -96,7 +103,12 @@ def reference_task(run: Run) -> ReferenceTask:
 
 
 def train(cell: Cell, run: Run) -> dict[str, Any]:
-    """Train a run to its end, and return the cell's result."""
+    """Train a run to its end, and return the cell's result, which is written too.
+
+    Args:
+        cell: whose folder the run is in.
+        run: of ``begin``. A loss that is not finite ends it, and is a result.
+    """
     from ..curvature.losses import NonFiniteLossError
 
     try:
@@ -108,9 +120,20 @@ def train(cell: Cell, run: Run) -> dict[str, Any]:
 
 
 def finish(cell: Cell, run: Run) -> dict[str, Any]:
-    """Write the result of a run that has all its rows."""
+    """Write the result of a run that has all its rows, and return it.
+
+    Args:
+        cell: whose folder the run is in.
+        run: only its configuration and data are used: the figures come from metrics.jsonl.
+
+    Returns:
+        See ``collect.result_row``, and ``critical_lr``, ``forward_passes``, ``T_reach``, ``T_save``.
+
+    Cost: a search for the critical learning rate: one gradient and some forward passes.
+    """
     rows, data = read(cell.folder / "metrics.jsonl"), reference_task(run).data
     result = result_row(rows, run.config, data.classes) | _critical(run.config, data)
+    # The result before the checkpoint goes: a kill between the two leaves a file too many, not a run to be repeated.
     replace_file(cell.folder / RESULT, (json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
     if not cell.keep_checkpoint:
         (cell.folder / "checkpoint.pt").unlink(missing_ok=True)
@@ -122,13 +145,13 @@ def _in_units(cell: Cell) -> TrainConfig:
     c = cell.config
     if cell.lr_unit == "1":
         return c
+    # Only what the initial sharpness depends on, so that all optimizers and schedules of a network share one solve.
     start = TrainConfig(c.model, c.data, loss=c.loss, batch_size=c.batch_size, seed=c.seed, threads=c.threads)
     mean = _initial_sharpness(start)
     if mean <= 0:
         raise ValueError(f"the initial sharpness is {mean:.4g}: learning rates cannot be in units of its inverse.")
     o = c.optimizer
-    lr_init = o.lr_init / mean if isinstance(o.lr_init, float) else o.lr_init
-    return replace(c, optimizer=replace(o, lr=o.lr / mean, lr_init=lr_init))
+    return replace(c, optimizer=replace(o, lr=o.lr / mean, lr_init=o.lr_init / mean))
 
 
 @cache
@@ -145,6 +168,8 @@ def _initial_sharpness(config: TrainConfig) -> float:
     values = []
     for batch in batches:
         hessian.refresh(batch)
+        # A unit of learning rates must not hang on chance: a fixed start, and a tolerance far below the steps of a
+        # grid.
         found = lanczos(hessian, tol=1e-3, max_matvecs=200, generator=Generator().manual_seed(0))
         values.append(float(found.eigenvalues[0]))
     return sum(values) / len(values)
@@ -157,9 +182,11 @@ def _critical(config: TrainConfig, data: Dataset) -> dict[str, Any]:
     from ..warmup.critical import critical_learning_rate
     from ..warmup.formulas import steps_saved, steps_to_target
 
+    # Built anew: the run's own model is trained by now.
     model, loss_fn, (batch,) = _start(config, data, 1)
     o = config.optimizer
     optimizer = build_optimizer(config, model)
+    # Where the search starts only changes how often it doubles or halves: the first rate of a warmup from zero will do.
     found = critical_learning_rate(
         model, loss_fn, batch, optimizer, start=o.lr / o.warmup_steps, rise=rule_of(optimizer).rise
     )

@@ -71,6 +71,7 @@ def run_stack(cells: Sequence[Cell]) -> list[CellEnd]:
             stack.enter_context(locked(cell))
         for cell in cells:
             try:
+                # Asked under the lock: another sweep may have finished the cell while this one waited.
                 found = result_of(cell) or _start(cell, firsts, stack)
             except Exception as error:  # of this one cell, whatever it is: the others go on
                 outcomes.append(report_error(cell, error))
@@ -97,6 +98,7 @@ def _start(cell: Cell, firsts: dict[int, _First], stack: ExitStack) -> _Member |
         stack: closes the cell's files.
     """
     run, start = begin(cell), time.perf_counter()
+    # All members of a stack begin at one step, and this one has a checkpoint of a later step.
     if run.done:
         return train(cell, run)
     stack.callback(run.metrics.close)
@@ -110,12 +112,15 @@ def _start(cell: Cell, firsts: dict[int, _First], stack: ExitStack) -> _Member |
         gradients = [p.grad.clone() for p in parameters if p.grad is not None]
         firsts[run.config.seed] = _First(record, figures, gradients, run.tracker)
     else:
+        # Seed, data and batch are those of the first cell, so its solve serves. Only learning rates differ.
         record, figures = run.tracker.adopt(first.tracker, first.record), first.figures
         for p, gradient in zip(parameters, first.gradients, strict=True):
             p.grad = gradient
+    # By torch's own optimizer, which also makes the momentum's buffers.
     run.update(record, figures, start)
     buffers = [run.optimizer.state[p].get("momentum_buffer") for p in parameters]
     return _Member(
+        # Copies, for the next cell's run takes over this run's model (``Run(like=...)``) and starts it anew.
         cell, run, [p.detach().clone() for p in parameters], [b.clone() for b in buffers if b is not None]
     )  # fmt: skip
 
@@ -139,6 +144,7 @@ def _train(members: Sequence[_Member]) -> Iterator[_Member]:
         losses, gradients = networks.gradients(*_batch(step, members), config.loss)
         finite = losses.isfinite().tolist()
         diverged = [m for m, is_finite in zip(members, finite, strict=True) if not is_finite]
+        # Before evaluation and update, as a run alone: at a loss that is not finite it ends with a row that says so.
         if diverged:
             for member in diverged:
                 member.run.diverge()
@@ -148,11 +154,13 @@ def _train(members: Sequence[_Member]) -> Iterator[_Member]:
             losses, gradients, buffers = losses[left], [g[left] for g in gradients], [b[left] for b in buffers]
         if members:
             columns: dict[str, list[float]] = {"dead_units": _dead_units(gradients)}
+            # In the order of a run alone: accuracies before the update, norms of parameters and moments after it.
             if evaluated_at(step, config):
                 columns |= _evaluate(networks, reference_task(members[0].run))
             grad_norms = _norms(gradients)
             _update(networks.parameters, gradients, buffers, members)
             columns |= {"theta_norm": _norms(networks.parameters), "m_norm": _norms(buffers, len(members))}
+            # SGD has no second moment; the column is there as in a run alone.
             columns["v_norm"] = [0.0] * len(members)
             records = [
                 m.run.tracker.carry(loss, norm)
@@ -162,6 +170,7 @@ def _train(members: Sequence[_Member]) -> Iterator[_Member]:
             for i, member in enumerate(members):
                 figures: Row = {name: values[i] for name, values in columns.items()}
                 member.run.count(records[i], figures, seconds)
+        # Only now, because the caller writes results meanwhile, and that time is not the step's.
         yield from diverged
         if not members:
             return
@@ -173,6 +182,7 @@ def _batch(step: int, members: Sequence[_Member]) -> tuple[Tensor, Tensor]:
     tasks = {m.run.config.seed: reference_task(m.run) for m in members}
     batches = {seed: task.batch(step) for seed, task in tasks.items()}
     x, y = next(iter(batches.values()))
+    # One seed, or full batches: one tensor for all, where a stack of equal ones would be as many times the memory.
     if len(batches) == 1 or len(x) == len(tasks[members[0].run.config.seed].targets):
         return x.flatten(1), y
     pairs = [batches[m.run.config.seed] for m in members]
@@ -186,10 +196,13 @@ def _update(
     """Take the step of ``torch.optim.SGD``, each member with its own learning rate."""
     optimizers = [m.run.optimizer.param_groups[0] for m in members]
     if buffers:
+        # As torch's SGD: the buffer holds the sum of decayed gradients. One call for all layers, as a stack saves
+        # calls.
         torch._foreach_mul_(buffers, optimizers[0]["momentum"])
         torch._foreach_add_(buffers, gradients)
     rates = torch.tensor([-group["lr"] for group in optimizers], dtype=parameters[0].dtype)
     for p, direction in zip(parameters, buffers or gradients, strict=True):
+        # A rate for each network, spread over its own parameter.
         p.addcmul_(direction, rates.view(-1, *[1] * (p.ndim - 1)))
 
 
@@ -211,6 +224,7 @@ def _evaluate(networks: FCNStack, task: ReferenceTask) -> dict[str, list[float]]
 
 def _dead_units(gradients: Sequence[Tensor]) -> list[float]:
     """Return what ``optim.dead_units`` does, of each network: weights are ``[networks, out, in]``."""
+    # Stacked biases have two dimensions, and are no units.
     dead = ~torch.cat([g.any(2) for g in gradients if g.ndim == 3], 1)
     return [count / dead.shape[1] for count in dead.sum(1).tolist()]
 
@@ -220,6 +234,7 @@ def _norms(tensors: Sequence[Tensor], empty: int = 0) -> list[float]:
     """Return each network's Euclidean norm over all tensors; that many zeros if there are none."""
     if not tensors:
         return [0.0] * empty
+    # In float64, as ``optimizer_norms`` adds them up.
     parts = [torch.linalg.vector_norm(t.flatten(1), dim=1, dtype=torch.float64) for t in tensors]
     norms: list[float] = torch.stack(parts).square_().sum(0).sqrt_().tolist()
     return norms

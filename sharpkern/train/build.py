@@ -22,7 +22,15 @@ from .own import load_own
 
 
 def build_model(config: TrainConfig, data: Dataset) -> nn.Module:
-    """Make the reference model that fits the data."""
+    """Make the reference model that fits the data, float32 on the CPU.
+
+    Args:
+        config: model, context and seed are read.
+        data: sets the number of inputs, channels and outputs.
+
+    Raises:
+        ValueError: see ``FCN``, ``GPT``.
+    """
     m = config.model
     if m.kind == "gpt":
         return GPT(
@@ -38,7 +46,12 @@ def build_model(config: TrainConfig, data: Dataset) -> nn.Module:
 
 
 def build_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """Make the optimizer; the schedule sets its learning rate."""
+    """Make the optimizer, one group of all parameters; the schedule sets its learning rate.
+
+    Args:
+        config: the table ``optimizer`` is read.
+        model: gives the parameters.
+    """
     o = config.optimizer
     if o.name == "sgd":
         return torch.optim.SGD(model.parameters(), lr=o.lr, momentum=o.momentum)
@@ -54,12 +67,24 @@ def batch_at(step: int, config: TrainConfig, inputs: Tensor, targets: Tensor) ->
 
     A function of the step and the seed alone, so that a resumed run needs no data state. Incomplete batches at the end
     of an epoch are dropped.
+
+    Args:
+        step: from 1 on.
+        config: batch size and seed are read.
+        inputs: ``[N, ...]``.
+        targets: ``[N, ...]``.
+
+    Returns:
+        ``[batch_size, ...]`` each; a copy, but for the full batch.
+
+    Cost: a permutation of N, and the copy.
     """
     size = config.batch_size
     if size is None or size >= len(inputs):
         return inputs, targets
     per_epoch = len(inputs) // size
     epoch, index = divmod(step - 1, per_epoch)
+    # The factor is larger than any number of epochs, so that no two seeds ever share a permutation.
     order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(config.seed * 1_000_003 + epoch))
     chosen = order[index * size : (index + 1) * size]
     return inputs[chosen], targets[chosen]
@@ -72,6 +97,7 @@ def evaluated_at(step: int, config: TrainConfig) -> bool:
 
 def what_is_exported(config: TrainConfig) -> tuple[Any, ...]:
     """Return what runs with one exported program have in common."""
+    # Neither seed nor optimizer: a program reads parameters from their memory and holds none of their values.
     return config.task, config.model, config.data, config.loss, config.batch_size
 
 
@@ -122,6 +148,8 @@ class ReferenceTask:
         self.targets: Tensor = loss_targets(config, self.data.train_targets, self.data)
         self.model: nn.Module = build_model(config, self.data)
         if like is not None:
+            # The program is bound to the memory of that model's parameters: they get the new values, and not the other
+            # way round.
             like.model.load_state_dict(self.model.state_dict())
             like.model.zero_grad()
             self.model = like.model
@@ -143,13 +171,16 @@ class ReferenceTask:
     def evaluate(self) -> Row:
         """Accuracy on training and test data, and the test loss, at the present parameters."""
         result: Row = {}
+        # The mode is left alone: reference models have neither dropout nor batch norm.
         for split, inputs, targets in (
             ("train", self.data.train_inputs, self.data.train_targets),
             ("test", self.data.test_inputs, self.data.test_targets),
         ):
+            # In parts, as the activations of 60,000 images at once may not fit.
             output = torch.cat([self.model(x) for x in inputs.split(1000)])
             result[f"{split}_accuracy"] = float((output.argmax(-1) == targets).float().mean())
             if split == "test":
+                # Of all outputs together: a mean of the parts' means would weigh a smaller last part too much.
                 goal = loss_targets(self.config, targets, self.data)
                 result["test_loss"] = float(self.loss_fn(output, goal))
         return result
@@ -198,6 +229,7 @@ def build_task(config: TrainConfig, *, like: Task | None = None) -> Task:
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
+    # For a user's own function, RI-Adam's draw and dropout; reference models have generators of their own.
     torch.manual_seed(config.seed)
     if like is None:
         return ReferenceTask(config) if config.task is None else OwnTask(config.task)
@@ -207,7 +239,18 @@ def build_task(config: TrainConfig, *, like: Task | None = None) -> Task:
 
 
 def build_schedule(config: TrainConfig, task: Task, optimizer: torch.optim.Optimizer) -> WarmupLR:
-    """Make the learning rate's schedule; a critical start is measured here, on the first batch."""
+    """Make the learning rate's schedule; a critical start is measured here, on the first batch.
+
+    Args:
+        config: the table ``optimizer`` and the number of steps are read.
+        task: its model is measured for a critical start, and left as it is.
+        optimizer: gets the first step's learning rate.
+
+    Raises:
+        NonFiniteLossError: for a critical start: the loss is NaN or infinite.
+
+    Cost: nothing, or for a critical start one gradient and some forward passes (``critical_learning_rate``).
+    """
     o = config.optimizer
     return WarmupLR(
         optimizer, o.lr, o.warmup_steps, lr_init="critical" if o.critical_start else o.lr_init,
@@ -217,7 +260,12 @@ def build_schedule(config: TrainConfig, task: Task, optimizer: torch.optim.Optim
 
 
 def build_tracker(config: TrainConfig, task: Task, optimizer: torch.optim.Optimizer) -> SharpnessTracker:
-    """Make the tracker.
+    """Make the tracker; nothing is exported or measured before its first step.
+
+    Args:
+        config: the table ``tracking`` is read.
+        task: model, loss, and the data of a probe or of a whole-dataset Hessian.
+        optimizer: that the tracker reads.
 
     Raises:
         ValueError: the probe has more examples than there are.
@@ -245,6 +293,7 @@ def first_examples(task: Task, count: int) -> Any:
     left = count
     for batch in task.whole():
         leaves, spec = pytree.tree_flatten(batch)
+        # A batch may hold several inputs or a mask: all tensors have one row an example, and the first tells how many.
         rows = next(len(leaf) for leaf in leaves if isinstance(leaf, Tensor))
         parts.append([leaf[:left] if isinstance(leaf, Tensor) else leaf for leaf in leaves])
         left -= min(rows, left)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
+# The limit is written down twice: importing the tracker for it would import torch, for which --help would wait.
 TF32_TOL = 0.005  # the tracker's own limit: below it TF32's rounding would be most of a residual
 
 
@@ -129,6 +130,7 @@ class TrainConfig:
         Raises:
             ValueError: which option, its value, and what is needed.
         """
+        # Flags and files come here alike, and before data and model are made: a wrong value costs no time.
         for key, is_right, need in (*_limits(self), *_tracking_limits(self.tracking)):
             if not is_right:
                 raise ValueError(f"{key} must {need}, got {value_of(self, key)}.")
@@ -143,6 +145,8 @@ class TrainConfig:
 
     def _validate_task(self) -> None:
         """Refuse options that a task would silently ignore."""
+        # Compared with the defaults, not with what was given: the config.toml that a run leaves holds every option, and
+        # must be good to resume from.
         plain = TrainConfig()
         for name in ("model", "data", "loss", "batch_size"):
             if getattr(self, name) != getattr(plain, name):
@@ -155,6 +159,7 @@ _Limit = tuple[str, bool, str]  # key, whether its value is right, what it must 
 
 
 def _limits(config: TrainConfig) -> list[_Limit]:
+    # WarmupLR refuses the last five too, but speaks of its arguments and not of options.
     o, at_least = config.optimizer, "be at least 1"
     return [
         ("steps", config.steps >= 1, at_least),
@@ -199,7 +204,11 @@ PRESETS = {"demo": DEMO}
 
 
 def value_of(config: TrainConfig, key: str) -> Any:
-    """Return an option's value by its key, as in ``optimizer.lr``.
+    """Return an option's value by its key.
+
+    Args:
+        config: where to look.
+        key: as in ``loss`` or ``optimizer.lr``.
 
     Raises:
         AttributeError: no such option.
@@ -212,12 +221,15 @@ def value_of(config: TrainConfig, key: str) -> Any:
 
 def to_toml(config: TrainConfig) -> str:
     """Write a configuration; options that are None are left out."""
+    # The plain options come first: in TOML a key below a table's head belongs to that table.
     tables = [("", config)] + [
         (f.name, v) for f in dataclasses.fields(config) if _is_table(v := getattr(config, f.name))
     ]
     lines: list[str] = []
     for name, table in tables:
         lines += [f"\n[{name}]"] if name else []
+        # None has no form in TOML. Leaving it out is right, because None is the default of every option that may be
+        # None.
         for f in dataclasses.fields(table):
             value = getattr(table, f.name)
             if value is not None and not _is_table(value):
@@ -228,8 +240,12 @@ def to_toml(config: TrainConfig) -> str:
 def from_toml(text: str, source: str = "the configuration") -> TrainConfig:
     """Read a configuration; options that are left out have their defaults.
 
+    Args:
+        text: TOML.
+        source: the file, for error messages.
+
     Raises:
-        ValueError: no TOML, an unknown option, or a value of the wrong type.
+        ValueError: no TOML, an unknown option, a value of the wrong type, or one that ``validate`` refuses.
     """
     try:
         tables = tomllib.loads(text)
@@ -251,7 +267,9 @@ def build(cls: Any, values: dict[str, Any], where: str) -> Any:
     Raises:
         ValueError: an unknown option, or a value of the wrong type.
     """
+    # Resolves the annotations, which are strings in this file, and drops the explanations from ``Annotated``.
     hints = get_type_hints(cls)
+    # Refused, for a misspelt option would silently train something else.
     if unknown := values.keys() - hints.keys():
         raise ValueError(f"{where}: unknown option {sorted(unknown)[0]!r}; known are {', '.join(hints)}.")
     arguments = {}
@@ -262,11 +280,14 @@ def build(cls: Any, values: dict[str, Any], where: str) -> Any:
                 raise ValueError(f"{where}: {name} must be a table, got {value!r}.")
             arguments[name] = build(hint, value, f"{where}, [{name}]")
             continue
+        # The values of a Literal, the members of a union, or the one type: the three forms that options have.
         allowed = getattr(hint, "__args__", (hint,))
         if Path in allowed and isinstance(value, str):
             value = Path(value)
+        # By type() and not isinstance(): True is an int for isinstance(), and ``lr = true`` must not become 1.0.
         if float in allowed and type(value) is int:
             value = float(value)
+        # A Path is asked for by isinstance(), because its type is PosixPath, which no annotation names.
         fits = value in allowed if isinstance(allowed[0], str) else type(value) in allowed or isinstance(value, Path)
         if not fits:
             raise ValueError(f"{where}: {name} = {value!r} does not fit {hint}.")
@@ -279,9 +300,11 @@ def _is_table(value: Any) -> bool:
 
 
 def _toml(value: Any) -> str:
+    # Before int, of which bool is a subclass.
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, int | float):
+        # repr() of a float is the shortest text that reads back as the same float: a resumed run has the same numbers.
         return repr(value)
     # a JSON string is a basic string of TOML, but for DEL and for pairs of surrogates
     return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")

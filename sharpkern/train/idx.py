@@ -27,9 +27,12 @@ def read_idx(path: Path) -> NDArray[np.uint8]:
     """
     data = path.read_bytes()
     try:
+        # By the first bytes and not by the name: what unpacks a download on the way often keeps the ".gz" in its name.
         data = gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
+    # gzip raises another error for each way to be damaged: cut short, a wrong checksum, a stream that does not decode.
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path}: the gzip file is damaged or truncated ({error}).") from error
+    # The header: two zero bytes, the type (08 is unsigned bytes), the number of dimensions, and as many sizes.
     if len(data) < 4 or data[:3] != b"\0\0\x08" or not data[3]:
         raise ValueError(
             f"{path}: not an IDX file of bytes; it starts with {data[:4].hex() or 'nothing'}, expected 000008nn."
@@ -37,8 +40,10 @@ def read_idx(path: Path) -> NDArray[np.uint8]:
     dims = data[3]
     if len(data) < 4 + 4 * dims:
         raise ValueError(f"{path}: {len(data)} bytes, expected a header of {4 + 4 * dims}.")
+    # Big-endian whatever the machine. Python's integers do not overflow, so an absurd size fails the comparison below.
     shape = tuple(int.from_bytes(data[4 + 4 * i : 8 + 4 * i], "big") for i in range(dims))
     expected = 4 + 4 * dims + math.prod(shape)
     if len(data) != expected:
         raise ValueError(f"{path}: {len(data)} bytes, expected {expected} for shape {list(shape)}.")
+    # A read-only view of the bytes, no copy: whoever trains on it converts to float32 anyway.
     return np.frombuffer(data, np.uint8, offset=4 + 4 * dims).reshape(shape)

@@ -56,16 +56,20 @@ class Run:
         self.task: Task = build_task(config, like=None if like is None else like.task)
         self.model: nn.Module = self.task.model
         self.optimizer = build_optimizer(config, self.model)
+        # Before the schedule: a critical start is measured along the first update, of which v_0 is a part. Where the
+        # run is resumed, ``_load`` replaces what was drawn, and the random state.
         draw_second_moment(self.model, self.task.loss_fn, self.task.batch(1), self.optimizer)
         self.schedule = build_schedule(config, self.task, self.optimizer)
         self.tracker: SharpnessTracker = build_tracker(config, self.task, self.optimizer)
         if like is not None and like.tracker.hessian is not None:
+            # Its program reads this run's parameters, as both runs have one model; the first step refreshes it.
             self.tracker.hessian = like.tracker.hessian
         self.done = 0
         if resume:
             self._load()
         else:
             self.folder.mkdir(parents=True, exist_ok=True)
+            # The configuration first: a folder that has it is a run that can be resumed, if only from its start.
             replace_file(self.folder / "config.toml", to_toml(config).encode())
             self._save()
         self.metrics = MetricsFile(self.folder / "metrics.jsonl", keep=self.done)
@@ -101,6 +105,7 @@ class Run:
         batch, loss_fn, starts = self.task.batch(step), self.task.loss_fn, Row()
         try:
             if step == 1:
+                # Before the tracker's step, which changes batch-norm statistics.
                 starts = initial_preconditioned_sharpness(self.model, loss_fn, batch, self.optimizer)
             record = self.tracker.step(batch)
         except NonFiniteLossError:
@@ -121,6 +126,8 @@ class Run:
         self.optimizer.step()
         norms = optimizer_norms(self.optimizer)  # moments with this step's gradient in them; its norm is in the record
         figures = figures | {f"{name}_norm": value for name, value in norms.items() if name != "g"}
+        # Row before checkpoint. A resumed run can cut rows that its checkpoint does not know, and cannot make up
+        # missing ones.
         row = self.count(record, figures, time.perf_counter() - start)
         if self.done % self.config.checkpoint_every == 0 or self.done == self.config.steps:
             self._save()
@@ -136,6 +143,7 @@ class Run:
         """
         self.schedule.step()
         self.done = record.step
+        # ``measured`` is a property of the record, so it is not among its fields.
         row = vars(record) | {"measured": record.measured} | figures | {"seconds": seconds}
         self.metrics.write(row)
         return row

@@ -34,7 +34,10 @@ class ScaledLinear(nn.Module):
         readout: the last layer.
         generator: of the weights, a normal cut at two standard deviations and rescaled to the variance.
 
-    Source: Kalra and Barkeshli, Why Warmup the Learning Rate? (2024), appendix on parameterisations.
+    Raises:
+        ValueError: an unknown parameterisation.
+
+    Source: Kalra and Barkeshli, Why warmup the learning rate? (2024), appendix on parameterisations.
     """
 
     def __init__(
@@ -53,17 +56,21 @@ class ScaledLinear(nn.Module):
             )
         s = 1.0 if readout else 2.0
         variance = {"sp": s / fan_in, "ntp": 1.0, "mup": 1 / fan_in if readout else s / fan_out}[parameterisation]
+        # Two multipliers, because muP's also acts on the bias and the neural tangent's does not.
         self.before_bias = math.sqrt(s / fan_in) if parameterisation == "ntp" else 1.0
         mup = math.sqrt(1 / fan_in) if readout else math.sqrt(fan_out / fan_in)
         self.after_bias = mup if parameterisation == "mup" else 1.0
         self.weight = nn.Parameter(torch.empty(fan_out, fan_in))
         self.bias = nn.Parameter(torch.zeros(fan_out))
+        # The cut takes away variance, hence the division below: the initial sharpness follows the variance.
         nn.init.trunc_normal_(self.weight, 0.0, 1.0, -2.0, 2.0, generator=generator)
         with torch.no_grad():
             self.weight.mul_(math.sqrt(variance) / _CUT)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., fan_in] -> [..., fan_out]``."""
+        # The usual case is one call. A multiplication by 1 would be one more op in the exported program, at every
+        # product.
         if self.before_bias != 1.0:
             return F.linear(x, self.weight) * self.before_bias + self.bias
         y = F.linear(x, self.weight, self.bias)
@@ -82,6 +89,9 @@ class FCN(nn.Module):
         parameterisation: sp, ntp or mup.
         zero_readout: start with a readout of zero.
         seed: of the weights.
+
+    Raises:
+        ValueError: an unknown activation or parameterisation, depth below 2, or width below 1.
     """
 
     def __init__(
@@ -101,6 +111,7 @@ class FCN(nn.Module):
             raise ValueError(f"unknown activation {activation!r}; known are {', '.join(ACTIVATIONS)}.")
         if depth < 2 or width < 1:
             raise ValueError(f"depth must be at least 2 and width at least 1, got {depth} and {width}.")
+        # A generator of its own: the network of a seed is the same whatever was drawn before it was built.
         generator = torch.Generator().manual_seed(seed)
         sizes = [inputs, *[width] * (depth - 1), classes]
         self.layers = nn.ModuleList(
@@ -134,6 +145,7 @@ class CNN(nn.Module):
         super().__init__()
         sizes = [(channels, width, 1), (width, width, 2), (width, 2 * width, 1), (2 * width, 2 * width, 2)]
         self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, stride=s, padding=1) for a, b, s in sizes)
+        # One group is layer norm over channels and pixels. ``nn.LayerNorm`` would tie the model to one image size.
         self.norms = nn.ModuleList(nn.GroupNorm(1, b) for _, b, _ in sizes)
         self.readout = nn.Linear(2 * width, classes)
         _initialise(self, seed)
@@ -158,7 +170,10 @@ class _Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         b, t, d = x.shape
+        # One matrix product for all three; the permutation only makes views.
         q, k, v = self.qkv(self.norm1(x)).view(b, t, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
+        # As one op: the export keeps it whole, and the rule for attention then takes it. Written out, it would be two
+        # products and a softmax whose scores are stored.
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.out(y.transpose(1, 2).reshape(b, t, d))
         out: Tensor = x + self.down(F.gelu(self.up(self.norm2(x))))
@@ -176,6 +191,9 @@ class GPT(nn.Module):
         blocks: transformer blocks.
         last_norm: layer norm before the readout; without it the initial sharpness is 10 times higher.
         seed: of the weights.
+
+    Raises:
+        ValueError: width is no multiple of 2 * heads.
     """
 
     def __init__(
@@ -190,10 +208,12 @@ class GPT(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        # Heads of even width: the heads share the width equally, and the positions are two halves, sines and cosines.
         if width % (2 * heads):
             raise ValueError(f"width must be a multiple of 2 * heads = {2 * heads}, got {width}.")
         self.embed = nn.Embedding(vocabulary, width)
         angle = torch.arange(context)[:, None] / 10_000 ** (torch.arange(0, width, 2) / width)
+        # Not in the state_dict: it follows from context and width.
         self.register_buffer("positions", torch.cat([angle.sin(), angle.cos()], 1), persistent=False)
         self.blocks = nn.Sequential(*(_Block(width, heads) for _ in range(blocks)))
         self.norm = nn.LayerNorm(width) if last_norm else nn.Identity()
@@ -209,9 +229,12 @@ class GPT(nn.Module):
 
 def _initialise(model: nn.Module, seed: int) -> None:
     """Weights normal with variance 1 / fan_in, 2 / fan_in for convolutions before a ReLU; biases zero; norms one."""
+    # ``modules()`` goes in the order of definition, so the seed fixes every number.
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Conv2d | nn.Embedding):
+            # What one output sums over. For an embedding this is the width, so that a token's vector has a length of
+            # about 1.
             fan_in = module.weight[0].numel()
             gain = 2.0 if isinstance(module, nn.Conv2d) else 1.0
             nn.init.normal_(module.weight, 0.0, math.sqrt(gain / fan_in), generator=generator)

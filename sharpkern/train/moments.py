@@ -23,9 +23,20 @@ def draw_second_moment(
     """Draw RI-Adam's v_0 with the norm of this batch's gradient; any other optimizer is left alone.
 
     The tracker needs it before the first step, whose preconditioner depends on it. ``p.grad`` is left None.
+
+    Args:
+        model, loss_fn, batch: see ``HessianOperator``; left as they are.
+        optimizer: of that model, before its first step.
+
+    Raises:
+        NonFiniteLossError: the loss is NaN or infinite.
+        RuntimeError: v_0 has been drawn already.
+
+    Cost: nothing, or an export and one gradient.
     """
     if not (isinstance(optimizer, GIAdam) and optimizer.v0 == "random"):
         return
+    # Not ``backward()``, whose forward pass would change batch-norm statistics before the first step.
     for p, gradient in gradients_of(HessianOperator(model, loss_fn, batch)).items():
         p.grad = gradient
     optimizer.initialize()
@@ -51,10 +62,14 @@ def initial_preconditioned_sharpness(
         return {}
     hessian = HessianOperator(model, loss_fn, batch)
     gradients = gradients_of(hessian)
+    # The trainer's optimizers have one group.
     group = optimizer.param_groups[0]
     found: Row = {}
     for name, cls in (("initial_adam", torch.optim.Adam), ("initial_gi_adam", GIAdam)):
+        # Fresh optimizers: P of the first step follows from betas, eps and the gradient, and the run's own state is not
+        # touched.
         P = preconditioner(cls(list(gradients), betas=group["betas"], eps=group["eps"]), gradients=gradients)
+        # The same start for both, so that their ratio does not come from two random vectors.
         generator = torch.Generator().manual_seed(0)
         result = lanczos(PreconditionedOperator(hessian, P), tol=1e-2, max_matvecs=100, generator=generator)
         found[name] = float(result.eigenvalues[0])

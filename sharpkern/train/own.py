@@ -55,11 +55,13 @@ def load_own(task: str) -> OwnParts:
 
 
 def _import(name: str, task: str) -> ModuleType:
+    # A console script has its own folder there, and not the current one as ``python -m`` does.
     here = str(Path.cwd())
     if sys.path[0] != here:
         sys.path.insert(0, here)
     try:
         return import_module(name)
+    # Any error at all: it is the user's code that runs.
     except Exception as error:
         missing = error.name if isinstance(error, ModuleNotFoundError) else None
         if missing is not None and f"{name}.".startswith(f"{missing}."):  # not one that the module itself imports
@@ -84,8 +86,11 @@ def _checked(found: Any, task: str) -> OwnParts:
         raise ValueError(f"{wanted}, where the model is a torch.nn.Module, got {type(model).__name__}.")
     if not callable(loss_fn):
         raise ValueError(f"{wanted}, where loss_fn can be called, got {type(loss_fn).__name__}.")
+    # A tensor can be iterated too, over its rows, which nobody means.
     if isinstance(data, Tensor) or not isinstance(data, Iterable):
         raise ValueError(f"{wanted}, where data are a batch or an iterable of batches, got {type(data).__name__}.")
+    # A tuple is one batch and a list several. Read once, after ``build_task`` has seeded torch, so that a
+    # ``DataLoader`` that shuffles gives a resumed run the batches in the same order.
     batches = [data] if isinstance(data, tuple | Mapping) else list(data)
     if not batches:
         raise ValueError(f"{wanted}, but its data hold no batch.")

@@ -23,6 +23,8 @@ def threshold_curves(optimizer: OptimizerConfig, *, minibatch: bool = False) -> 
     """
     b = optimizer.beta1 if optimizer.name != "sgd" else optimizer.momentum
     if optimizer.name != "sgd":
+        # At first m = (1 - b1) g, so the curvature may reach 2 / ((1 - b1) lr). Later the average of gradients that
+        # change sign is smaller than g, which is where 2 + 2 b1 comes from (Cohen et al. 2022).
         late, early = (2 + 2 * b) / (1 - b), 2 / (1 - b)
         return [
             (f"(2+2β₁)/((1-β₁)η) = {late:.3g}/η", late, "solid"),
@@ -56,9 +58,11 @@ def plot_run(
         minibatch: the steps' batches were parts of the data: draw the batch sharpness too, which then is what settles
             at the threshold (arXiv 2412.20553).
     """
+    # matplotlib is an optional dependency and slow to import. Without pyplot there is no global state and no display.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    # The row of a divergence holds no learning rate. ``catapults`` counts rows without it, as the caller's do.
     rows = [row for row in rows if row.get("loss") is not None]
     step = _column(rows, "step")
     figure = Figure(figsize=(9, 9), layout="constrained")
@@ -95,8 +99,10 @@ def plot_run(
     if minibatch and np.isfinite(along).any():
         bottom.plot(step, along, color=_GREEN, linewidth=0.8, alpha=0.6, label="batch sharpness g'Hg / g'g")
     for name, kappa, style in threshold_curves(optimizer, minibatch=minibatch):
+        # A rate of 0 has an infinite threshold, which is not drawn.
         with np.errstate(divide="ignore"):
             bottom.plot(step, kappa / lr, color=_RED, linestyle=style, label=name)
+    # Limits from the curvatures alone: early in a warmup the threshold is so high that nothing else would be seen.
     shown = np.concatenate([value, _column(rows, "sharpness")]) if adaptive else value
     if minibatch:
         shown = np.concatenate([shown, along])

@@ -16,8 +16,8 @@ def catapults_of(rows: list[Row]) -> list[Catapult]:
     return detect_catapults(_column(rows, "loss"), _curvature(rows), _column(rows, "lr"), kappa)
 
 
-def summarise(rows: list[Row]) -> list[str]:
-    """Say what happened: initial sharpness, first crossing, catapults, regime, final accuracy, cost.
+def summary_lines(rows: list[Row]) -> list[str]:
+    """Return the run in sentences: initial sharpness, first crossing, catapults, regime, final accuracy, cost.
 
     Args:
         rows: of metrics.jsonl, at least one.
@@ -27,6 +27,7 @@ def summarise(rows: list[Row]) -> list[str]:
     """
     if not rows:
         raise ValueError("the run has no rows yet.")
+    # A divergence and an untracked step have no sharpness; steps between two solves carry the last value.
     measured = [row for row in rows if row.get("sharpness") is not None]
     adaptive = any(row.get("preconditioned_sharpness") is not None for row in rows)
     what = "Preconditioned sharpness" if adaptive else "Sharpness"
@@ -55,6 +56,7 @@ def summarise(rows: list[Row]) -> list[str]:
         catapults = catapults_of(measured)
         lines.append(_catapults(catapults, measured))
         kappa = _kappa(measured)
+        # A regime is told by ratios to the first value, which have no meaning at a saddle without positive curvature.
         if kappa is not None and curvature[0] > 0:
             regime = classify_regime(curvature, _column(measured, "lr"), kappa)
             when = "at the end" if crossing is None else "at the first crossing"
@@ -92,6 +94,7 @@ def _failing(rows: list[Row]) -> list[str]:
     found = [row for row in rows if row.get("v_norm")]
     if not found:
         return []
+    # A spike of the gradient inflates v for 1 / (1 - b2) steps: the largest value shows it, the last one may not.
     highest = max(found, key=lambda row: row["v_norm"])
     return [
         f"Norm of the second moment: {found[0]['v_norm']:.3g} at first, at most {highest['v_norm']:.3g}, at step "
@@ -118,6 +121,7 @@ def _curvature(rows: list[Row]) -> list[Any]:
 
 def _kappa(rows: list[Row]) -> float | None:
     """Return threshold x lr, which is the same at every step; None if no row has a threshold."""
+    # At a rate of 0 the threshold is infinite, and their product NaN.
     return next((row["threshold"] * row["lr"] for row in rows if row.get("threshold") is not None and row["lr"]), None)
 
 

@@ -118,6 +118,7 @@ def critical_learning_rate(
     """
     first = float(optimizer.param_groups[0]["lr"])
     if isinstance(start, CriticalLR):
+        # An update that did not descend (0) or was zero (infinite) says nothing of where to look next.
         start = start.value if 0 < start.value < math.inf else None
     start = (first if 0 < first < math.inf else 1e-4) if start is None else float(start)
     limit = math.inf if cap is None else float(cap)
@@ -128,10 +129,12 @@ def critical_learning_rate(
     if max_passes < 1 or parallel < 1:
         raise ValueError(f"max_passes and parallel must be at least 1, got {max_passes} and {parallel}.")
     line = _Line(model, loss_fn, batch, optimizer)
+    # The loss rises from the first bit on, so no learning rate is below the critical one.
     if line.slope < 0:
         return CriticalLR(0.0, 0.0, line.loss, 0.0, 0, False)
     if line.zero:
         return CriticalLR(limit, limit, line.loss, 0.0, 0, True)
+    # The loss at ``low`` is not raised, that at ``high`` is. theta itself is the first ``low``.
     low, high, highest = 0.0, math.inf, math.inf
     passes = 0
     while passes < max_passes:
@@ -140,15 +143,22 @@ def critical_learning_rate(
             if low >= limit:
                 break
             begin = 2 * low if low else min(start, limit)
+            # Ascending, like all three lists: the scan below takes the first rate that raises the loss. The cap may
+            # stand in the list several times, hence the set.
             rates = sorted({min(begin * 2.0**i, limit) for i in range(parallel)})
         elif low == 0:
+            # Nothing is known below ``high`` yet but theta, so halving finds the size before bisection finds the
+            # digits.
             rates = [high / 2.0**i for i in range(parallel, 0, -1)]
+        # Written with "not": a loss at ``high`` that is NaN or infinite is also more than the rise allowed.
         elif width > tol or (not highest <= line.loss + rise * abs(line.loss) and width > _FLAT):
             rates = [low + (high - low) * i / (parallel + 1) for i in range(1, parallel + 1)]
         else:
             break
         losses = line.losses(rates)
         passes += len(rates)
+        # "not <=" again, so that NaN counts as raised. Within rounding a loss is unchanged, else a flat direction would
+        # end the search at random.
         raised = next((i for i, x in enumerate(losses) if not x <= line.loss + line.rounding), len(rates))
         if raised > 0:
             low = rates[raised - 1]
@@ -179,8 +189,11 @@ class _Line:
         params = {name: p for name, p in trainable(self.module).items() if p in held}
         if not params:
             raise ValueError("the optimizer holds none of the model's trainable parameters.")
+        # ``fork_rng`` without devices would save and restore the state of every GPU there is.
         self.devices = sorted({p.device.index for p in params.values() if p.device.type == "cuda"})
         buffers = {name: b.clone() for name, b in self.buffers.items()}
+        # Not ``backward()``: it would write ``p.grad``. Buffers are copies, as batch norm writes into them in training
+        # mode.
         with torch.random.fork_rng(self.devices), torch.enable_grad():
             loss = functional_call(self.module, buffers, (batch,))[0]
             if loss.numel() != 1:
@@ -189,12 +202,15 @@ class _Line:
         self.loss = float(loss.detach())
         if not math.isfinite(self.loss):
             raise NonFiniteLossError(self.loss)
+        # A few units: sums over the batch in float may come out otherwise at nearly the same parameters.
         self.rounding = 8 * torch.finfo(loss.dtype).eps * abs(self.loss)
         given: dict[Tensor, Tensor] = {p: g for p, g in zip(params.values(), gradients, strict=True) if g is not None}
         with torch.random.fork_rng(self.devices):
             updates = next_update(optimizer, given)
+        # In float64: near a minimum the terms cancel, and only the sign is asked for.
         self.slope = math.fsum(float((given[p].double() * d).sum()) for p, d in updates.items())
         self.zero = not any(bool(d.any()) for d in updates.values())
+        # Parameters without a gradient do not move, and stay the model's own in every pass.
         self.points = {name: p.detach() for name, p in params.items() if p in updates}
         self.directions = {name: updates[p].to(p.dtype) for name, p in params.items() if p in updates}
 
@@ -208,10 +224,12 @@ class _Line:
                 return [float(self._loss(rates[0], buffers))]
             copies = {name: b.expand(k, *b.shape).clone() for name, b in self.buffers.items()}
             etas = torch.tensor(rates, dtype=torch.float64, device=next(iter(self.points.values())).device)
+            # The same dropout masks for all rates: else noise and not the rate would decide which loss is raised.
             values: list[float] = vmap(self._loss, randomness="same")(etas, copies).tolist()
             return values
 
     def _loss(self, eta: Any, buffers: dict[str, Tensor]) -> Tensor:
+        # The step is rounded as the real one: parameters of low precision may not move at all.
         moved = {name: p - (eta * self.directions[name]).to(p.dtype) for name, p in self.points.items()}
         loss: Tensor = functional_call(self.module, {**moved, **buffers}, (self.batch,))[0]
         return loss.reshape(())
@@ -219,7 +237,18 @@ class _Line:
 
 @torch.no_grad()
 def probe_loss(model: nn.Module, loss_fn: Callable[..., Tensor], batch: Any) -> float:
-    """Return the loss of a batch; the model's buffers and the random state stay as they are."""
+    """Return the loss of a batch; the model's buffers and the random state stay as they are.
+
+    Args:
+        model: a module, in its present mode.
+        loss_fn: ``(output, targets) -> scalar``.
+        batch: ``(inputs, targets)`` or a dict; see ``HessianOperator``.
+
+    Returns:
+        The loss, which may be NaN or infinite.
+
+    Cost: one forward pass.
+    """
     check_one_process(model)
     module = LossModule(unwrapped(model), loss_fn)
     buffers = {name: b.clone() for name, b in module.named_buffers()}

@@ -21,7 +21,9 @@ def steps_to_target(warmup_steps: int, lr_init: float, lr_target: float, *, powe
     >>> steps_to_target(100, 0.25, 1.0)
     75
     """
+    # Where lr_init + lr_target (t / T)^power has grown to lr_target.
     part = max(0.0, 1 - lr_init / lr_target) ** (1 / power)
+    # Rounding may put a whole number a little above itself, and ceil() would then add a step.
     return max(1, math.ceil(warmup_steps * part - 1e-9 * warmup_steps))
 
 

@@ -71,6 +71,8 @@ class PersistentCatapultLR:
         self.optimizer, self.probe, self.lr_target = optimizer, probe, targets
         self.rise, self.patience = rise, patience
         self.lr, self.done, self.searches, self.forward_passes = 0.0, False, 0, 0
+        # From far below: where the loss crosses L(theta) several times, doubling is then likely to meet the smallest
+        # crossing first.
         self._search(1e-4 * targets[0] if lr_start is None else lr_start)
 
     def step(self) -> None:
@@ -89,17 +91,23 @@ class PersistentCatapultLR:
         return [share * target for target in self.lr_target]
 
     def _search(self, start: float) -> None:
+        # eta_c is a number for the first group, for others in the ratio of their rates: that of the targets, here as in
+        # the schedule.
         set_rates(self.optimizer, self.lr_target)
         try:
             model, loss_fn, batch = self.probe
             found = critical_learning_rate(
                 model, loss_fn, batch, self.optimizer, start=start, cap=self.lr_target[0], rise=self.rise
             )
+            # Never lower than now: with ``patience`` a search may fall into a catapult, where eta_c can lie below the
+            # present rate.
             self.lr = min(self.lr_target[0], max(self.lr, found.value))
+        # Also where the search fails: the optimizer must not be left with the targets' rates.
         finally:
             set_rates(self.optimizer, self.get_last_lr())
         self.searches += 1
         self.forward_passes += found.forward_passes
+        # The search has evaluated the loss here already: L* costs no pass of its own.
         self._reference, self._waited = found.loss, 0
         self.done = self.lr >= self.lr_target[0]
 

@@ -110,10 +110,14 @@ class WarmupLR(LRScheduler):
         self.forward_passes = 0
         if critical:
             set_rates(optimizer, self.lr_target)  # the critical learning rate is one number for groups in this ratio
+            # Not made attributes: a scheduler's state_dict is all its attributes, and a checkpoint would hold model and
+            # batch.
             model, loss_fn, batch = probe  # type: ignore[misc]
+            # Capped at the target, which is also where a search stops that finds no rise.
             found = critical_learning_rate(model, loss_fn, batch, optimizer, cap=self.lr_target[0], rise=rise)
             self.lr_init = [found.value * target / self.lr_target[0] for target in self.lr_target]
             self.forward_passes = found.forward_passes
+        # Last, because torch's constructor asks for the first rate, which needs all of the above.
         super().__init__(optimizer, last_epoch)
 
     @property
@@ -128,11 +132,14 @@ class WarmupLR(LRScheduler):
         """Return the lr of optimizer step t = 1, 2, ..., for each parameter group."""
         reached = self.reached
         if t < reached:
+            # With the slope kept, growth is that of a warmup from zero, whatever the start; else the start shortens the
+            # climb.
             grown = (t / self.warmup_steps) ** self.power
             pairs = zip(self.lr_target, self.lr_init, strict=True)
             gaps = [(target, start, target if self.keep_slope else target - start) for target, start in pairs]
             return [min(target, start + gap * grown) for target, start, gap in gaps]
         if t == reached or self.decay == "constant" or self.total_steps is None:
+            # The target itself, not what the formula rounds to.
             return list(self.lr_target)
         s = min(1.0, (t - reached) / (self.total_steps - reached))
         left = (1 + math.cos(math.pi * s)) / 2
@@ -140,18 +147,29 @@ class WarmupLR(LRScheduler):
 
     def get_lr(self) -> list[float | torch.Tensor]:
         """Return the lr of the next optimizer step, for each parameter group."""
+        # torch counts steps that are done, t the one that comes.
         return list(self.lr_at(self.last_epoch + 1))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore a schedule, and the optimizer's lr with it."""
         super().load_state_dict(state_dict)
+        # torch leaves the rate to the optimizer's state. Set here too, the order of the two restores does not matter.
         set_rates(self.optimizer, self.lr_at(self.last_epoch + 1))
 
 
 def set_rates(optimizer: torch.optim.Optimizer, rates: Sequence[float]) -> None:
-    """Set the learning rate of each group; a tensor is filled in place."""
+    """Set the learning rate of each group; a tensor is filled in place.
+
+    Args:
+        optimizer: any.
+        rates: one for each parameter group.
+
+    Raises:
+        ValueError: not one for each group.
+    """
     for group, lr in zip(optimizer.param_groups, rates, strict=True):
         if isinstance(group["lr"], torch.Tensor):
+            # A compiled or captured step reads this very tensor; a new one would never reach it.
             group["lr"].fill_(lr)
         else:
             group["lr"] = lr
@@ -162,6 +180,7 @@ def _per_group(name: str, value: float | Sequence[float], groups: int) -> list[f
     values = [float(v) for v in value] if isinstance(value, Sequence) else [float(value)] * groups
     if len(values) != groups:
         raise ValueError(f"{name} must be a number or {groups}, one for each parameter group, got {len(values)}.")
+    # The smallest float above 0 makes one comparison serve for "positive" and for "not negative".
     least = 0.0 if name != "lr_target" else math.nextafter(0.0, 1.0)
     if not all(least <= v < math.inf for v in values):
         kind = "positive" if name == "lr_target" else "not negative"

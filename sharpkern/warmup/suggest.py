@@ -105,13 +105,16 @@ def suggest_warmup(
         raise ValueError(f"probe_steps must be at least 8 and batches at least 1, got {probe_steps} and {batches}.")
     if lr_target is not None and not 0 < lr_target < math.inf:
         raise ValueError(f"lr_target must be positive and finite, got {lr_target}.")
+    # Before anything is measured: an unknown optimizer is refused at once.
     kappa = stability_threshold(optimizer)
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    # Short runs draw dropout masks and orders of batches; training afterwards must draw what it would have drawn.
     with torch.random.fork_rng(devices):
         probe = Probe(model, loss_fn, batches_of(data), optimizer, probe_steps)
         sharpness, gi_adam = probe.sharpness(batches)
         if sharpness <= 0:
             raise ValueError(f"the sharpness is {sharpness:.4g}, not positive: train a few steps first.")
+        # The threshold is a guess from below: ``critical_learning_rate`` says how far eta_c lies above it.
         first, critical = probe.critical(batches, kappa / sharpness)
         regime = probe.trend(kappa, kappa / sharpness)
         trials = probe.targets(critical)
@@ -123,11 +126,15 @@ def suggest_warmup(
             )
         top = max(t.lr_target for t in held)
         target = max(held, key=lambda t: t.fall).lr_target if lr_target is None else lr_target
+        # The first trial was at eta_c without a warmup.
         start = min(critical, target) if trials[0] in held else min(critical, target / 10)
         warmups = probe.warmups(target, start)
+    # Judged together: "half the fall of the best run" is about all runs to all targets.
     all_held = holding([*trials, *warmups])
     good = [t for t in warmups if t in all_held]
+    # They are in the order of their lengths, so the first is the shortest.
     chosen = good[0] if good else min(warmups, key=lambda t: t.peak)
+    # A warmup of one step is at its target in that step: the start would never be used.
     lr_init = start if chosen.warmup_steps > 1 else target
     evidence = {
         "sharpness": say_sharpness(sharpness, gi_adam, kappa, probe, min(batches, probe.seen)),

@@ -11,6 +11,7 @@ from .trials import Probe, Trial
 
 def say_sharpness(value: float, gi_adam: float | None, kappa: float, probe: Probe, batches: int) -> str:
     """Say how sharp the start is, and what learning rate that allows."""
+    # The number is one of P^-1 H then, and no sharpness in the usual sense.
     name = "Preconditioned sharpness" if is_adaptive(probe.optimizer) else "Sharpness"
     text = (
         f"{name} at the start: {value:.4g}, the mean of {batches} batch(es), so the threshold {kappa:.3g} / sharpness "
@@ -38,6 +39,7 @@ def say_largest(top: float, trials: list[Trial]) -> str:
 
 def say_start(lr_init: float, target: float, critical: float) -> str:
     """Say where to start, and why there."""
+    # Compared exactly: ``suggest_warmup`` has chosen one of these very numbers.
     if lr_init == target:
         why = "the target: no warmup is needed"
     elif lr_init == critical:
@@ -55,4 +57,5 @@ def say_warmup(chosen: Trial, warmups: list[Trial], good: bool) -> str:
 
 
 def _told(t: Trial) -> str:
+    # Stopped at 100 times the first loss or not finite: both have a fall of minus infinity.
     return "diverged" if math.isinf(t.fall) else f"{t.peak:.2f} and {t.fall:.0%}"

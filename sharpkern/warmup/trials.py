@@ -28,12 +28,9 @@ from ..tracking.tracker import SharpnessTracker
 from .critical import CriticalLR, critical_learning_rate
 from .schedule import WarmupLR, set_rates
 
+# A model that holds 4096 eta_c is not limited by its learning rate: the search for a limit ends.
 _DOUBLINGS = 12
-
-
 _SPIKE = 2.0  # a run holds only if its loss stays below so many times the first
-
-
 _HOPELESS = 100.0  # a loss so many times the first ends a run
 
 
@@ -57,7 +54,20 @@ class Trial:
 
 @dataclass
 class Probe:
-    """The measurements, and what they cost."""
+    """The measurements, and what they cost. Each works on copies or leaves the model as it is.
+
+    Attributes:
+        model, loss_fn, optimizer: as given to ``suggest_warmup``; only read.
+        data: of ``batches_of``.
+        steps: of the longest warmup.
+        forward_passes, gradients, matvecs: spent so far.
+        seen: batches that ``sharpness`` was measured on.
+        ratios: of each parameter group's learning rate to the first group's.
+        width: steps over which losses are averaged: 5 for several batches, 1 for a single one.
+
+    Raises:
+        ValueError: the first group's lr is 0 and another's is not.
+    """
 
     model: nn.Module
     loss_fn: Callable[..., Tensor]
@@ -74,11 +84,15 @@ class Probe:
         rates = [float(group["lr"]) for group in self.optimizer.param_groups]
         if rates[0] == 0 and any(rates):
             raise ValueError(f"the first group's lr is 0 and another's is {max(rates)}: their ratio is unknown.")
+        # Equal rates have the ratio 1 also where they are all 0, as before a schedule has set them.
         self.ratios = [1.0 if lr == rates[0] else lr / rates[0] for lr in rates]
         self.width = 5 if len(list(itertools.islice(self.data, 2))) > 1 else 1  # steps averaged against noise
 
     def sharpness(self, batches: int) -> tuple[float, float | None]:
-        """Return the mean sharpness over batches, and GI-Adam's of the first if the optimizer is a fresh Adam."""
+        """Return the mean sharpness over batches, and GI-Adam's of the first if the optimizer is a fresh Adam.
+
+        Preconditioned for an adaptive optimizer. Cost: for each batch a gradient and up to 100 Hessian-vector products.
+        """
         found: list[float] = []
         gi_adam, hessian = None, None
         generator = torch.Generator().manual_seed(0)
@@ -86,12 +100,14 @@ class Probe:
             if hessian is None:
                 hessian = HessianOperator(self.model, self.loss_fn, batch)
             else:
+                # One export for all batches.
                 hessian.refresh(batch)
             self.gradients += 1
             operators: list[SymmetricOperator] = [hessian]
             if is_adaptive(self.optimizer):
                 gradients = gradients_of(hessian)
                 operators = [PreconditionedOperator(hessian, threshold_preconditioner(self.optimizer, gradients))]
+                # GI-Adam differs in its start only, so the comparison is for an Adam that has taken no step.
                 if type(self.optimizer) is torch.optim.Adam and not self.optimizer.state and not found:
                     group = self.optimizer.param_groups[0]
                     twin = GIAdam(list(gradients), betas=group["betas"], eps=group["eps"])
@@ -104,10 +120,19 @@ class Probe:
         return statistics.fmean(found), gi_adam
 
     def critical(self, batches: int, start: float) -> tuple[CriticalLR, float]:
-        """Return eta_c of the first batch, and the median over batches."""
+        """Return eta_c of the first batch, and the median over batches.
+
+        Args:
+            batches: how many to use; fewer if there are not so many.
+            start: where the first search starts.
+
+        Raises:
+            ValueError: the median is 0 or infinite: the first step does not descend.
+        """
         rise = rule_of(self.optimizer).rise
         found: list[CriticalLR] = []
         for batch in itertools.islice(self.data, batches):
+            # Each search starts from the last batch's result, which saves passes where batches are alike.
             found.append(
                 critical_learning_rate(
                     self.model, self.loss_fn, batch, self.optimizer, start=found[-1] if found else start, rise=rise
@@ -115,15 +140,23 @@ class Probe:
             )
             self.forward_passes += found[-1].forward_passes
             self.gradients += 1
+        # Not the mean: a batch on which nothing raised the loss has a value of another size, or infinity.
         median = statistics.median(c.value for c in found)
         if not 0 < median < math.inf:
             raise ValueError(f"the critical learning rate is {median}: the optimizer's first step does not descend.")
         return found[0], median
 
     def trend(self, kappa: float, top: float) -> Regime:
-        """Warm a copy up from 0 to the threshold, tracking its sharpness."""
+        """Warm a copy up from 0 to the threshold, tracking its sharpness.
+
+        Args:
+            kappa: of ``stability_threshold``.
+            top: where the warmup ends, as a learning rate of the first group.
+        """
+        # Copied as a pair: only so does the copy of the optimizer hold the parameters of the copy of the model.
         model, optimizer = copy.deepcopy((self.model, self.optimizer))
         schedule = WarmupLR(optimizer, [top * ratio for ratio in self.ratios], self.steps)
+        # A trend is told by limits of 0.8 and 1.2, for which 3% will do.
         tracker = SharpnessTracker(model, self.loss_fn, optimizer, tol=0.03)
         records: list[Record] = []
         for batch in itertools.islice(_endless(self.data), self.steps):
@@ -143,6 +176,8 @@ class Probe:
         """Try targets around eta_c, the first at eta_c without a warmup: doubled while they hold, else halved."""
         trials = [self.run(critical, critical, 1)]
         recovers = bool(holding(trials))
+        # Training at eta_c from the first step on did not hold: a long warmup to the same rate tells whether the jump
+        # was at fault, or the rate.
         if not recovers:
             trials.append(self.run(critical, critical / 10, self.steps))
         if trials[-1] in holding(trials):
@@ -150,44 +185,66 @@ class Probe:
                 target = 2 * trials[-1].lr_target
                 trials.append(self.run(target, critical if recovers else target / 10, self.steps))
             return trials
+        # Two, because a run holds only in comparison with the best one: a single calm one always does.
         while len(holding(trials)) < 2 and trials[-1].lr_target > critical / 64:
             target = trials[-1].lr_target / 2
             trials.append(self.run(target, target / 10, self.steps))
         return trials
 
     def warmups(self, target: float, start: float) -> list[Trial]:
-        """Try ever longer warmups to a target."""
+        """Try ever longer warmups to a target, the longest last; one run alone where ``start`` is not below it.
+
+        Args:
+            target, start: learning rates of the first group.
+        """
         if start >= target:
             return [self.run(target, target, 1)]
+        # By factors of 4, as each length costs a whole run.
         lengths = [4**k for k in range(20) if 4**k < self.steps]
         return [self.run(target, start, length) for length in (*lengths, self.steps)]
 
     def run(self, target: float, start: float, warmup: int) -> Trial:
-        """Train a copy with a warmup of some steps to a target, from ``start``."""
+        """Train a copy with a linear warmup to a target, for a quarter more steps than the longest warmup.
+
+        Args:
+            target, start: learning rates of the first group; the others keep their ratio to it.
+            warmup: steps until the target is reached; 1 is no warmup.
+        """
         model, optimizer = copy.deepcopy((self.model, self.optimizer))
         module, params = LossModule(model, self.loss_fn), list(trainable(model).values())
         losses: list[float] = []
+        # A quarter more than the longest warmup, so that every run is at its target for a while.
         for t, batch in enumerate(itertools.islice(_endless(self.data), self.steps * 5 // 4), start=1):
             lr = start + (target - start) * min(1.0, t / warmup)
             set_rates(optimizer, [lr * ratio for ratio in self.ratios])
             loss = module(batch)[0]
             losses.append(float(loss.detach()))
             self.gradients += 1
+            # In absolute value, for a loss may be negative; and "not <=", so that NaN ends the run too.
             if not losses[-1] <= losses[0] + (_HOPELESS - 1) * abs(losses[0]):
                 peak = losses[-1] / losses[0] if math.isfinite(losses[-1]) else math.inf
                 return Trial(target, start, warmup, peak, -math.inf)
             for p, g in zip(params, torch.autograd.grad(loss, params, allow_unused=True), strict=True):
                 p.grad = g
             optimizer.step()
+        # Running means, so that the peak is a rise that lasts and not one hard batch.
         means = [statistics.fmean(losses[i : i + self.width]) for i in range(len(losses) - self.width + 1)]
         last = statistics.fmean(losses[-max(self.width, self.steps // 8) :])
         return Trial(target, start, warmup, max(means) / means[0], 1 - last / means[0])
 
 
 def batches_of(data: Any) -> Iterable[Any]:
-    """Turn data into something to go through again and again."""
+    """Turn data into something to go through again and again.
+
+    Args:
+        data: a ``DataLoader``, a list of batches, or one batch as a tuple or mapping.
+
+    Raises:
+        ValueError: an iterator, which can be read only once; nothing that can be iterated; or an empty list.
+    """
     if isinstance(data, tuple | Mapping):
         return [data]
+    # A generator would give its batches to the first measurement, and nothing to all later ones.
     if isinstance(data, Iterator):
         raise ValueError("data can be read only once: give a list of batches, a DataLoader, or one batch as a tuple.")
     if not isinstance(data, Iterable) or (not isinstance(data, DataLoader) and not any(True for _ in data)):
@@ -201,6 +258,10 @@ def _endless(data: Iterable[Any]) -> Iterator[Any]:
 
 
 def holding(trials: list[Trial]) -> list[Trial]:
-    """Return the runs without a spike whose loss fell at least half as much as in the best of them."""
+    """Return the runs without a spike whose loss fell at least half as much as in the best of them.
+
+    Without a spike: the loss stayed at or below twice the first.
+    """
     calm = [t for t in trials if t.peak <= _SPIKE and t.fall > 0]
+    # Half of the best fall: a rate so small that the loss hardly moves is calm as well.
     return [t for t in calm if t.fall >= 0.5 * max(c.fall for c in calm)]

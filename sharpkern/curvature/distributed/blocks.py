@@ -17,7 +17,7 @@ from torch.autograd import Function
 from torch.utils import _pytree as pytree
 
 from ...rop.double_backward import twice_differentiable
-from ...rop.sandbox import RandomStates
+from ...rop.sandbox import RandomStates, was_written
 from .shards import Shard, gathered, scattered
 
 _PLAIN = (int, float, bool, str, complex, type(None), torch.dtype, torch.device, torch.Size)
@@ -244,8 +244,7 @@ class _Buffers:
     def settled(self) -> _Buffers:
         """Forget the copies of buffers that the call has left alone."""
         live = {id(b): b for _, row in self._live for b in row.values() if b is not None}
-        # By value, because batch norm writes its statistics without counting a new version.
-        self._copies = {i: c for i, c in self._copies.items() if not torch.equal(live[i], c)}
+        self._copies = {i: c for i, c in self._copies.items() if was_written(live[i], c)}
         return self
 
     @contextmanager

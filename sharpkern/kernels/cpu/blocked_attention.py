@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..precision import wide
 from ..saved import Heads
 
 ROWS = 128  # queries of a block: causal blocks reach that far over the diagonal
@@ -41,10 +42,14 @@ class Blocks:
     def __init__(self, q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, buffers: int) -> None:
         (B, T, _), S = q.shape, k.shape[1]
         self._q, self._k, self._causal = q, k, causal
+        # Expanded and not copied: a block adds a slice of it.
         self._mask = None if mask is None else mask.expand(B, T, S)
+        # Whole rows of scores, so that sums over keys are complete within a block; heads are added while they fit.
         self._rows = max(1, min(ROWS, T))
         self._heads = max(1, min(B, ELEMENTS // max(1, self._rows * S)))
+        # Allocated once: blocks are as large as caches, and fresh memory of that size costs page faults.
         self._memory = [q.new_empty(self._heads * self._rows * S) for _ in range(buffers)]
+        # One triangle serves every block on the diagonal; all blocks but these are cut off by ``keys`` alone.
         self._future = q.new_full((self._rows, self._rows), -math.inf).triu_(1) if causal else None
 
     def __iter__(self) -> Iterator[Block]:
@@ -52,6 +57,7 @@ class Blocks:
         for head in range(0, B, self._heads):
             for row in range(0, T, self._rows):
                 heads, rows = slice(head, min(head + self._heads, B)), slice(row, min(row + self._rows, T))
+                # Keys behind the block's last query are forbidden to all of it: nearly half of the work.
                 stop = min(rows.stop, S) if self._causal else S
                 yield Block(heads, rows, slice(0, stop), (heads.stop - head, rows.stop - row, stop))
 
@@ -60,6 +66,7 @@ class Blocks:
         left, right = a[block.heads, block.rows], b[block.heads, block.keys].mT
         if onto is not None:
             return onto.baddbmm_(left, right)
+        # A view of the front part: the last block and causal ones are smaller.
         return torch.bmm(left, right, out=self._memory[buffer][: math.prod(block.shape)].view(block.shape))
 
     def scores(self, buffer: int, block: Block) -> Tensor:
@@ -75,16 +82,18 @@ class Blocks:
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Heads:
     """See ``kernels.attention``."""
-    values = _wide(v)
-    blocks = Blocks(_wide(q) * scale, _wide(k), mask, causal, 1)
+    values = wide(v)
+    blocks = Blocks(wide(q) * scale, wide(k), mask, causal, 1)
     o, lse = values.new_zeros(*q.shape[:2], v.shape[2]), values.new_empty(q.shape[:2])
     for block in blocks:
         heads, rows, keys, _ = block
         S = blocks.scores(0, block)
+        # The maximum of the whole row is in the block, so that no running maximum has to be corrected.
         top = S.amax(-1, keepdim=True)
         top.masked_fill_(top == -math.inf, 0.0)  # a row that sees nothing: no inf - inf
         total = S.sub_(top).exp_().sum(-1, keepdim=True)
         blind = total == 0
+        # Divided after the product: e columns instead of S.
         o[heads, rows].baddbmm_(S, values[heads, keys]).div_(total.masked_fill(blind, 1.0))
         lse[heads, rows] = total.log_().add_(top).masked_fill_(blind, math.inf)[..., 0]
     return Heads(q, k, v, o.to(q.dtype), lse, mask, causal, scale)
@@ -94,12 +103,14 @@ def attention_tangent(h: Heads, dq: Tensor | None, dk: Tensor | None, dv: Tensor
     """See ``kernels.attention``."""
     count = next(d for d in (dq, dk, dv) if d is not None).shape[0]
     blocks = _probabilities(h, 2)
-    q, k, v, o = _wide(h.q) * h.scale, _wide(h.k), _wide(h.v), _wide(h.o)
-    vectors = _vectors(count, None if dq is None else _wide(dq) * h.scale, dk, dv)
+    # The scale goes into q and dq, and so comes with every product that they are in.
+    q, k, v, o = wide(h.q) * h.scale, wide(h.k), wide(h.v), wide(h.o)
+    vectors = _vectors(count, None if dq is None else wide(dq) * h.scale, dk, dv)
     do, m = o.new_zeros(count, *o.shape), o.new_zeros(count, *o.shape[:2])
     for block in blocks:
         heads, rows, keys, _ = block
         P = blocks.scores(0, block).exp_()
+        # All vectors while P is in the cache: the exponentials are the expensive part.
         for i, (dqi, dki, dvi) in enumerate(vectors):
             part, along = do[i, heads, rows], m[i, heads, rows]
             dS = None if dqi is None else blocks.product(1, block, dqi, k)
@@ -107,6 +118,7 @@ def attention_tangent(h: Heads, dq: Tensor | None, dk: Tensor | None, dv: Tensor
                 dS = blocks.product(1, block, q, dki, onto=dS)
             if dS is not None:
                 along.copy_(dS.mul_(P).sum(-1))
+                # do = (P dS) v - m o + P dv: with o at hand, P (dS - m) needs no pass of its own.
                 part.baddbmm_(dS, v[heads, keys]).addcmul_(o[heads, rows], along[..., None], value=-1)
             if dvi is not None:
                 part.baddbmm_(P, dvi[heads, keys])
@@ -116,14 +128,16 @@ def attention_tangent(h: Heads, dq: Tensor | None, dk: Tensor | None, dv: Tensor
 def attention_backward(h: Heads, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """See ``kernels.attention``."""
     blocks = _probabilities(h, 2)
-    q, k, g = _wide(h.q) * h.scale, _wide(h.k), _wide(g)
-    v_1, g_D = _beside(_wide(h.v), 1.0), _beside(g, -(g * _wide(h.o)).sum(-1))
+    q, k, g = wide(h.q) * h.scale, wide(h.k), wide(g)
+    # [g, -D] [v, 1]' = g v' - D
+    v_1, g_D = _beside(wide(h.v), 1.0), _beside(g, -(g * wide(h.o)).sum(-1))
     gq, gk, gv = (g.new_zeros(g.shape[0], *t.shape) for t in (h.q, h.k, h.v))
     for block in blocks:
         heads, rows, keys, _ = block
         P = blocks.scores(0, block).exp_()
         for i in range(g.shape[0]):
             gS = blocks.product(1, block, g_D[i], v_1).mul_(P)
+            # k is not scaled, so the factor stands here; the next line has it in q.
             gq[i, heads, rows].baddbmm_(gS, k[heads, keys], alpha=h.scale)
             gk[i, heads, keys].baddbmm_(gS.mT, q[heads, rows])
             gv[i, heads, keys].baddbmm_(P.mT, g[i, heads, rows])
@@ -142,17 +156,18 @@ def attention_backward_tangent(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See ``kernels.attention``. Of a block, with U = dS - m: dP = P U, dgS = P (dg v' + g dv' - dD) + U gS."""
     blocks = _probabilities(h, 4)
-    q, k, v, o, g, dg = _wide(h.q) * h.scale, _wide(h.k), _wide(h.v), _wide(h.o), _wide(g), _wide(dg)
-    dD = (dg * o).sum(-1).add_((g * _wide(do)).sum(-1))
+    q, k, v, o, g, dg = wide(h.q) * h.scale, wide(h.k), wide(h.v), wide(h.o), wide(g), wide(dg)
+    dD = (dg * o).sum(-1).add_((g * wide(do)).sum(-1))
     k_1, v_1, g_D, dg_dD = _beside(k, 1.0), _beside(v, 1.0), _beside(g, -(g * o).sum(-1)), _beside(dg, -dD)
     moves = dq is not None or dk is not None  # else U = 0
-    dq = None if dq is None else _wide(dq) * h.scale
+    dq = None if dq is None else wide(dq) * h.scale
     dq_m = _beside(q.new_zeros(dg.shape[0], *q.shape) if dq is None else dq, -m) if moves else None
     vectors = _vectors(dg.shape[0], dq, dk, dv)
     dgq, dgk, dgv = (g.new_zeros(dg.shape[0], *t.shape) for t in (h.q, h.k, h.v))
     for block in blocks:
         heads, rows, keys, _ = block
         P = blocks.scores(0, block).exp_()
+        # Without moving scores gS meets nothing; P stands in for it and is not read.
         gS = blocks.product(1, block, g_D, v_1).mul_(P) if moves else P
         for i, (dqi, dki, dvi) in enumerate(vectors):
             to_q, to_k, to_v = dgq[i, heads, rows], dgk[i, heads, keys], dgv[i, heads, keys]
@@ -167,7 +182,9 @@ def attention_backward_tangent(
                     to_q.baddbmm_(gS, dki[heads, keys], alpha=h.scale)
                 if dqi is not None:
                     to_k.baddbmm_(gS.mT, dqi[heads, rows])
+                # dP (g v' - D) = P U (g v' - D) = U gS
                 dgS.addcmul_(U, gS)
+                # The last use of U: its memory becomes dP.
                 to_v.baddbmm_(U.mul_(P).mT, g[heads, rows])
             to_q.baddbmm_(dgS, k[heads, keys], alpha=h.scale)
             to_k.baddbmm_(dgS.mT, q[heads, rows])
@@ -177,7 +194,8 @@ def attention_backward_tangent(
 
 def _probabilities(h: Heads, buffers: int) -> Blocks:
     """Return blocks whose exponentials are the probabilities; of a row that sees nothing, zeros."""
-    return Blocks(_beside(_wide(h.q) * h.scale, -h.lse), _beside(_wide(h.k), 1.0), h.mask, h.causal, buffers)
+    # Where lse is +inf, the scores are -inf and their exponentials zero, as they should be.
+    return Blocks(_beside(wide(h.q) * h.scale, -h.lse), _beside(wide(h.k), 1.0), h.mask, h.causal, buffers)
 
 
 def _beside(t: Tensor, column: Tensor | float) -> Tensor:
@@ -188,8 +206,4 @@ def _beside(t: Tensor, column: Tensor | float) -> Tensor:
 
 def _vectors(count: int, *tangents: Tensor | None) -> list[tuple[Tensor | None, Tensor | None, Tensor | None]]:
     """Return one tuple of tangents for each vector."""
-    return list(zip(*(repeat(None, count) if d is None else _wide(d) for d in tangents), strict=True))
-
-
-def _wide(t: Tensor) -> Tensor:
-    return t.float() if t.dtype in (torch.bfloat16, torch.float16) else t
+    return list(zip(*(repeat(None, count) if d is None else wide(d) for d in tangents), strict=True))

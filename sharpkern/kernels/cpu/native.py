@@ -33,6 +33,7 @@ def forced_backend() -> str | None:
 
 
 if _C is not None:
+    # In C: os.environ takes longer than a small kernel, and this is asked at every call.
     forced_backend = _C.forced_backend
 
 _ALWAYS_FRESH = 32 << 20  # bytes, from which glibc's malloc maps new pages at each call
@@ -56,7 +57,9 @@ def launch(kernel: str, x: Tensor, *arguments: float | Tensor) -> None:
     # ints first: asking whether something is a tensor costs more than an address
     addresses = [a if type(a) is int else a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
     function = _function(kernel, x.dtype)
+    # Copies made on the way here live until the call is over, since ``arguments`` holds them.
     function(*addresses, torch.get_num_threads())
+    # After the call: a kernel that raises is not recorded.
     if _recorders:
         _show(function, addresses, arguments)
 
@@ -73,11 +76,13 @@ def _call(x: Tensor, struct: tuple[dict[torch.dtype, Any], tuple[Any, ...]]) -> 
 
 def _show(function: Any, addresses: list[float], arguments: tuple[Any, ...]) -> None:
     for recorder in _recorders:
+        # With the number of threads, which a replay is thus bound to.
         recorder(function, (*addresses, torch.get_num_threads()), arguments)
 
 
 @functools.cache
 def _function(kernel: str, dtype: torch.dtype) -> Any:
+    # Two functions and no argument: the element type is a template parameter.
     return getattr(_C, f"{kernel}_f64" if dtype == torch.float64 else f"{kernel}_f32")
 
 
@@ -111,6 +116,7 @@ def level() -> str:
     return "none" if _C is None else str(_C.level())
 
 
+# By name from the compiled module: the enumerations need not have the same order.
 _MODES: dict[int, int] = {} if _C is None else dict(zip((FIXED, RMS, CENTRED), _C.norm_modes, strict=True))
 
 
@@ -119,6 +125,8 @@ def norm_tangent(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """See ``kernels.norm.norm_tangent``."""
     (rows, D), x = s.xhat.shape, s.xhat
+    # Kernels see addresses only, so strides must be known: tangents may be expanded or transposed. What a rule saved
+    # (xhat, r, w) is contiguous already.
     dx, dw, db = [None if d is None else d.contiguous() for d in (dx, dw, db)]
     k = [d for d in (dx, dw, db) if d is not None][0].shape[0]  # a generator takes twice the time
     dy = x.new_empty(k, rows, D)
@@ -146,6 +154,7 @@ def norm_backward_tangent(
     k, (rows, D), x = dg.shape[0], s.xhat.shape, s.xhat
     dg, g, dw = dg.contiguous(), None if g is None else g.contiguous(), None if dw is None else dw.contiguous()
     out = torch.empty_like(dg) if needs[0] else None
+    # None stands for a null pointer, by which the kernel leaves the work out.
     dgw = x.new_empty(k, s.channels) if needs[1] else None
     dgb = x.new_empty(k, s.channels) if needs[2] else None
     fields = _structs.norm_backward_tangent(
@@ -187,6 +196,7 @@ def activation_curvature(name: str, x: Tensor, g: Tensor) -> Tensor:
 
 def softmax_jacobian(p: Tensor, u: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """See ``kernels.softmax``."""
+    # Logits' tangents come transposed where the classes are not the last dimension.
     u = u.contiguous()
     k, rows, C = u.shape
     out, mean = torch.empty_like(u), u.new_empty(k, rows)

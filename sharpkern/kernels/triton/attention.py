@@ -54,6 +54,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool
     """See ``kernels.attention``."""
     o = q.new_empty(*q.shape[:2], v.shape[2])
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+    # Contiguous once here, and not at every sweep.
     h = Heads(q.contiguous(), k.contiguous(), v.contiguous(), o, lse, mask, causal, scale)
     _launch("forward", h, 1, o=o)
     return h
@@ -134,6 +135,7 @@ def _launch(name: str, h: Heads, tangents: int, **arguments: Any) -> None:
     """Run a kernel over every head, tangent, block of rows and part of its result's columns."""
     B, T, width = h.q.shape
     S, width_v = h.v.shape[1:]
+    # Expanded and not copied: strides of zero do it.
     mask = h.q if h.mask is None else h.mask.expand(B, T, S)
     strides = (0, 0, 0) if h.mask is None else mask.stride()
     arguments |= {
@@ -165,6 +167,7 @@ def shape(name: str, width: int, width_v: int, precision: str) -> dict[str, Any]
     """Constants of a kernel that follow from the widths of q and v and from the precision of its products."""
     own, other, chunk = blocks(precision)
     result = width if name in SUMS_Q else width_v
+    # A program sums at most 64 columns: its accumulator must fit into registers beside the operands.
     part = min(64, tiles.padded(result))
     return {
         "WIDE": precision == "interpreted",

@@ -104,6 +104,7 @@ def norm_backward_tangent(
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """See ``kernels.norm.norm_backward_tangent``."""
+    # Without g these would be multiplied with it; the kernel then reads none of them.
     if g is None:  # the part linear in dg
         dw = dxhat = along = None
     k, (rows, D), x = dg.shape[0], s.xhat.shape, s.xhat.contiguous()
@@ -114,6 +115,7 @@ def norm_backward_tangent(
     if needs[0] and s.mode != FIXED and not size.whole:
         sums = _sums(s, w, dw, dxhat, g, dg, size)
     tiles = triton.cdiv(N, size.rows)
+    # Only for parameters' sums: without them every tile is its own program.
     together = max(1, triton.cdiv(tiles, STRETCHES)) if needs[1] or needs[2] else 1
     stretches = triton.cdiv(tiles, together)
     out = torch.empty_like(dg) if needs[0] else None
@@ -146,6 +148,7 @@ def norm_backward_tangent(
         PB=size.p,
         num_warps=size.warps,
     )
+    # The second stage of the sums, by torch: in a fixed order, so the bits are the same every time.
     dgw, dgb = (None if part is None else part.sum(1).to(x.dtype) for part in parts)
     return out, dgw, dgb
 
@@ -175,6 +178,7 @@ def _sums(
         PB=size.p,
         num_warps=size.warps,
     )
+    # Few numbers are left: one for each SPLIT tiles of a row.
     return sums.sum(-1)
 
 

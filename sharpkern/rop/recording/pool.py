@@ -64,6 +64,7 @@ class Pool:
     def _take(self, size: int) -> int:
         while self._returned:
             self._give(self._returned.pop())
+        # The best fit, by a plain search: it runs while recording, and never in a replay.
         fitting = [span for span in self._free if span.size >= size]
         if fitting:
             best = min(fitting, key=lambda span: span.size)
@@ -71,6 +72,7 @@ class Pool:
         else:
             slab = torch.empty(max(size, _SMALLEST_SLAB), dtype=torch.uint8)
             best = _Span(slab.data_ptr(), slab.nbytes)
+            # Never given back before the pool goes: calls of a recording hold addresses in it.
             self._slabs[best.start] = slab
             self.nbytes += slab.nbytes
         if best.size > size:

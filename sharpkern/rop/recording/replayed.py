@@ -33,7 +33,8 @@ class ReplayedProgram:
         self.fallback_ops = program.fallback_ops
         large = program.layout.device.type == "cpu" and program.activation_bytes > _CACHED
         self._at_once = 1 if large else _MOST_VECTORS
-        self._live = not program.fallback_ops  # torch.func inside a recording is not worth the risk
+        # The fallback keeps autograd's graphs between sweeps, and its first product makes other calls than the next.
+        self._live = not program.fallback_ops
         self._moves = 0
         self._forget()
 
@@ -45,18 +46,22 @@ class ReplayedProgram:
         self._known: list[Tensor] = []
 
     def forward(self, module: torch.nn.Module, batch_leaves: Iterable[Any], *, update_buffers: bool = False) -> Tensor:
-        """See ``Program.forward``."""
+        """Return the loss at the present parameters, 0-d; see ``Program.forward``. The batch is copied."""
         leaves = list(batch_leaves)
         if not self._live:
             return self.program.forward(module, leaves, update_buffers=update_buffers)
         addresses = self._where(module)
         if addresses != self._addresses:
+            # The recordings hold the old addresses. A loop that moves its parameters at every step would record at
+            # every step: after a few moves the sweeps run as they are.
             self._moves += self._addresses is not None
             self._forget()
             self._live = self._moves <= _MAX_MOVES
             self._addresses = addresses
         if self._leaves is None:
+            # Copies: the caller's batch lies elsewhere at every step, and a replay reads where it was recorded.
             self._leaves = [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+            # Everything that a sweep may read without having made it; the recorder refuses other memory.
             fixed = [*self.program.layout.tensors, *module.parameters(), *module.buffers(), *self._leaves]
             fixed += self.program.graph.constants.values()
             self._known = [t for t in fixed if isinstance(t, Tensor) and t.layout is torch.strided]
@@ -68,11 +73,12 @@ class ReplayedProgram:
         loss = self.program.empty_loss()
         self._run("forward", lambda out: out.copy_(self.program.forward(module, static)), results=[loss])
         if update_buffers:
+            # Outside of the recording: whether they are written changes from call to call.
             self.program.update_buffers(module)
         return loss
 
     def backward(self) -> None:
-        """See ``Program.backward``."""
+        """Prepare gradient and products, after ``forward``; see ``Program.backward``."""
         self._run("backward", self.program.backward)
 
     def gradient(self) -> Tensor:
@@ -82,15 +88,15 @@ class ReplayedProgram:
         return result[0]
 
     def hvp(self, block: Tensor) -> Tensor:
-        """See ``Program.hvp``."""
+        """Multiply the Hessian with k vectors: ``[k, n] -> [k, n]``, contiguous; see ``Program.hvp``."""
         return self._product("hvp", self.program.hvp, block, self.program.layout.empty(len(block)))
 
     def ggn(self, block: Tensor) -> Tensor:
-        """See ``Program.ggn``."""
+        """Multiply the Gauss-Newton matrix with k vectors: ``[k, n] -> [k, n]``; see ``Program.ggn``."""
         return self._product("ggn", self.program.ggn, block, self.program.layout.empty(len(block)))
 
     def quadratic_form(self, block: Tensor, *, gauss_newton: bool = False) -> Tensor:
-        """See ``Program.quadratic_form``."""
+        """Return ``v'Hv`` for k vectors ``[k, n]``: ``[k]`` float64; see ``Program.quadratic_form``."""
         form = partial(self.program.quadratic_form, gauss_newton=gauss_newton)
         total = block.new_empty(block.shape[0], dtype=torch.float64)
         return self._product(f"quadratic_form {gauss_newton}", form, block, total)
@@ -98,6 +104,7 @@ class ReplayedProgram:
     def _product(self, name: str, sweep: Callable[[Tensor, Tensor], None], block: Tensor, result: Tensor) -> Tensor:
         if within_tf32_products():  # a CUDA graph keeps the precision that it was captured in
             name = f"{name}, TF32"
+        # The last part may be shorter, and has a recording of its own: shapes are fixed in one.
         for part, out in zip(block.split(self._at_once), result.split(self._at_once), strict=True):
             self._run((name, len(part)), sweep, [part], [out])
         return result
@@ -115,15 +122,19 @@ class ReplayedProgram:
         try:
             recording = record(sweep, inputs, results, self._memory, self.program.layout.device, self._known)
         except NotReplayableError:
+            # For good: a computation that reads values does so at every call. What rules have saved so far stays valid,
+            # for tensors keep their part of the pool alive.
             self._live = False
             self._forget()
             sweep(*inputs, *results)
             return
         if len(self._recordings) >= _MAX_RECORDINGS:
+            # Dictionaries keep their order. The keys of the primal sweeps are plain strings, and these stay.
             oldest = next(key for key in self._recordings if isinstance(key, tuple))
             del self._recordings[oldest]
         self._recordings[key] = recording
 
     def _where(self, module: torch.nn.Module) -> Any:
         tensors = [*self.program.layout.tensors, *module.parameters(), *module.buffers()]
+        # Calls of compiled kernels were recorded with their number of threads.
         return [t.data_ptr() for t in tensors], torch.get_num_threads()

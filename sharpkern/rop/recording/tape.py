@@ -25,6 +25,11 @@ from .pool import Pool
 aten = torch.ops.aten
 _MAX_BYTES = 1 << 30  # of a pool; above that, calls are long enough not to need it
 _LARGE = 1 << 20  # bytes of vectors and results from which pointing all calls at them costs less than copying them
+# Ops whose overload for given memory leaves results unwritten in torch 2.13: batch norm those of an input that is not
+# contiguous, the losses in more cases. A replay would read what the memory held before.
+_UNWRITTEN = {
+    "aten::_native_batch_norm_legit", "aten::native_batch_norm", "aten::binary_cross_entropy", "aten::_ctc_loss",
+}  # fmt: skip
 _UNSIZED = (torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output)
 
 
@@ -72,9 +77,11 @@ class Tape:
         self._large = sum(t.nbytes for t in (*inputs, *results)) >= _LARGE
         mine = [*inputs, *results]
         if not self._large:
+            # Fixed places of its own; a replay copies in and out, which for little data beats repointing every call.
             mine = [t.clone() for t in mine]
         self._inputs, self._results = mine[: len(inputs)], mine[len(inputs) :]
         self._recorder = _Recorder(mine if self._large else [], pool, [*mine, *known])
+        # Without gradients, here and in replays: a graph would keep every intermediate result.
         with torch.no_grad(), self._recorder, native.recorded(self._recorder.add_native):
             computation(*mine)
         self._calls = self._recorder.calls
@@ -102,10 +109,12 @@ class Tape:
         for place, t in self._recorder.places:
             storage = storages[place.tensor]
             offset = tensors[place.tensor].data_ptr() - storage.data_ptr() + place.offset
+            # In place: the calls hold these tensor objects, and now see other memory.
             t.set_(storage, offset // t.dtype.itemsize, place.size, place.stride)
         for call, position, tensor, offset in self._recorder.addresses:
             function, args, kwargs = self._calls[call]
             address = tensors[tensor].data_ptr() + offset
+            # Compiled kernels take plain addresses, so that here the call itself is written anew.
             self._calls[call] = (function, (*args[:position], address, *args[position + 1 :]), kwargs)
 
     def _release(self) -> None:
@@ -151,7 +160,9 @@ class _Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if any(tag in func.tags for tag in _UNSIZED):
             raise NotReplayableError(f"{func} depends on values")
+        # Run as it is, and moved afterwards: nothing has to be known about the op, at the price of one copy.
         result = func(*args, **kwargs)
+        # It wrote where it was told to: a replay does so again, and there is no result to find a place for.
         if func._schema.is_mutable:
             self.calls.append((func, *self._held(args, kwargs)))
             return result
@@ -159,6 +170,7 @@ class _Recorder(TorchDispatchMode):
         if _is_view(func) or all(t.untyped_storage().data_ptr() in owned for t in _tensors(result)):
             return result  # nothing but an address; some ops are views in all but name, such as _unsafe_view
         result = pytree.tree_map_only(Tensor, self._moved_to_pool, result)
+        # Memory without values: its place is all that matters.
         if not func._schema.name.startswith(("aten::empty", "aten::new_empty")):
             args, kwargs = self._held(args, kwargs)
             self._add(func, args, kwargs, [self._stand_in(t) for t in _tensors(result)])
@@ -170,6 +182,7 @@ class _Recorder(TorchDispatchMode):
             if isinstance(t, Tensor) and (tensor := self._which(t)) is not None:
                 offset = t.data_ptr() - self._moving[tensor][0]
                 self.addresses.append((len(self.calls), position, tensor, offset))
+            # A compiled call holds an address, which keeps nothing alive. Blocks of the pool are safe without.
             elif isinstance(t, Tensor) and t not in self._pool:
                 self._check_origin(t)
                 self._kept.append(t)
@@ -177,6 +190,7 @@ class _Recorder(TorchDispatchMode):
 
     def _add(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], results: list[Tensor]) -> None:
         into = _out_variant(func)
+        # One copy; their ``out`` variants make a tensor of their own first, and copy that.
         if func in (aten.clone.default, aten._to_copy.default):
             self.calls.append((results[0].copy_, args[:1], {}))
         elif into is None or len(into[1]) != len(results):  # fewer: some results are None
@@ -188,6 +202,8 @@ class _Recorder(TorchDispatchMode):
     def _moved_to_pool(self, t: Tensor) -> Tensor:
         if t.numel() == 0:
             return t
+        # The span from first to last number, with the result's own strides: views and kernels further on were chosen by
+        # them. An expanded result takes the memory of what it repeats.
         extent = 1 + sum((size - 1) * stride for size, stride in zip(t.size(), t.stride(), strict=True))
         block = self._pool.empty(extent, t.dtype)
         if self._pool.nbytes > _MAX_BYTES:
@@ -203,11 +219,13 @@ class _Recorder(TorchDispatchMode):
         if tensor is None and t not in self._pool:
             self._check_origin(t)
             return t  # it stays where it is
+        # One for all uses of a view; a later result in the same block may share it, for only place and shape count.
         key = (t.data_ptr(), t.dtype, t.size(), t.stride())
         if key not in self._stand_ins:
             if tensor is None:
                 self._stand_ins[key] = self._pool.alias(t)
             else:
+                # Of a tensor that moves: a replay points this object at the new place.
                 alias = torch.empty(0, dtype=t.dtype)
                 alias.set_(t.untyped_storage(), t.storage_offset(), t.size(), t.stride())
                 self._stand_ins[key] = alias
@@ -240,13 +258,16 @@ def _is_view(func: Any) -> bool:
 
 @cache
 def _out_variant(func: Any) -> tuple[Any, list[str]] | None:
-    """Find the overload that writes into given memory, and the names of its result arguments."""
+    """Find the overload that writes into given memory, and the names of its result arguments; None: copy instead."""
+    if func._schema.name in _UNWRITTEN:
+        return None
     wanted = [(a.name, str(a.type)) for a in func._schema.arguments if a.name not in _FACTORY]
     packet = getattr(aten, func._schema.name.removeprefix("aten::"), None)
     for overload in () if packet is None else packet.overloads():
         op = getattr(packet, overload)
         outs = [a.name for a in op._schema.arguments if a.is_out]
         inputs = [(a.name, str(a.type)) for a in op._schema.arguments if not a.is_out and a.name not in _FACTORY]
+        # The same arguments by name and type, or an ``out`` overload of a sibling would be taken.
         if outs and inputs == wanted and len(outs) == len(func._schema.returns):
             return op, outs
     return None

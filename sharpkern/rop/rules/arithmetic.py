@@ -24,11 +24,14 @@ class Kind(NamedTuple):
     @classmethod
     def of(cls, x: Any) -> Kind:
         """Read them off a tensor; a number has neither."""
+        # ``to(None)`` changes nothing, so that numbers need no case of their own.
         return cls(x.shape, x.dtype) if isinstance(x, Tensor) else cls(torch.Size(), None)
 
     def tangent(self, d: Tensor) -> Tensor:
         """Expand and cast an argument's tangent to that of a result of this kind."""
+        # The cast is no formality: a 0-d argument does not promote its partner, but its tangent, ``[k]``, does.
         d = align(d, len(self.shape)).to(self.dtype)
+        # Expanded without a copy: the next rule reads it, and none writes into what it is given.
         return d if d.shape[1:] == self.shape else d.expand(d.shape[0], *self.shape)
 
     def cotangent(self, g: Tensor | None) -> Tensor | None:
@@ -42,6 +45,7 @@ class Add(Selective, LinearInArgs):
 
     def forward(self, a: Tensor, b: Any, alpha: Any = 1) -> Tensor:
         """Save kinds and coefficients."""
+        # rsub is b - alpha a: the first argument has the factor.
         by_name = {"aten::add": (1, alpha), "aten::sub": (1, -alpha), "aten::rsub": (-alpha, 1)}
         self.coefficients = by_name[self.op._schema.name]
         self.kinds = (Kind.of(a), Kind.of(b))
@@ -51,9 +55,11 @@ class Add(Selective, LinearInArgs):
 
     def tangent(self, *dargs: Tensor | None) -> Tensor:
         """Return ``c0 da + c1 db``."""
+        # Not strict: the overloads with a number have one tensor argument.
         pairs = zip(dargs, self.coefficients, strict=False)
         terms = [(self.kind.tangent(d), c) for d, c in pairs if d is not None]
         d, c = terms[0]
+        # A pass less in the common case; and no sum in place, since d may be the argument's own tangent.
         d = d if c == 1 else d * c
         return d if len(terms) == 1 else torch.add(d, terms[1][0], alpha=terms[1][1])
 
@@ -70,6 +76,7 @@ class Binary(Rule):
 
     def _start(self, a: Any, b: Any, y: Tensor) -> Tensor:
         self.kinds, self.kind = (Kind.of(a), Kind.of(b)), Kind.of(y)
+        # Overloads with a number have one entry in ``needs``.
         self.wants = (*self.needs, False)[:2]
         return y
 
@@ -79,6 +86,7 @@ class Binary(Rule):
 
     def _shrink(self, ga: Tensor | None, gb: Tensor | None) -> tuple[Tensor | None, ...]:
         pairs = zip((ga, gb), self.kinds, strict=True)
+        # As many results as there are tensor arguments.
         return tuple(kind.cotangent(g) for g, kind in pairs)[: len(self.needs)]
 
 
@@ -102,7 +110,9 @@ class Mul(Binary):
         else:
             y = self.da * self.b
             if self.db is not None:
+                # In place: the product above is fresh, and broadcast to the shape of the result.
                 y.addcmul_(self.db, self.a)
+        # A 0-d factor in float64 leaves a float32 product float32, but its tangent has a dimension and promotes.
         return y.to(self.kind.dtype)
 
     def backward(self, g: Tensor) -> tuple[Tensor | None, ...]:
@@ -115,6 +125,7 @@ class Mul(Binary):
         if self.wants[0]:
             dga = dg * self.b
             if self.db is not None:
+                # g has k = 1, and is broadcast.
                 dga.addcmul_(g, self.db)
         if self.wants[1]:
             dgb = dg * self.a
@@ -132,6 +143,7 @@ class Div(Binary):
     def forward(self, a: Tensor, b: Any) -> Tensor:
         """Save the quotient and 1 / b."""
         self.y: Tensor = self.op(a, b)
+        # One division per parameter value: all sweeps multiply. y is kept instead of a, since a q = y.
         self.q = torch.reciprocal(b.to(self.y.dtype)) if isinstance(b, Tensor) else 1 / b
         return self._start(a, b, self.y)
 
@@ -140,6 +152,7 @@ class Div(Binary):
         top, self.db = self._align(da, db)
         if self.db is not None:
             step = self.y * self.db
+            # ``step`` is fresh and may be negated in place; ``top`` may be the argument's own tangent.
             top = step.neg_() if top is None else top - step
         assert top is not None
         self.dy = (top * self.q).to(self.kind.dtype)
@@ -151,12 +164,14 @@ class Div(Binary):
         return self._shrink(ga if self.wants[0] else None, -ga * self.y if self.wants[1] else None)
 
     def backward_tangent(self, dg: Tensor, g: Tensor) -> tuple[Tensor | None, ...]:
-        """Differentiate both."""
+        """Return ``dg q - g q q db`` and ``-(d(ga) y + ga dy)``."""
         dga = dg * self.q
         if self.db is not None:
+            # d(g q) = dg q - g q (q db)
             dga.addcmul_(g * self.q, self.q * self.db, value=-1)
         dgb = None
         if self.wants[1]:
+            # gb = -ga y, so d(gb) = -(dga y + ga dy).
             dgb = -(dga * self.y).addcmul_(g * self.q, self.dy)
         return self._shrink(dga if self.wants[0] else None, dgb)
 
@@ -194,6 +209,7 @@ class Smooth(Binary):
 
 
 def _power(a: Tensor, b: Tensor, y: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    # At a = 0 the closed forms meet 0 times infinity. Derivatives that torch calls zero are masked, not multiplied.
     log = torch.log(a).masked_fill_(a == 0, 0)  # 0 ** b stays 0 as b moves
     da = (a ** (b - 1)).masked_fill_(b == 0, 0)
     daa = (a ** (b - 2)).masked_fill_((b == 0) | (b == 1), 0)
@@ -211,7 +227,7 @@ class Copy(LinearInArgs):
     """``y = b`` in the shape and dtype of a: what an in-place copy becomes."""
 
     def forward(self, a: Tensor, b: Tensor, *_: Any) -> Tensor:
-        """Save kinds."""
+        """Save shapes and dtypes: values do not matter to a copy."""
         self.kind, self.b_kind = Kind.of(a), Kind.of(b)
         return b.to(a.dtype).expand(a.shape)
 
@@ -224,6 +240,7 @@ class Copy(LinearInArgs):
 
     def backward(self, g: Tensor) -> tuple[Tensor | None, ...]:
         """Give everything to b."""
+        # Zeros and not None: the step that made a is live, and its rule needs a cotangent.
         ga = torch.zeros_like(g) if self.needs[0] else None
         return ga, self.b_kind.cotangent(g) if self.needs[1] else None
 
@@ -243,9 +260,9 @@ class Cast(LinearInArgs):
         return y
 
     def tangent(self, dx: Tensor) -> Tensor:
-        """Cast forward."""
+        """Return dx in the dtype and on the device of the result."""
         return dx.to(*self.after)
 
     def backward(self, g: Tensor) -> tuple[Tensor]:
-        """Cast back."""
+        """Return g in the dtype and on the device of x."""
         return (g.to(*self.before),)

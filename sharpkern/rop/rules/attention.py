@@ -44,14 +44,17 @@ class Attention(Rule):
     ) -> Tensor:
         """Choose a way, and let it save what it needs."""
         if len(self.needs) > 3 and self.needs[3]:
+            # Programs do not get here: ``decompositions`` takes such attention apart.
             raise UnsupportedOpError("scaled_dot_product_attention with a mask that depends on the parameters.")
         scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
         self.groups = q.shape[-3] // k.shape[-3] if grouped else 1
         self.shapes = (q.shape, k.shape, v.shape)
+        # Copied per query head: the products below are then plain batched ones. The group is summed in ``_shrink``.
         k, v = self._repeat(k), self._repeat(v)
         self.rank = max(q.ndim, k.ndim, v.ndim)
         q, k, v = (t[(None,) * (self.rank - t.ndim)] for t in (q, k, v))  # batch dimensions may broadcast
         self.way: Kept | Blocked
+        # Blocks would have to draw the same mask again in every sweep, so dropout keeps its probabilities.
         if dropout > 0.0 or _small(q, k, causal):
             self.way = Kept(scale, self.needs)
             o = self.way.forward(q, k, v, mask, dropout, causal)
@@ -68,6 +71,7 @@ class Attention(Rule):
         results: list[Tensor | None] = []
         for position, g in enumerate(gs):
             if g is not None and position and self.groups > 1:
+                # The adjoint of ``repeat_interleave``: the queries of a group are neighbours.
                 g = g.unflatten(-3, (-1, self.groups)).sum(-3)
             results.append(None if g is None else reduce_to(g, self.shapes[position]))
         return (*results, None)[: len(self.needs)]
@@ -90,7 +94,8 @@ class Attention(Rule):
         return self._shrink(self.way.backward_tangent(dg, g))
 
     def forget_tangents(self) -> None:
-        """Free them."""
+        """Free what the way in use has saved."""
+        # They are attributes of the way, not of the rule, whose own list is empty.
         for name in self.way.freed_after_reverse:
             setattr(self.way, name, None)
 
@@ -112,7 +117,9 @@ class Kept:
         self.scale, self.needs = scale, needs
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, causal: bool) -> Tensor:
+        """Return o ``[..., T, e]`` and keep P, dropout's mask and the operands."""
         self.q, self.k, self.v = q, k, v
+        # q is scaled and not the scores: d numbers for each query instead of one for each key.
         scores = torch.matmul(q * self.scale, k.mT)
         if causal:
             keep = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
@@ -121,6 +128,7 @@ class Kept:
             scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
         P = torch.softmax(scores, -1)
         if mask is not None:
+            # Without a mask every query sees at least one key, also in causal attention.
             P = torch.nan_to_num(P, nan=0.0)  # a row that may attend to nothing gives zero
         self.P = P
         self.D = None
@@ -136,11 +144,14 @@ class Kept:
         return (P * u).sum(-1, keepdim=True)
 
     def tangent(self, dq: Tensor | None, dk: Tensor | None, dv: Tensor | None) -> Tensor:
+        """Return ``dP v + P dv`` ``[k, ..., T, e]``; None where nothing moves."""
         self.dq, self.dk, self.dv = dq, dk, dv
         dS = None if dq is None else torch.matmul(dq * self.scale, self.k.mT)
         if dk is not None:
             other = torch.matmul(self.q * self.scale, dk.mT)
+            # In place here and below: the results of a product are fresh.
             dS = other if dS is None else dS.add_(other)
+        # dP = P (dS - <P, dS>), in the memory of dS. The scores themselves are not needed again.
         self.dP = None if dS is None else dS.sub_(self._along(self.P, dS)).mul_(self.P)
         do = None if self.dP is None else torch.matmul(self._drop(self.dP), self.v)
         if dv is not None:
@@ -151,10 +162,12 @@ class Kept:
 
     def _inner(self, g: Tensor) -> Tensor:
         """Return ``gP - <P, gP>``, so that ``gS = P`` times it."""
+        # Dropout scales P behind the softmax, so its mask comes with the cotangent of the dropped P.
         gP = self._drop(torch.matmul(g, self.v.mT))
         return gP - self._along(self.P, gP)
 
     def backward(self, g: Tensor) -> Cotangents:
+        """Return the cotangents of q, k and v where needed, for g ``[k, ..., T, e]``."""
         gq = gk = gv = None
         if self.needs[0] or self.needs[1]:
             gS = self._inner(g).mul_(self.P).mul_(self.scale)
@@ -165,10 +178,13 @@ class Kept:
         return gq, gk, gv
 
     def prepare(self, g: Tensor) -> None:
+        """Keep ``gP - <P, gP>`` ``[1, ..., T, S]``."""
         if self.needs[0] or self.needs[1]:
+            # Once for all products: it depends on g, v and P alone.
             self.inner = self._inner(g)
 
     def backward_tangent(self, dg: Tensor, g: Tensor) -> Cotangents:
+        """Return the tangents of the cotangents of q, k and v where needed."""
         dgq = dgk = dgv = None
         if self.needs[0] or self.needs[1]:
             dgS = self._score_cotangent_tangent(dg, g)
@@ -189,6 +205,7 @@ class Kept:
         dgP = torch.matmul(dg, self.v.mT)
         if self.dv is not None:
             dgP.add_(torch.matmul(g, self.dv.mT))
+        # The mask is a constant of the primal, so it passes through the tangent.
         dgP = self._drop(dgP)
         dgS = dgP - self._along(self.P, dgP)
         if self.dP is None:
@@ -207,6 +224,8 @@ class Blocked:
         self.scale = scale
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+        """Return o ``[..., T, e]`` and keep it, the operands and ``lse`` of each query."""
+        # The kernels have one batch dimension B: batch, heads and what broadcasts are folded into it.
         shapes = [t.shape[:-2] for t in (q, k, v, mask) if t is not None]
         self.batch = torch.broadcast_shapes(*shapes)
         q, k, v = (self._fold(t[None])[0] for t in (q, k, v))
@@ -216,6 +235,7 @@ class Blocked:
     def _fold(self, t: Tensor) -> Tensor:
         """``[k, *broadcast, T, d]`` to ``[k, B, T, d]``."""
         t = align(t, len(self.batch) + 2)
+        # Contiguous: a head is then a plain matrix. It costs a copy where the model transposes heads.
         return t.expand(t.shape[0], *self.batch, *t.shape[-2:]).reshape(t.shape[0], -1, *t.shape[-2:]).contiguous()
 
     def _unfold(self, t: Tensor) -> Tensor:
@@ -226,22 +246,29 @@ class Blocked:
         if mask.dtype == torch.bool:
             mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -math.inf)
         if math.prod(mask.shape[:-2]) == 1:
+            # One mask for all heads is not copied B times.
             return mask.reshape(1, *mask.shape[-2:])
         return self._fold(mask[None])[0]
 
     def tangent(self, dq: Tensor | None, dk: Tensor | None, dv: Tensor | None) -> Tensor:
+        """Return ``do`` ``[k, ..., T, e]``, and keep it with ``m = <P, dS>``."""
         self.dq, self.dk, self.dv = (None if d is None else self._fold(d) for d in (dq, dk, dv))
         self.do, self.m = attention_tangent(self.heads, self.dq, self.dk, self.dv)
         return self._unfold(self.do)
 
     def backward(self, g: Tensor) -> Cotangents:
+        """Return the cotangents of q, k and v for g ``[k, ..., T, e]``."""
+        # All three, whatever is needed: they share the scores, and the contract lets the others be ignored.
         gq, gk, gv = attention_backward(self.heads, self._fold(g))
         return self._unfold(gq), self._unfold(gk), self._unfold(gv)
 
     def prepare(self, g: Tensor) -> None:
+        """Keep g as heads ``[B, T, e]``."""
+        # Folded once for all products.
         self.g = self._fold(g)[0]
 
     def backward_tangent(self, dg: Tensor, g: Tensor) -> Cotangents:
+        """Return the tangents of the cotangents of q, k and v."""
         dgq, dgk, dgv = attention_backward_tangent(
             self.heads, self.dq, self.dk, self.dv, self.do, self.m, self.g, self._fold(dg)
         )

@@ -8,6 +8,10 @@ k is folded into the batch where the weight is the primal's; otherwise one call 
 Two calls and a sum, or one over concatenated channels (batch for wgrad)? Measured on two CPU threads, batch 64,
 32 to 64 channels, k = 1: one call for conv is at best 7 % faster and up to three times slower, for wgrad always
 slower; for convT it is slower without a stride, but takes two thirds of the time with one: used there.
+
+Not kept (AMD Zen 3): channels last around each call, with its conversions 0.28 to 1.1 of the speed, 1.1 to 2.8 only for
+strided input gradients; oneDNN's own accumulation into the result (``_convolution_pointwise_``), equal; larger malloc
+thresholds, equal once tensors of that size have been freed before.
 """
 
 from __future__ import annotations
@@ -38,9 +42,11 @@ class Convolution(Selective):
 
     def forward(self, x: Tensor, w: Tensor, b: Tensor | None = None, *options: Any) -> Tensor:
         """Save x, w and the geometry."""
+        # By name, for the overloads have their options in different orders and some lack a few.
         named = dict(zip((a.name for a in self.op._schema.arguments[3:]), options, strict=True))
         spatial = w.ndim - 2
         if x.ndim != w.ndim:
+            # k takes the place of the batch, which must be there.
             raise UnsupportedOpError(f"{self.op} without a batch dimension: add one with x[None].")
         stride, dilation = _each(named["stride"], spatial), _each(named["dilation"], spatial)
         is_transpose = self.op._schema.name.startswith("aten::conv_transpose")
@@ -53,8 +59,10 @@ class Convolution(Selective):
         padding = _each(padding, spatial)
         self.geometry = (stride, padding, dilation, transposed, output_padding, groups)
         strided = any(s > 1 for s in stride)
+        # Concatenating channels makes no sense with groups; for the rest see the measurements above.
         self.one_call = strided and groups == 1 and not transposed and x.device.type == "cpu"
         self.x, self.w = x, w
+        # Of the result: a transposed convolution has its weight as ``[in, out / groups, ...]``.
         self.channels = w.shape[1] * groups if transposed else w.shape[0]
         y = self._conv(x, w, b)
         self.y_shape = y.shape
@@ -65,7 +73,9 @@ class Convolution(Selective):
         totals = [d * (s - 1) for d, s in zip(dilation, w.shape[2:], strict=True)]
         if padding == "valid":
             return [0] * len(totals), x
+        # A convolution pads both ends alike; the odd one of 'same' goes to the end, as torch has it.
         if any(t % 2 for t in totals):
+            # ``constant_pad_nd`` counts from the last dimension.
             self.crop = [p for t in reversed(totals) for p in (0, t % 2)]
             x = aten.constant_pad_nd.default(x, self.crop)
         return [t // 2 for t in totals], x
@@ -74,6 +84,7 @@ class Convolution(Selective):
         return _tensor(aten.convolution.default(x, w, b, *self.geometry))
 
     def _backward(self, g: Tensor, x: Tensor, w: Tensor, *wanted: bool) -> tuple[Tensor, ...]:
+        # ``[channels]``: the bias's size, which is read only where its cotangent is wanted.
         parts: tuple[Tensor, ...] = aten.convolution_backward.default(
             g, x, w, [self.channels], *self.geometry, list(wanted)
         )
@@ -82,12 +93,15 @@ class Convolution(Selective):
     def tangent(self, dx: Tensor | None, dw: Tensor | None, db: Tensor | None) -> Tensor:
         """Return ``conv(dx, w) + conv(x, dw) + db``."""
         if dx is not None and self.crop is not None:
+            # The padded x was saved, and its tangent is padded with the zeros that are there at any x.
             dx = aten.constant_pad_nd.default(dx, self.crop)
         self.dx, self.dw, self.begun = dx, dw, None
         k = next(d for d in (dx, dw, db) if d is not None).shape[0]
+        # One call for all k, which share the weight.
         y = None if dx is None else self._conv(fold(dx), self.w).unflatten(0, (k, -1))
         self._begin_weight(k)
         if dw is not None:
+            # Each vector has a weight of its own, so k calls; a generator, so that one result exists at a time.
             others = (self._conv(self.x, dw[i], None if db is None else db[i]) for i in range(k))
             return _add_each(y, others, k)
         if db is not None:
@@ -99,6 +113,7 @@ class Convolution(Selective):
     def _begin_weight(self, k: int) -> None:
         """Write ``wgrad(dx, g)`` to where d(gw) will be, so that no sweep needs dx any more: it is not kept."""
         if self.dx is not None and self.needs[1] and (out := self.place(1, (k, *self.w.shape), self.dx)) is not None:
+            # ``convolution_backward`` sums over the batch: k folded into it would mix the vectors.
             for i in range(k):
                 out[i] = self._to_w(self.g, self.dx[i])
             self.dx, self.begun = None, out
@@ -111,6 +126,7 @@ class Convolution(Selective):
         """Return ``convT(g, w), wgrad(x, g), sum g``."""
         needs = wanted or self.needs
         if g.shape[0] == 1:
+            # One call gives all three, and shares its work among them.
             parts = self._backward(g[0], self.x, self.w, *needs)
             gx, gw, gb = (None if p is None else p[None] for p in parts)
             return self._uncrop(gx), gw, gb
@@ -124,6 +140,7 @@ class Convolution(Selective):
         """Return ``2 <g, conv(dx, dw)>``."""
         if self.dx is None or self.dw is None:
             return None
+        # Both are still there: v'Hv has no place for a product, so that nothing has been begun.
         pairs = zip(self.dx, self.dw, strict=True)
         return 2 * torch.cat([inner(g, self._conv(dx, dw)[None]) for dx, dw in pairs])
 
@@ -134,6 +151,7 @@ class Convolution(Selective):
         if needs[0]:
             dw = None if g is None else self.dw
             if g is not None and dw is not None and k == 1 and self.one_call:
+                # [dg, g] convolved with [w, dw] over concatenated channels is the sum of both.
                 dgx = self._to_x(torch.cat([dg[0], g], 1), torch.cat([self.w, dw[0]]))[None]
             else:
                 dgx = self._to_x(fold(dg), self.w).unflatten(0, (k, -1))
@@ -142,6 +160,7 @@ class Convolution(Selective):
         if needs[1]:
             dgw = self.result(1, (k, *self.w.shape), dg)
             begun = self.begun if g is not None else None
+            # Else the part begun in the tangent sweep would lie in another result, and be lost without a word.
             assert begun is None or begun.data_ptr() == dgw.data_ptr(), "the sweeps write to the same result"
             for i in range(k):
                 part = self._to_w(dg[i], self.x)
@@ -155,6 +174,7 @@ class Convolution(Selective):
 
     def _to_x(self, g: Tensor, w: Tensor) -> Tensor:
         """Return ``convT(g, w)``; of x only the shape matters."""
+        # Memory that is never read or written, for a call that wants a tensor.
         x = self.x if g.shape[0] == self.x.shape[0] else g.new_empty(g.shape[0], *self.x.shape[1:])
         return self._backward(g, x, w, True, False, False)[0]
 

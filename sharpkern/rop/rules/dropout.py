@@ -24,7 +24,9 @@ class Dropout(LinearInArgs):
         """Draw the mask; save it with its scale (None: the identity)."""
         y, mask = aten.native_dropout.default(x, p, train)
         self.factor: Tensor | None = None
+        # None counts as training, as in torch.
         if train is None or train:
+            # At p = 1 nothing is kept, and 1 / (1 - p) would turn zeros into NaN.
             self.factor = mask.to(x.dtype).mul_(0.0 if p == 1 else 1 / (1 - p))
         return y, mask
 

@@ -65,6 +65,7 @@ class Fallback(Rule):
         self.leaves: list[Tensor] = []
         for i, j in self.places:
             value = args[i] if j is None else args[i][j]
+            # A new tensor on the same memory: nothing that the user holds gets a graph.
             leaf = value.detach().requires_grad_()
             self.leaves.append(leaf)
             if j is None:
@@ -72,12 +73,14 @@ class Fallback(Rule):
             else:
                 args[i][j] = leaf
         split = len(args) - len(self.kwarg_names)
+        # Programs run under ``no_grad``.
         with torch.enable_grad():
             result: Any = self._guard(
                 lambda: self.op(*args[:split], **dict(zip(self.kwarg_names, args[split:], strict=True)))
             )
         self.many = isinstance(result, tuple | list)
         parts = list(result) if self.many else [result]
+        # What has no graph is constant in the leaves, whatever its dtype.
         self.ys = [y for y in parts if isinstance(y, Tensor) and y.requires_grad]
         if any(y.layout is not torch.strided for y in self.ys):
             raise UnsupportedOpError(f"{self.op} gives a sparse tensor that depends on the parameters.")
@@ -113,6 +116,7 @@ class Fallback(Rule):
         pairs = [
             (p, d[c]) for p, d in zip(self.pulled, self.dprimals, strict=True) if p is not None and p.requires_grad
         ]
+        # J'u without a graph does not depend on u: J is zero.
         if not pairs:
             return [torch.zeros_like(y) for y in self.ys]
         pulled, ds = zip(*pairs, strict=True)
@@ -137,6 +141,7 @@ class Fallback(Rule):
 
     def backward_tangent(self, dg: Any, g: Any) -> tuple[Any, ...]:
         """Return ``J'dg`` and the second derivative of ``<g, f>`` along the tangents."""
+        # By identity: one backward sweep gives all products the same g, and the gradient of <g, f> is kept for them.
         if self.slope is None or self.slope[0] is not g:
             with torch.enable_grad():
                 at = self._cotangents(g, 0)
@@ -145,10 +150,12 @@ class Fallback(Rule):
         columns = []
         for c in range(len(self.dprimals[0])):
             pairs = [(s, d[c]) for s, d in zip(slope, self.dprimals, strict=True) if s is not None and s.requires_grad]
+            # Where <g, f> has no second derivative, as for a linear op.
             second = [torch.zeros_like(leaf) for leaf in self.leaves]
             if pairs:
                 slopes, ds = zip(*pairs, strict=True)
                 second = self._filled(self._guard(partial(self._gradient, slopes, self.leaves, ds)))
+            # Both parts apart: <dg, f> is only differentiated once.
             first = self._pull(self._cotangents(dg, c))
             columns.append([a + b for a, b in zip(first, second, strict=True)])
         return self._arrange(columns)
@@ -156,6 +163,7 @@ class Fallback(Rule):
     def _gradient(
         self, ys: Sequence[Tensor], xs: Sequence[Tensor], gs: Sequence[Tensor], *, create: bool = False
     ) -> list[Tensor | None]:
+        # The graph is kept for the next vector, and for the next product.
         return list(torch.autograd.grad(ys, xs, gs, create_graph=create, retain_graph=True, allow_unused=True))
 
     def _filled(self, parts: list[Tensor | None]) -> list[Tensor]:
@@ -176,6 +184,7 @@ class Fallback(Rule):
     def _guard(self, call: Callable[[], T]) -> T:
         try:
             return call()
+        # What torch raises where an op has no second derivative differs from op to op.
         except (RuntimeError, NotImplementedError) as error:
             raise UnsupportedOpError(
                 f"{self.op} has no rule, and torch cannot differentiate it twice: {str(error).splitlines()[0]}"

@@ -45,6 +45,7 @@ class LinearCrossEntropy(Selective):
     def __init__(self, op: Any, needs: tuple[Any, ...]) -> None:
         super().__init__(op, needs)
         self.linear = Linear(aten.linear.default, needs[:3])
+        # To the loss the logits are an argument that moves, whatever moves them.
         self.loss = CrossEntropy(aten.cross_entropy_loss.default, (True, *needs[3:]))
 
     def write_to(self, position: int, place: Tensor | None) -> None:
@@ -60,6 +61,7 @@ class LinearCrossEntropy(Selective):
     def tangent(self, dx: Tensor | None, dw: Tensor | None, db: Tensor | None, *_: None) -> None:
         """Save the tangents; the loss's own is not needed."""
         rows = self.linear.x
+        # Saved as they came; nothing of the size of the logits is formed before the chunks.
         self.dx = None if dx is None else dx.reshape(dx.shape[0], *rows.shape)
         self.dw, self.db = dw, db
 
@@ -73,6 +75,7 @@ class LinearCrossEntropy(Selective):
     def prepare(self, g: Tensor) -> None:
         """Spread g over the tokens."""
         self.loss.prepare(g)
+        # A mean's cotangent is one number; expanded, it is cut into chunks like any other.
         self.per_row = self.loss.per_row(g)[0].expand(len(self.loss.p), 1)
 
     def backward_tangent(self, dg: Tensor | None, g: Tensor) -> tuple[Tensor | None, ...]:
@@ -80,14 +83,17 @@ class LinearCrossEntropy(Selective):
         x, w = self.linear.x, self.linear.w
         k = next(d for d in (self.dx, self.dw, self.db) if d is not None).shape[0]
         dgx = x.new_empty(k, *x.shape) if self.needs[0] else None
+        # Not cleared: the first chunk overwrites, by beta = 0 below.
         dgw = self.linear.result(1, (k, *w.shape), x) if self.needs[1] else None
         dgb = self.linear.result(2, (k, w.shape[0]), x).zero_() if self.needs[2] else None
         for rows in self._chunks(k):
             dx = None if self.dx is None else self.dx[:, rows]
             dgz = self.loss.curve(self._logits_tangent(rows, dx, k), rows)
+            # Formed again for each product: keeping it would double the memory of p.
             gz = self.loss.slope(rows).mul_(self.per_row[rows])
             if dgx is not None:
                 part = dgx[:, rows]
+                # For k > 1 the part has gaps between its vectors, and ``matmul`` refuses such an ``out``.
                 torch.matmul(dgz, w, out=part) if k == 1 else part.copy_(dgz @ w)
                 if self.dw is not None:
                     part.baddbmm_(gz.expand(k, *gz.shape), self.dw)
@@ -111,6 +117,7 @@ class LinearCrossEntropy(Selective):
             total += inner(self.loss.curve(dz, rows), dz)
             if dx is not None and self.dw is not None:
                 gz = self.loss.slope(rows).mul_(self.per_row[rows])
+                # v'' of z = x W' along v is 2 dx dW', which meets the loss's slope.
                 total += 2 * inner(gz[None], dx @ self.dw.mT)
         return total
 
@@ -143,6 +150,7 @@ def fuse_head(steps: list[Step], loss_slot: int, shapes: Mapping[int, tuple[int,
         The steps, with the pair replaced where there is one.
     """
     producer = {slot: step for step in steps for slot in step.outputs}
+    # Logits that anything else reads must exist: then nothing is fused.
     uses = Counter(slot for step in steps for slot in flat_slots(step.inputs) if slot != NOTHING)
     loss = producer.get(loss_slot)
     if loss is None or loss.op is not aten.cross_entropy_loss.default:
@@ -154,6 +162,7 @@ def fuse_head(steps: list[Step], loss_slot: int, shapes: Mapping[int, tuple[int,
     if before is None or before.op is not aten.linear.default or uses[before.outputs[0]] != 1:
         return steps
     rows, logits = shapes[loss.inputs[0]], shapes[before.outputs[0]]
+    # A reshape that merges classes and tokens would make other rows than the linear layer's.
     if len(rows) != 2 or rows[1] != logits[-1] or math.prod(rows) < LARGE:
         return steps
     moved = len(before.template) - 1  # linear's arguments take the place of the logits
@@ -161,10 +170,13 @@ def fuse_head(steps: list[Step], loss_slot: int, shapes: Mapping[int, tuple[int,
         name=before.name,
         op=linear_cross_entropy,
         template=[*before.template, *loss.template[1:]],
+        # The loss's first argument, the logits, is gone; its others move up behind the linear layer's.
         refs=[*before.refs, *((position + moved, slot) for position, slot in loss.refs if position)],
         list_refs=[],
         inputs=[*before.inputs, *loss.inputs[1:]],
         outputs=loss.outputs,
     )
+    # By identity: steps are dataclasses, which compare by value.
     gone_ids = {id(step) for step in (*gone, before)}
+    # Last, where the loss stood: all that the linear layer reads has been computed by then.
     return [*(step for step in steps if id(step) not in gone_ids), fused]

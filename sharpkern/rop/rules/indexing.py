@@ -32,13 +32,16 @@ class Embedding(LinearInArgs):
             )
         self.index, self.rows = index.reshape(-1), table.shape[0]
         self.lead, self.width = index.shape, table.shape[1]
+        # -1 for none: ``torch.nn.functional`` has made a negative index positive.
         self.padding = padding
         return torch.nn.functional.embedding(index, table)
 
     def tangent(self, dtable: Tensor, _: None = None) -> Tensor:
-        """Look up."""
+        """Return the rows of dtable at the indices, zero at the padding's."""
+        # One lookup for all k tables, which share the indices.
         dy = embedding(dtable, self.index) if fused(dtable) else dtable.index_select(1, self.index)
         if self.padding >= 0:
+            # The row has no gradient, so for a symmetric H it must not move either.
             dy.masked_fill_((self.index == self.padding)[:, None], 0)
         return dy.view(dtable.shape[0], *self.lead, self.width)
 
@@ -53,6 +56,7 @@ class Embedding(LinearInArgs):
             table = aten.embedding_dense_backward.default(g, self.index, self.rows, self.padding, False)
             return table[None], None
         offset = torch.arange(k, device=g.device)[:, None] * self.rows
+        # No padding index here: it would be one row of the tall table, and there are k.
         tall = aten.embedding_dense_backward.default(g, (self.index + offset).view(-1), k * self.rows, -1, False)
         return self._without_padding(tall.view(k, self.rows, self.width)), None
 
@@ -68,13 +72,14 @@ class IndexSelect(LinearInArgs):
 
     def forward(self, x: Tensor, dim: int, index: Tensor) -> Tensor:
         """Save the positions."""
+        # ``max(1, ...)``: a 0-d tensor may be indexed along dimension 0 or -1.
         self.shape, self.dim_after_k, self.index = x.shape, dim % max(1, x.ndim) + 1, index.reshape(-1)
         y = x.index_select(dim, index)
         self.after = y.shape
         return y
 
     def tangent(self, dx: Tensor, _: None = None) -> Tensor:
-        """Look up."""
+        """Return the slices of dx at the positions."""
         dx = dx if self.shape else dx[:, None]
         return dx.index_select(self.dim_after_k, self.index).view(dx.shape[0], *self.after)
 
@@ -98,6 +103,7 @@ class _Along(LinearInArgs):
         return d if d.ndim > 1 else d[:, None]
 
     def _index(self, k: int) -> Tensor:
+        # A view: the same indices for each vector. ``gather`` and ``scatter`` need one for each entry.
         return self.index.expand(k, *self.index.shape)
 
     def _take(self, d: Tensor) -> Tensor:
@@ -119,7 +125,7 @@ class Gather(_Along):
         return x.gather(dim, index)
 
     def tangent(self, dx: Tensor, _: None = None) -> Tensor:
-        """Look up."""
+        """Return ``dx[index[i]]``."""
         return self._take(dx)
 
     def backward(self, g: Tensor) -> tuple[Tensor, None]:
@@ -138,6 +144,7 @@ class ScatterTo(_Along):
         self.adds = self.op is aten.scatter_add.default
         self.src = src.shape if isinstance(src, Tensor) else None
         if not x.ndim or (self.src is not None and self.src != index.shape):
+            # torch reads the part of src that the index covers; the cotangent of the rest would have to be put back.
             raise UnsupportedOpError(f"{self.op} of a 0-d tensor, or with an index smaller than its source.")
         y: Tensor = self.op(x, dim, index, src)
         return y
@@ -148,6 +155,7 @@ class ScatterTo(_Along):
             assert dsrc is not None
             y = dsrc.new_zeros(dsrc.shape[0], *self.shape)
         else:
+            # A copy, since dx is another step's too; what is not written stays dx.
             y = dx.clone()
         if self.adds:
             return y if dsrc is None else self._add(y, dsrc)
@@ -158,6 +166,7 @@ class ScatterTo(_Along):
         """Give src what it put, and x the rest."""
         gx = None
         if self.needs[0]:
+            # Where an index occurs twice, torch does not say which source wins, and gives each the whole cotangent.
             gx = g if self.adds else g.scatter(self.dim_after_k, self._index(g.shape[0]), 0)
         gsrc = self._take(g) if self.src is not None and self.needs[2] else None
         return (gx, None, gsrc)[: len(self.needs)]
@@ -171,8 +180,11 @@ class _Places(LinearInArgs):
         positions: list[Tensor | None] = []
         for index in indices:
             masks = index is not None and index.dtype in (torch.bool, torch.uint8)
+            # A mask stands for as many indices as it has dimensions. To find them reads values, so that a model with
+            # masks runs without its recordings.
             positions += index.nonzero(as_tuple=True) if masks and index is not None else [index]
         given = [i for i, index in enumerate(positions) if index is not None]
+        # None takes all of a dimension, here of k.
         self.indices = [None, *positions]
         # torch puts the dimensions of indices that are not adjacent in front, so before k
         adjacent = given == list(range(given[0], given[-1] + 1))
@@ -199,11 +211,12 @@ class Index(_Places):
         return y
 
     def tangent(self, dx: Tensor, _: Any = None) -> Tensor:
-        """Look up."""
+        """Return ``dx[i, :, j]``, with k in front."""
         return self._take(dx)
 
     def backward(self, g: Tensor) -> tuple[Tensor, None]:
         """Add up by position."""
+        # Adding, for a position may have been read more than once.
         return self._put(g.new_zeros(g.shape[0], *self.shape), g, True), None
 
 
@@ -228,6 +241,7 @@ class IndexPut(_Places):
             y = dx.clone()
         if dv is not None:
             dv = align(dv, self.place_dims)
+            # ``index_put`` broadcasts v by itself, but with k in front it would align wrongly.
             return self._put(y, dv.expand(self._take(y).shape), self.adds)
         return y if self.adds else self._put(y, y.new_zeros([1] * (self.place_dims + 1)), False)
 
@@ -235,5 +249,6 @@ class IndexPut(_Places):
         """Give v what it put, and x the rest."""
         gx = None
         if self.needs[0]:
+            # x has lost the places that were overwritten.
             gx = g if self.adds else self._put(g.clone(), g.new_zeros([1] * (self.place_dims + 1)), False)
         return gx, None, self.kind.cotangent(self._take(g)) if self.needs[2] else None

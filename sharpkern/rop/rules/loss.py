@@ -42,6 +42,7 @@ class _Reduced(Rule):
         """Return the cotangent of the unreduced loss, ``[k, *shape]`` or broadcastable to it."""
         if self.reduction == NONE:
             return g
+        # count may be a tensor (weights of the classes that occur), and does not depend on the parameters.
         g = g / self.count if self.reduction == MEAN else g
         return g.reshape(g.shape[0], *([1] * len(self.shape)))
 
@@ -70,7 +71,9 @@ class CrossEntropy(_Reduced):
         self.reduction = reduction
         self.class_dim = 0 if z.ndim == 1 else 1
         self.lead = z.shape[: self.class_dim] + z.shape[self.class_dim + 1 :]
+        # Classes last: a row is then contiguous for the kernels.
         rows = z.movedim(self.class_dim, -1).reshape(-1, z.shape[self.class_dim])
+        # From the logarithm: log(softmax) would lose small probabilities to underflow.
         log_p = F.log_softmax(rows, -1)
         self.p = log_p.exp()
         classes = rows.shape[1]
@@ -79,14 +82,18 @@ class CrossEntropy(_Reduced):
             t = target.movedim(self.class_dim, -1).reshape(-1, classes)
             t = t * (1 - smoothing) + smoothing / classes if smoothing else t
             self.t: Tensor | None = t if weight is None else t * weight
+            # The gradient is sum_c t_c (p - e_c) = mass p - t. Targets need not sum to one, with weights or as given.
             self.mass = self.t.sum(1, keepdim=True)
+            # torch divides by the number of rows here, with class weights too.
             self.count: float | Tensor = float(len(rows))
             loss = -(self.t * log_p).sum(1)
         else:
             index = target.reshape(-1, 1)
             kept = index != ignore_index
+            # An ignored index may lie outside of the classes; its row has weight zero instead.
             self.index = torch.where(kept, index, 0)
             self.hard = kept.to(rows.dtype) if weight is None else kept * weight[self.index]
+            # A weighted mean: by the weights of the targets that count. Smoothing does not change it.
             self.count = self.hard.sum()
             loss = -(self.hard * log_p.gather(1, self.index)).sum(1)
             self.mass, self.t = self.hard, None
@@ -94,6 +101,7 @@ class CrossEntropy(_Reduced):
                 spread = torch.full((classes,), 1.0, dtype=rows.dtype, device=z.device) if weight is None else weight
                 even = kept * spread * (smoothing / classes)
                 loss = (1 - smoothing) * loss - (even * log_p).sum(1)
+                # Smoothed targets have no zeros: from here on as soft ones.
                 self.t = even.scatter_add(1, self.index, (1 - smoothing) * self.hard)
                 self.mass = self.t.sum(1, keepdim=True)
         self.shape = torch.Size(self.lead)
@@ -113,6 +121,7 @@ class CrossEntropy(_Reduced):
 
     def slope(self, rows: slice = slice(None)) -> Tensor:
         """Return ``mass p - t``, the gradient of the unreduced loss, for some rows."""
+        # Fresh memory, so that the target is subtracted in place.
         slope = self.mass[rows] * self.p[rows]
         if self.t is not None:
             return slope.sub_(self.t[rows])
@@ -125,6 +134,7 @@ class CrossEntropy(_Reduced):
     def tangent(self, dz: Tensor, *_: None) -> Tensor | None:
         """Return ``<mass p - t, dz>``."""
         self.dz = self._rows(dz)
+        # Nobody reads the tangent of the last op, and it would cost a pass over the logits.
         if self.ends_program:
             return None
         mean = (self.p * self.dz).sum(2, keepdim=True)
@@ -140,12 +150,14 @@ class CrossEntropy(_Reduced):
 
     def prepare(self, g: Tensor) -> None:
         """Weigh each row's second derivative."""
+        # One number a row, contiguous, as the kernel takes it.
         self.weight = (self.per_row(g) * self.mass).reshape(-1)
 
     def backward_tangent(self, dg: Tensor | None, g: Tensor) -> tuple[Tensor | None, ...]:
         """Return ``dg (mass p - t) + g mass p (dz - <p, dz>)``."""
         curved = self.curve(self.dz)
         if dg is not None:
+            # In place: the kernel's result is fresh.
             curved += self.per_row(dg) * self.slope()
         return self._unrows(curved), None, None
 
@@ -172,6 +184,7 @@ class MSE(_Reduced):
         self.de = de
         if self.ends_program:
             return None
+        # Expanded in front of the sum: an argument that was broadcast counts as often as it was used.
         return self._reduce_tangent((2 * self.e * de).expand(de.shape[0], *self.shape))
 
     def backward(self, g: Tensor) -> tuple[Tensor | None, ...]:
@@ -184,6 +197,7 @@ class MSE(_Reduced):
         return self._both(curved if dg is None else curved.addcmul(2 * self._spread(dg), self.e))
 
     def _both(self, ge: Tensor) -> tuple[Tensor | None, ...]:
+        # x and y may have been broadcast against each other.
         gx = reduce_to(ge, self.shapes[0]) if self.needs[0] else None
         return gx, -reduce_to(ge, self.shapes[1]) if self.needs[1] else None
 
@@ -214,8 +228,11 @@ class BinaryCrossEntropy(_Reduced):
         s = torch.sigmoid(z)
         positive = t if q is None else q * t
         w: Any = 1.0 if weight is None else weight
+        # Both from one sigmoid, per parameter value; a product is then two multiplications.
         self.slope = w * ((1 - t) * s - positive * (1 - s))
         self.curve = w * (1 - t + positive) * s * (1 - s)
+        # torch's own value, by a form that does not overflow. Unreduced, so that the reduction is the same as the
+        # tangents'.
         loss = aten.binary_cross_entropy_with_logits.default(z, t, weight, q, NONE)
         self.shape, self.count = loss.shape, float(max(1, loss.numel()))
         return self._reduce(loss)

@@ -16,13 +16,10 @@ import torch
 from torch import Tensor
 
 from ...kernels.norm import CENTRED, FIXED, RMS, Standardised, norm_backward_tangent, norm_tangent
+from ...kernels.precision import wide
 from ..rule import Selective, rule
 
 aten = torch.ops.aten
-
-
-def _wide(t: Tensor) -> Tensor:
-    return t.float() if t.dtype in (torch.bfloat16, torch.float16) else t
 
 
 class _Norm(Selective):
@@ -34,13 +31,15 @@ class _Norm(Selective):
 
     def _save(self, x: Tensor, w: Tensor | None, s: Standardised) -> None:
         self.shape, self.dtype, self.s = x.shape, x.dtype, s
-        self.w = None if w is None else _wide(w).reshape(-1).contiguous()
+        self.w = None if w is None else wide(w).reshape(-1).contiguous()
+        # A weight may have several dimensions (layer norm over some); the kernels know channels only.
         self.weight_shape = () if w is None else tuple(w.shape)
 
     def _rows(self, d: Tensor) -> Tensor:
         """``[k, *x]`` to ``[k, rows, D]``."""
+        # Channels in front, k before them: a row is then all that one statistic is taken over.
         d = d.transpose(1, 2) if self.channels_first else d
-        return _wide(d.reshape(d.shape[0], *self.s.xhat.shape))
+        return wide(d.reshape(d.shape[0], *self.s.xhat.shape))
 
     def _back(self, d: Tensor) -> Tensor:
         """``[k, rows, D]`` to ``[k, *x]``."""
@@ -50,12 +49,13 @@ class _Norm(Selective):
         return d.reshape(d.shape[0], *self.shape).to(self.dtype)
 
     def _channels(self, d: Tensor | None) -> Tensor | None:
-        return None if d is None else _wide(d).reshape(d.shape[0], -1)
+        return None if d is None else wide(d).reshape(d.shape[0], -1)
 
     def _parameter(self, d: Tensor | None) -> Tensor | None:
         return None if d is None else d.reshape(d.shape[0], *self.weight_shape).to(self.dtype)
 
     def _three(self, wanted: tuple[Any, ...]) -> tuple[bool, bool, bool]:
+        # Ops have one to five tensor arguments, of which x, w and b come first; a missing one is not wanted.
         x, w, b, *_ = (*wanted, False, False)
         return x, w, b
 
@@ -73,6 +73,7 @@ class _Norm(Selective):
     def backward(self, g: Tensor, wanted: tuple[Any, ...] | None = None) -> tuple[Tensor | None, ...]:
         """Return ``J (g w), sum g xhat, sum g``."""
         three = self._three(wanted or self.needs)
+        # The plain backward is what of its tangent is linear in dg, with g in the place of dg: one kernel for both.
         parts = norm_backward_tangent(self.s, self.w, None, None, None, None, self._rows(g), three)
         return self._results(*parts)
 
@@ -86,7 +87,9 @@ class _Norm(Selective):
 
 def _standardised(x: Tensor, mean: Tensor, r: Tensor, groups: int, inner: int, mode: int) -> Standardised:
     """Rows ``[rows, D]`` with their mean and ``r`` ``[rows]``."""
+    # torch's statistics may have another dtype than the rows, which are float32 at least.
     r = r.reshape(-1).to(x.dtype)
+    # Kept instead of x, which no sweep needs but through xhat.
     return Standardised((x.contiguous() - mean.reshape(-1, 1).to(x.dtype)).mul_(r[:, None]), r, groups, inner, mode)
 
 
@@ -98,8 +101,10 @@ class LayerNorm(_Norm):
         self, x: Tensor, normalized: list[int], w: Tensor | None, b: Tensor | None, eps: float = 1e-5, *_: Any
     ) -> Tensor:
         """Save xhat and r, with torch's own statistics."""
+        # The statistics that y was made of, so that loss and derivatives belong to the same numbers.
         y, mean, r = aten.native_layer_norm.default(x, normalized, w, b, eps)
-        rows = _wide(x).reshape(-1, math.prod(normalized))
+        rows = wide(x).reshape(-1, math.prod(normalized))
+        # A bias alone tells the shape that the parameters' cotangents get.
         self._save(x, b if w is None else w, _standardised(rows, mean, r, 1, 1, CENTRED))
         self.w = None if w is None else self.w
         result: Tensor = y
@@ -112,8 +117,11 @@ class RMSNorm(_Norm):
 
     def forward(self, x: Tensor, normalized: list[int], w: Tensor | None = None, eps: float | None = None) -> Tensor:
         """Save xhat and r."""
-        rows = _wide(x).reshape(-1, math.prod(normalized))
+        # A transposed x has rows with gaps, and what is computed from them keeps the strides: kernels need none.
+        rows = wide(x).reshape(-1, math.prod(normalized)).contiguous()
+        # torch's default is the rounding of the dtype of x, also where it computes in float32.
         eps = torch.finfo(x.dtype).eps if eps is None else eps
+        # By hand, for torch's op gives y alone.
         r = torch.rsqrt(rows.square().mean(1) + eps)
         self._save(x, w, Standardised(rows * r[:, None], r, 1, 1, RMS))
         y = self.s.xhat if self.w is None else self.s.xhat * self.w
@@ -130,9 +138,10 @@ class GroupNorm(_Norm):
         """Save xhat and r, with torch's own statistics."""
         n, c = x.shape[:2]
         pixels = x[0, 0].numel()
+        # The groups' rows are then views of it; a channels-last tensor is copied here, once.
         x = x.contiguous()
         y, mean, r = aten.native_group_norm.default(x, w, b, n, c, pixels, groups, eps)
-        rows = _wide(x).reshape(n * groups, -1)
+        rows = wide(x).reshape(n * groups, -1)
         self._save(x, w, _standardised(rows, mean, r, groups, pixels, CENTRED))
         result: Tensor = y
         return result
@@ -159,18 +168,22 @@ class BatchNorm(_Norm):
         else:
             mean, var, training, _, eps = rest
         c = x.shape[1]
-        rows = _wide(x.transpose(0, 1).reshape(c, -1))
+        # A channel's numbers lie in N places, so this is a copy. In exchange all norms share their kernels.
+        rows = wide(x.transpose(0, 1).reshape(c, -1))
         if training:
+            # Biased, as torch standardises; only its running variance is not.
             var, mean = torch.var_mean(rows, 1, correction=0)
         assert mean is not None
         assert var is not None
+        # With running statistics no number of xhat depends on the others: J is r times the identity.
         mode = CENTRED if training else FIXED
-        s = _standardised(rows, _wide(mean), torch.rsqrt(_wide(var) + eps), c, rows.shape[1], mode)
+        s = _standardised(rows, wide(mean), torch.rsqrt(wide(var) + eps), c, rows.shape[1], mode)
         self._save(x, w, s)
         return result
 
     def tangent(self, dx: Tensor | None, dw: Tensor | None = None, db: Tensor | None = None, *_: None) -> Any:
         """Only the first output moves."""
+        # The other outputs are statistics, which have no derivative.
         return (super().tangent(dx, dw, db), *[None] * (len(self.op._schema.returns) - 1))
 
     def backward(self, g: Any, wanted: tuple[Any, ...] | None = None) -> tuple[Tensor | None, ...]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ...kernels.pointwise import activation_curvature, activation_slope, slope_product
+from ...kernels.precision import wide
 from ..rule import RULES, LinearInArgs, Rule, inner, rule
 from .fallback import UnsupportedOpError
 
@@ -24,6 +25,7 @@ _ERF = 2 / math.sqrt(math.pi)  # erf'(0)
 
 
 def _clamp_slope(low: float | Tensor) -> float:
+    # The module may be imported under ``no_grad``.
     with torch.enable_grad():
         x = torch.zeros((), requires_grad=True)
         return float(torch.autograd.grad(torch.clamp(x, min=low), x)[0])
@@ -58,6 +60,7 @@ class Unary(Rule):
     def _start(self, function: Function, *point: Any) -> None:
         self.function = function
         self.point = point
+        # Computed when the first sweep asks for it: a forward pass alone should cost no more than torch's.
         self.slope: Tensor | None = None
 
     def _call(self, x: Tensor, constants: tuple[Any, ...]) -> Tensor:
@@ -69,12 +72,11 @@ class Unary(Rule):
     def _at_point(self, derivative: Derivative) -> Tensor:
         """Evaluate a derivative, 16-bit floats in float32: rounded terms would lose what torch's kernels keep."""
         x, y, *constants = self.point
-        if x.dtype in (torch.bfloat16, torch.float16):
-            return derivative(x.float(), y.float(), *constants).to(x.dtype)
-        return derivative(x, y, *constants)
+        return derivative(wide(x), wide(y), *constants).to(x.dtype)
 
     def _slope(self) -> Tensor:
         if self.slope is None:
+            # Contiguous, for the kernels walk over slope and tangents with one index.
             self.slope = self._at_point(self.function.first).contiguous()
         return self.slope
 
@@ -89,8 +91,10 @@ class Unary(Rule):
 
     def prepare(self, g: Tensor) -> None:
         """Multiply the second derivative with the cotangent."""
+        # Here at the latest, because the point is freed before the first tangent sweep.
         self._slope()
         second = self.function.second
+        # g f'' in one tensor: a product has no use for g then, whose memory the program frees.
         self.curvature = None if second is None else (self._at_point(second) * g[0]).contiguous()
 
     def backward_tangent(self, dg: Tensor, g: Tensor) -> tuple[Tensor]:
@@ -113,6 +117,7 @@ class ReLU(LinearInArgs):
 
     def tangent(self, dx: Tensor) -> Tensor:
         """Return dx where y is positive, else zero."""
+        # One pass, where a comparison and a product would be two; y is broadcast over k.
         dy: Tensor = aten.threshold_backward.default(dx, self.y, 0)
         return dy
 
@@ -160,12 +165,14 @@ class Activation(Unary):
 
 
 def _mish_first(x: Tensor, y: Tensor) -> Tensor:  # noqa: ARG001
+    # torch's own formula at a cotangent of one: the kernel is there, and stable.
     slope: Tensor = aten.mish_backward.default(torch.ones_like(x), x)
     return slope
 
 
 def _mish_second(x: Tensor, y: Tensor) -> Tensor:  # noqa: ARG001
     s, t = torch.sigmoid(x), torch.tanh(torch.nn.functional.softplus(x))
+    # y = x t, t = tanh(softplus x), softplus' = s: t' = s (1 - t^2), t'' = t' (1 - s - 2 s t), y'' = 2 t' + x t''.
     return s * (1 - t * t) * (2 + x * (1 - s - 2 * s * t))
 
 
@@ -176,10 +183,12 @@ def _softplus_first(x: Tensor, y: Tensor, beta: float = 1, threshold: float = 20
 
 def _softplus_second(x: Tensor, y: Tensor, beta: float = 1, threshold: float = 20) -> Tensor:  # noqa: ARG001
     s = torch.sigmoid(x * beta)
+    # Above the threshold torch takes the line y = x.
     return (beta * s * (1 - s)).masked_fill_(x * beta >= threshold, 0)
 
 
 def _elu_first(x: Tensor, y: Tensor, alpha: float = 1, scale: float = 1, inner: float = 1) -> Tensor:  # noqa: ARG001
+    # Masked, not multiplied by a mask: exp overflows for large x, and infinity times zero is NaN.
     return torch.exp(inner * x).mul_(scale * alpha * inner).masked_fill_(x > 0, scale)
 
 
@@ -207,6 +216,7 @@ def _erfinv_first(y: Tensor) -> Tensor:
 
 FUNCTIONS: dict[Any, Function] = {
     aten.leaky_relu.default: Function(lambda x, y, slope=0.01: torch.full_like(x, slope).masked_fill_(x > 0, 1), None),
+    # At a bound, here as in the others, the side that torch takes.
     aten.hardtanh.default: Function(lambda x, y, low=-1, high=1: _strictly_within(x, low, high), None),
     aten.hardsigmoid.default: Function(lambda x, y: _strictly_within(x, -3, 3, 1 / 6), None),
     aten.hardswish.default: Function(
@@ -217,8 +227,10 @@ FUNCTIONS: dict[Any, Function] = {
     aten.abs.default: Function(lambda x, y: torch.sign(x), None),
     aten.neg.default: Function(lambda x, y: torch.full_like(x, -1), None),
     aten.mish.default: Function(_mish_first, _mish_second),
+    # From y, which saves the function. 1 - y^2 loses digits where y is close to 1, as torch's own gradient does.
     aten.tanh.default: Function(lambda x, y: 1 - y * y, lambda x, y: -2 * y * (1 - y * y)),
     aten.sigmoid.default: Function(lambda x, y: y * (1 - y), lambda x, y: y * (1 - y) * (1 - 2 * y)),
+    # sigmoid(-x) and not 1 - sigmoid(x), which is zero from x = 18 on in float32.
     aten.log_sigmoid.default: Function(
         lambda x, y: torch.sigmoid(-x), lambda x, y: -torch.sigmoid(x) * torch.sigmoid(-x)
     ),
@@ -235,10 +247,12 @@ FUNCTIONS: dict[Any, Function] = {
     aten.log2.default: Function(lambda x, y: 1 / (math.log(2) * x), lambda x, y: -1 / (math.log(2) * x * x)),
     aten.log10.default: Function(lambda x, y: 1 / (math.log(10) * x), lambda x, y: -1 / (math.log(10) * x * x)),
     aten.log1p.default: Function(lambda x, y: 1 / (1 + x), lambda x, y: -1 / (1 + x) ** 2),
+    # x y = x^(3/2): a power would take far longer. Likewise below.
     aten.sqrt.default: Function(lambda x, y: 0.5 / y, lambda x, y: -0.25 / (x * y)),
     aten.rsqrt.default: Function(lambda x, y: -0.5 * y / x, lambda x, y: 0.75 * y / (x * x)),
     aten.reciprocal.default: Function(lambda x, y: -y * y, lambda x, y: 2 * y**3),
     aten.square.default: Function(lambda x, y: 2 * x, lambda x, y: torch.full_like(x, 2)),
+    # p = 0 (and 1 for the second) by itself: at x = 0 the formula would be zero times infinity.
     aten.pow.Tensor_Scalar: Function(
         lambda x, y, p: p * x ** (p - 1) if p else torch.zeros_like(x),
         lambda x, y, p: p * (p - 1) * x ** (p - 2) if p not in (0, 1) else torch.zeros_like(x),

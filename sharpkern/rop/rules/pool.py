@@ -28,6 +28,7 @@ class _Max(LinearInArgs):
 
     def _save(self, x: Tensor, index: Tensor, rank: int) -> None:
         """Turn indices into each plane of x into indices into the whole of x."""
+        # torch counts within each plane; the sweeps index the whole tensor at once, see above.
         size = math.prod(x.shape[-rank:])
         self.x_shape, self.y_shape = x.shape, index.shape
         start = torch.arange(0, x.numel(), size, device=x.device)
@@ -35,12 +36,14 @@ class _Max(LinearInArgs):
 
     def tangent(self, dx: Tensor) -> Any:
         """Return ``dx[index]``."""
+        # One index vector for all k: they share the choice that the primal made.
         dy = dx.flatten(1).index_select(1, self.index).view(-1, *self.y_shape)
         return (dy, None) if self._many() else dy
 
     def backward(self, g: Any) -> tuple[Tensor]:
         """Return zeros with g added at the indices."""
         g = g[0] if self._many() else g
+        # Added and not assigned: windows overlap, and one entry may be the maximum of several.
         gx = g.new_zeros(g.shape[0], math.prod(self.x_shape)).index_add_(1, self.index, g.flatten(1))
         return (gx.view(-1, *self.x_shape),)
 
@@ -62,6 +65,7 @@ class _MaxPool(_Max):
     ) -> Any:
         """Pool, in one dimension as in two; save the indices."""
         if self.rank == 1:
+            # As torch does it: two dimensions, one of size 1. An empty stride means the kernel's size, and stays empty.
             k, s, d = ([1, *v] if v else [] for v in (kernel, stride, dilation))
             native = aten.max_pool2d_with_indices.default
             y, index = native(x.unsqueeze(-2), k, s, [0, *padding], d, ceil_mode)
@@ -118,6 +122,7 @@ class _Average(LinearInArgs):
 
     def _run(self, x: Tensor) -> Tensor:
         self.shape = x.shape
+        # The native kernels have one batch dimension, so that k is folded into the batch.
         self.batched = x.ndim > self.rank + 1  # else k is the batch
         return self._pool(x)
 
@@ -147,6 +152,7 @@ class AvgPool(_Average):
         stride = stride or kernel
         self.options: list[Any] = [kernel, stride, padding, *rest]
         if self.rank == 1:
+            # Only the 2-d op has a backward. Its last option is a divisor, which the 1-d one lacks.
             self.options = [[1, *kernel], [1, *stride], [0, *padding], *rest, None]
         return self._run(x)
 
@@ -158,6 +164,7 @@ class AvgPool(_Average):
         return y
 
     def _spread(self, g: Tensor, shape: tuple[int, ...]) -> Tensor:
+        # The adjoint itself; of its second argument only the shape matters.
         native = (aten.avg_pool3d_backward if self.rank == 3 else aten.avg_pool2d_backward).default
         if self.rank == 1:
             shape = (*shape[:-1], 1, shape[-1])
@@ -173,13 +180,14 @@ class AdaptiveAvgPool(_Average):
     """The mean of each of a fixed number of windows; of the whole plane for size 1."""
 
     def forward(self, x: Tensor, size: Sequence[int]) -> Tensor:
-        """Save the size."""
+        """Save how many windows there are along each dimension."""
         self.size, self.rank = size, len(size)
         self.plane = tuple(range(-self.rank, 0))
         return self._run(x)
 
     def _pool(self, x: Tensor) -> Tensor:
         if all(n == 1 for n in self.size):
+            # The usual end of a network. Its adjoint is then an expanded view, and no pass over the plane.
             return x.mean(self.plane, keepdim=True)
         return _tensor(self.op(x, self.size))
 

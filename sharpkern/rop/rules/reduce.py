@@ -24,6 +24,7 @@ class Reduction(Rule):
     def _start(self, x: Tensor, dim: Any, keepdim: bool) -> Tensor:
         """Normalise the dimensions (None and [] mean all) and return x with at least one."""
         self.shape, self.scalar, self.keep = x.shape, x.ndim == 0, keepdim
+        # With one dimension, every formula below has one to reduce over.
         x = x.reshape(1) if self.scalar else x
         dims = list(dim) if isinstance(dim, list | tuple) else [] if dim is None else [dim]
         self.dims = sorted(d % x.ndim for d in dims) if dims else list(range(x.ndim))
@@ -33,6 +34,7 @@ class Reduction(Rule):
 
     def _primal(self, y: Tensor) -> Tensor:
         """Drop the dimensions of size 1 that were kept."""
+        # Reduced with dimensions kept, so that what is saved broadcasts against x.
         return y.reshape(()) if self.scalar else y if self.keep else y.squeeze(self.dims)
 
     def _tangent(self, dy: Tensor) -> Tensor:
@@ -43,6 +45,7 @@ class Reduction(Rule):
         if self.scalar:
             return g.reshape(-1, 1)
         if not self.keep:
+            # Ascending, so that each dimension comes to its final place at once.
             for d in self.dims_after_k:
                 g = g.unsqueeze(d)
         return g
@@ -69,14 +72,16 @@ class Sum(Reduction, LinearInArgs):
         return self._primal(y if self.weight == 1 else y * self.weight)
 
     def tangent(self, dx: Tensor) -> Tensor:
-        """Sum the tangent."""
+        """Return the sum or mean of dx."""
         keep = self.keep and not self.scalar
+        # In the dtype of the result: the op may have been told to add up in a wider one.
         y = torch.sum(self._enter(dx), self.dims_after_k, keepdim=keep, dtype=self.after)
         return y if self.weight == 1 else y * self.weight
 
     def backward(self, g: Tensor) -> tuple[Tensor]:
-        """Spread the cotangent."""
+        """Return g at every entry that was added up, times the weight."""
         g = (g if self.weight == 1 else g * self.weight).to(self.before)
+        # Expanded: a sum's cotangent is never written out.
         return (self._leave(self._restore(g)).expand(g.shape[0], *self.shape),)
 
 
@@ -90,8 +95,10 @@ class Variance(Reduction):
         """Save the centred x."""
         x = self._start(x, dim, keepdim)
         correction = 1 if correction is None else correction
+        # NaN where torch's variance is NaN: too few numbers for the correction.
         self.scale = 2 / (self.count - correction) if self.count > correction else math.nan
         var, mean = torch.var_mean(x, self.dims, correction=correction, keepdim=True)
+        # The slope c. m needs no term of its own, since centred numbers sum to zero: <c, dx - dm> = <c, dx>.
         self.centred = (x - mean).mul_(self.scale)
         self.both = self.op is aten.var_mean.correction
         return (self._primal(var), self._primal(mean)) if self.both else self._primal(var)
@@ -107,6 +114,7 @@ class Variance(Reduction):
     def _combine(self, terms: list[tuple[Tensor, Tensor]], gmean: Tensor | None, k: int) -> tuple[Tensor]:
         gx: Tensor | None = None
         for c, g in terms:
+            # The first product is fresh, so the second adds onto it.
             gx = c * self._restore(g) if gx is None else gx.addcmul_(c, self._restore(g))
         if gmean is not None:
             spread = self._restore(gmean) / self.count
@@ -145,22 +153,28 @@ class Norm(Reduction):
         return cls if order == 2 else PiecewiseLinearNorm if order in (0, 1, math.inf, -math.inf) else None
 
     def forward(self, x: Tensor, order: float = 2, dim: Any = None, keepdim: bool = False, dtype: Any = None) -> Tensor:
+        """Save ``u = x / y`` and ``1 / y``."""
         x = self._start(x, dim, keepdim)
         y = torch.linalg.vector_norm(x, 2, self.dims, keepdim=True)
+        # At y = 0 the norm has a kink: torch takes the derivative zero there, and 1 / y would make it NaN.
         self.inverse = torch.reciprocal(y).masked_fill_(y == 0, 0)
         self.unit = x * self.inverse
         return self._primal(y)
 
     def tangent(self, dx: Tensor) -> Tensor:
+        """Return ``<u, dx>``."""
         dx = self._enter(dx)
         dy = (self.unit * dx).sum(self.dims_after_k, keepdim=True)
+        # du = (dx - u <u, dx>) / y: what is left of dx across u.
         self.dunit = torch.addcmul(dx, self.unit, dy, value=-1).mul_(self.inverse)
         return self._tangent(dy)
 
     def backward(self, g: Tensor) -> tuple[Tensor]:
+        """Return ``u g``."""
         return (self._leave(self.unit * self._restore(g)),)
 
     def backward_tangent(self, dg: Tensor, g: Tensor) -> tuple[Tensor]:
+        """Return ``u dg + g (dx - u dy) / y``."""
         return (self._leave((self.unit * self._restore(dg)).addcmul_(self.dunit, self._restore(g))),)
 
 
@@ -180,10 +194,13 @@ class PiecewiseLinearNorm(_Weighted):
     """``sum |x|``, ``max |x|``, ``min |x|``, or how many are not zero: the slope is a sign, ties share it evenly."""
 
     def forward(self, x: Tensor, order: float, dim: Any = None, keepdim: bool = False, dtype: Any = None) -> Tensor:
+        """Save each entry's share of the slope."""
         x = self._start(x, dim, keepdim)
         y = torch.linalg.vector_norm(x, order, self.dims, keepdim=True)
+        # How many entries are not zero is constant wherever it has a derivative.
         self.share = torch.sign(x) if order else torch.zeros_like(x)
         if math.isinf(order):
+            # Exactly equal, for y is one of these numbers.
             hit = (x.abs() == y).to(x.dtype)
             self.share.mul_(hit).div_(hit.sum(self.dims, keepdim=True))
         return self._primal(y)
@@ -199,6 +216,7 @@ class LogSumExp(Reduction):
         """Save the softmax."""
         x = self._start(x, dim, keepdim)
         y = torch.logsumexp(x, self.dims, keepdim=True)
+        # Nothing overflows, since y is at least the maximum.
         self.p = torch.exp(x - y)
         return self._primal(y)
 
@@ -246,12 +264,13 @@ class Ranked(LinearInArgs):
         named = _named(self.op, options)
         values, indices = self.op(x, **named)
         self.dim = named.get("dim", -1) % max(1, x.ndim)
+        # A result without the dimension gets it back, so that one ``gather`` serves all these ops.
         self.dropped = x.ndim > 0 and values.ndim < x.ndim
         self.shape, self.index = x.shape, indices.unsqueeze(self.dim) if self.dropped else indices
         return values, indices
 
     def tangent(self, dx: Tensor) -> tuple[Tensor, None]:
-        """Gather."""
+        """Return the entries of dx at the indices; the indices have no tangent."""
         if not self.shape:
             return dx, None
         d = self.dim + 1
@@ -266,6 +285,7 @@ class Ranked(LinearInArgs):
         d = self.dim + 1
         values = values.unsqueeze(d) if self.dropped else values
         gx = values.new_zeros(values.shape[0], *self.shape)
+        # Added, for a running maximum takes one entry many times.
         return (gx.scatter_add_(d, self.index.expand(values.shape), values),)
 
 
@@ -283,6 +303,7 @@ class CumSum(LinearInArgs):
 
     def tangent(self, dx: Tensor) -> Tensor:
         """Running sum of the tangent."""
+        # The cast first, as in the primal: the sum is to be in the wider dtype that was asked for.
         dx = dx.to(self.after)
         return dx if self.scalar else torch.cumsum(dx, self.dim_after_k)
 

@@ -24,6 +24,7 @@ class Select(LinearInArgs):
     def _start(self, y: Tensor, args: list[Any], drop: list[Tensor | None]) -> Tensor:
         tensors = [i for i, a in enumerate(self.op._schema.arguments) if "Tensor" in str(a.type)]
         self.kinds, self.kind = [Kind.of(args[i]) for i in tensors], Kind.of(y)
+        # By position among the op's tensors: a number has no derivative and no entry.
         self.drop = [drop[i] for i in tensors]
         return y
 
@@ -35,6 +36,7 @@ class Select(LinearInArgs):
         y: Tensor | None = None
         for d, drop in zip(dargs, self.drop, strict=True):
             if d is not None and drop is not None:
+                # Broadcast first: the mask has the shape of the result.
                 term = self._keep(self.kind.tangent(d), drop)
                 y = term if y is None else y.add_(term)
         assert y is not None
@@ -59,6 +61,7 @@ class Where(Select):
 
     def tangent(self, *dargs: Tensor | None) -> Tensor:
         """Choose between the tangents."""
+        # Where both move, ``where`` is one pass instead of two masks and a sum.
         if sum(d is not None for d in dargs) < 2:
             return super().tangent(*dargs)
         da, db = (self.kind.tangent(d) for d in dargs if d is not None)
@@ -82,6 +85,7 @@ class Extreme(Select):
         """Save each argument's share, 0, 1/2 or 1."""
         y: Tensor = self.op(a, b)
         wins = a > b if self.op is aten.maximum.default else a < b
+        # A share instead of a mask, since a tie gives half to each.
         share = wins.to(y.dtype).add_(a == b, alpha=0.5)
         return self._start(y, [a, b], [share, 1 - share])
 
@@ -96,12 +100,14 @@ class Clamp(Select):
     def forward(self, x: Tensor, low: Tensor | None = None, high: Tensor | None = None) -> Tensor:
         """Save where x and where each bound is taken."""
         y: Tensor = self.op(x, low, high)
+        # What torch does at a bound changed between versions, and is not what clamping by numbers does.
         if pointwise.CLAMP_SHARES_TIES:
             return self._start(y, [x, low, high], self._shares(x, low, high, y))
         below = torch.zeros_like(y, dtype=torch.bool) if low is None else (x < low).expand(y.shape)
         above = torch.zeros_like(y, dtype=torch.bool) if high is None else (x > high).expand(y.shape)
         outside = below | above
         if low is not None and high is not None:
+            # Where the bounds cross, the upper one wins, as in torch.
             below, above = below & (low < high), above | (high < low)
         return self._start(y, [x, low, high], [outside, ~below, ~above])
 
@@ -109,6 +115,7 @@ class Clamp(Select):
         """Return the shares of x, low and high in each entry of y: 0, 1 or, at a tie, 1/2."""
         one = torch.ones_like(y)
         of_x = one if low is None else _share(x > low, x == low, one)
+        # In the order of min(max(x, low), high): a tie in the second splits what has passed the first.
         raised = x if low is None else torch.maximum(x, low)
         of_raised = one if high is None else _share(raised < high, raised == high, one)
         return [of_x * of_raised, (1 - of_x) * of_raised, 1 - of_raised]
@@ -116,8 +123,10 @@ class Clamp(Select):
     def _keep(self, d: Tensor, drop: Tensor) -> Tensor:
         if drop.dtype == torch.bool:
             return super()._keep(d, drop)
+        # A share of zero drops: times zero, an infinite number would be NaN.
         return (d * drop).masked_fill_(drop == 0, 0)
 
 
 def _share(wins: Tensor, ties: Tensor, one: Tensor) -> Tensor:
+    # ``one`` brings dtype and shape: the comparisons may be smaller than the result.
     return one * wins + one * ties * 0.5

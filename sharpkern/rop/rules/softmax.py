@@ -28,7 +28,9 @@ class Softmax(Rule):
     def forward(self, x: Tensor, dim: int, *rest: Any) -> Tensor:
         """Save the probabilities."""
         y: Tensor = self.op(x, dim, *rest)
+        # The op may compute in another dtype than that of x; cotangents go back to it.
         self.before, self.dim = x.dtype, dim % max(1, y.ndim) + 1
+        # A 0-d softmax is 1: a row of one number needs no formula of its own.
         last = y.movedim(dim, -1) if y.ndim else y[None]
         self.shape, self.p = last.shape, last.reshape(-1, last.shape[-1]).contiguous()
         return y
@@ -53,6 +55,7 @@ class Softmax(Rule):
     def prepare(self, g: Tensor) -> None:
         """Compute ``g - <p, g>``."""
         rows = self._rows(g)[0]
+        # <dp, g> = <dp, inner>, for the rows of dp sum to zero: so g itself is not kept.
         self.inner = (rows - (self.p * rows).sum(1, keepdim=True)).contiguous()
 
     def backward_tangent(self, dg: Tensor, g: Tensor) -> tuple[Tensor]:
@@ -70,6 +73,7 @@ class LogSoftmax(Rule):
     def forward(self, x: Tensor, dim: int, *rest: Any) -> Tensor:
         """Save the probabilities; the dimension is counted from the end, so that a leading k does not matter."""
         y: Tensor = self.op(x, dim, *rest)
+        # All sweeps need p, and none needs y.
         self.p, self.dim, self.before = y.exp(), dim % max(1, y.ndim) - max(1, y.ndim), x.dtype
         return y
 
@@ -85,5 +89,6 @@ class LogSoftmax(Rule):
 
     def backward_tangent(self, dg: Tensor, g: Tensor) -> tuple[Tensor]:
         """Return ``dg - p (sum dg + dl sum g)``, since dp = p dl."""
+        # dp sum g = p dl sum g: with p in front, both terms share one pass over the rows.
         inner = torch.addcmul(dg.sum(self.dim, keepdim=True), self.dl, g.sum(self.dim, keepdim=True))
         return (torch.addcmul(dg, self.p, inner, value=-1).to(self.before),)

@@ -28,11 +28,12 @@ class Reshape(LinearInArgs):
         return y
 
     def tangent(self, dx: Tensor) -> Tensor:
-        """Reshape."""
+        """Return dx in the shape of the result, behind k."""
+        # By the shapes, not by the op's own arguments, which do not know of k.
         return dx.reshape(dx.shape[0], *self.after)
 
     def backward(self, g: Tensor) -> tuple[Tensor]:
-        """Reshape back."""
+        """Return g in the shape of x, behind k."""
         return (g.reshape(g.shape[0], *self.before),)
 
 
@@ -59,11 +60,11 @@ class Permute(LinearInArgs):
         return y
 
     def tangent(self, dx: Tensor) -> Tensor:
-        """Permute."""
+        """Return dx in the new order, behind k."""
         return dx.permute(self.order)
 
     def backward(self, g: Tensor) -> tuple[Tensor]:
-        """Permute back."""
+        """Return g in the old order, behind k."""
         return (g.permute(self.inverse),)
 
 
@@ -80,6 +81,7 @@ class Expand(LinearInArgs):
     def tangent(self, dx: Tensor) -> Tensor:
         """Expand, after k."""
         missing = len(self.after) - len(self.before)
+        # The new dimensions come between k and those of x.
         return dx.reshape(dx.shape[0], *([1] * missing), *self.before).expand(dx.shape[0], *self.after)
 
     def backward(self, g: Tensor) -> tuple[Tensor]:
@@ -103,13 +105,14 @@ class Part(LinearInArgs):
         return y
 
     def tangent(self, dx: Tensor) -> Tensor:
-        """Take the part."""
+        """Return the same part of dx."""
         part: Tensor = self.op(dx, *self.args)
         return part
 
     def backward(self, g: Tensor) -> tuple[Tensor]:
         """Put the part into zeros."""
         gx = g.new_zeros(g.shape[0], *self.shape)
+        # The op gives a view of the zeros: to write there is its adjoint.
         self.op(gx, *self.args).copy_(g)
         return (gx,)
 
@@ -143,9 +146,11 @@ class Scatter(LinearInArgs):
             assert dsrc is not None
             dx = dsrc.new_zeros(dsrc.shape[0], *self.x_shape)
         else:
+            # A copy: dx may be another step's tangent, and a part of it is overwritten.
             dx = dx.clone()
         part = self.part(dx, *self.args)
         if dsrc is None:
+            # What was assigned does not move, and what it replaced no longer counts.
             part.zero_()
         else:
             part.copy_(dsrc)
@@ -177,6 +182,7 @@ class Cat(LinearInArgs):
         """Concatenate, with zeros for what does not depend on the parameters."""
         first = next(d for d in dtensors if d is not None)
         k = first.shape[0]
+        # A list of parameters and constants has tangents for some only, and torch promotes mixed dtypes.
         parts = [
             first.new_zeros(k, *shape, dtype=self.dtype) if d is None else d.to(self.dtype)
             for d, shape in zip(dtensors, self.shapes, strict=True)
@@ -185,7 +191,7 @@ class Cat(LinearInArgs):
         return torch.cat(parts, self.dim + 1)
 
     def backward(self, g: Tensor) -> tuple[list[Tensor]]:
-        """Split."""
+        """Cut g where the tensors meet."""
         sizes = [shape[self.dim] if len(shape) == self.rank else 0 for shape in self.shapes]
         parts = zip(g.split(sizes, self.dim + 1), self.shapes, self.dtypes, strict=True)
         return (
@@ -212,7 +218,7 @@ class Stack(LinearInArgs):
         return torch.stack(parts, self.dim + 1)
 
     def backward(self, g: Tensor) -> tuple[list[Tensor]]:
-        """Unbind."""
+        """Return the slices of g along the new dimension."""
         return ([p.to(dtype) for p, dtype in zip(g.unbind(self.dim + 1), self.dtypes, strict=True)],)
 
 
@@ -234,7 +240,7 @@ class Split(LinearInArgs):
         return parts
 
     def tangent(self, dx: Tensor) -> tuple[Tensor, ...]:
-        """Split."""
+        """Return the same parts of dx."""
         d = self.dim + 1
         return tuple(dx.unbind(d)) if self.unbinds else tuple(dx.split(self.sizes, d))
 
@@ -261,6 +267,7 @@ class Reorder(LinearInArgs):
         else:
             shifts, dims = args[0], [d % x.ndim + 1 for d in args[1]]
             self.there, self.back = (shifts, dims), ([-s for s in shifts], dims)
+            # Without dimensions torch rolls the flat numbers, of which k must not be a part.
             self.flat = not dims
         return y
 
@@ -271,11 +278,11 @@ class Reorder(LinearInArgs):
         return moved
 
     def tangent(self, dx: Tensor) -> Tensor:
-        """Reorder."""
+        """Move the entries of dx as those of x."""
         return self._move(dx, self.there)
 
     def backward(self, g: Tensor) -> tuple[Tensor]:
-        """Reorder back."""
+        """Move the entries of g back: the adjoint of a permutation is its inverse."""
         return (self._move(g, self.back),)
 
 
@@ -290,12 +297,12 @@ class Triangle(LinearInArgs):
         return y
 
     def tangent(self, dx: Tensor) -> Tensor:
-        """Keep the triangle."""
+        """Return the triangle of dx."""
         y: Tensor = self.op(dx, self.diagonal)
         return y
 
     def backward(self, g: Tensor) -> tuple[Tensor]:
-        """Keep the triangle."""
+        """Return the triangle of g: a projection is its own adjoint."""
         return (self.tangent(g),)
 
 
@@ -310,19 +317,20 @@ class Pad(LinearInArgs):
         return y
 
     def tangent(self, dx: Tensor) -> Tensor:
-        """Pad with zeros."""
+        """Pad dx with zeros, whatever the constant."""
+        # What is padded is constant. Sizes count from the last dimension, so that k in front changes nothing.
         y: Tensor = self.op(dx, self.pad, 0)
         return y
 
     def backward(self, g: Tensor) -> tuple[Tensor]:
-        """Crop."""
+        """Crop g to x; where x was cropped, pad with zeros."""
         gx: Tensor = self.op(g, [-p for p in self.pad], 0)
         return (gx,)
 
 
 @rule(aten.repeat.default)
 class Repeat(LinearInArgs):
-    """Tiles of x."""
+    """x, repeated as tiles along each dimension."""
 
     def forward(self, x: Tensor, repeats: list[int]) -> Tensor:
         """Save the tiling."""
@@ -330,15 +338,16 @@ class Repeat(LinearInArgs):
         return x.repeat(repeats)
 
     def tangent(self, dx: Tensor) -> Tensor:
-        """Tile."""
+        """Return dx, repeated likewise."""
         missing = len(self.repeats) - len(self.shape)
         return dx.reshape(dx.shape[0], *([1] * missing), *self.shape).repeat(1, *self.repeats)
 
     def backward(self, g: Tensor) -> tuple[Tensor]:
-        """Sum over tiles."""
+        """Sum g over the tiles."""
         if not self.repeats:  # of a scalar; torch sums over everything where no dimension is named
             return (g,)
         missing = len(self.repeats) - len(self.shape)
         shape = [1] * missing + list(self.shape)
+        # Each dimension is split into its tiles and the place within one; then the tiles are added up.
         tiled = g.reshape(g.shape[0], *(n for r, s in zip(self.repeats, shape, strict=True) for n in (r, s)))
         return (tiled.sum([1 + 2 * i for i in range(len(shape))]).reshape(g.shape[0], *self.shape),)

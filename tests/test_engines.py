@@ -1,0 +1,113 @@
+"""Which engine a loss gets, how many are made, and when none is asked for anew."""
+
+from __future__ import annotations
+
+import warnings
+from collections import UserDict
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from small_models import agrees, batch, net
+from torch import Tensor, nn
+
+import sharpkern as sk
+from sharpkern.rop import ReplayedProgram
+
+
+def test_a_value_that_changes_at_every_step_ends_in_autograd_with_one_warning() -> None:
+    model, data, step = net(), batch(), [0]
+
+    def loss_fn(output: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(output, targets) + (0.1 * (step[0] - 3) if step[0] > 3 else 0.0) * output.square().mean()
+
+    tracker = sk.SharpnessTracker(model, loss_fn, torch.optim.SGD(model.parameters(), lr=0.0))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for step[0] in range(12):
+            record = tracker.step(data)
+            assert record.loss == pytest.approx(float(loss_fn(model(data[0]), data[1])), rel=1e-12)
+    messages = [str(w.message) for w in caught if "sharpkern" in str(w.message)]
+    assert len(messages) == 1
+    assert "step" in messages[0]
+    assert "0-d" in messages[0]
+
+
+def test_values_that_change_now_and_then_stay_with_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sharpkern.curvature.engines._RECENT", 3)
+    model, data, weight = net(), batch(), 0.0
+    loss_fn = lambda o, t: F.cross_entropy(o, t) + weight * o.square().mean()  # noqa: E731
+    H = sk.HessianOperator(model, loss_fn, data)
+    for phase in range(6):
+        weight = 0.5 * phase
+        for _ in range(4):
+            H.refresh()
+        assert isinstance(H.engine, ReplayedProgram)
+        torch.testing.assert_close(H.loss, loss_fn(model(data[0]), data[1]).detach())
+
+
+def test_a_counter_of_forward_passes_costs_no_check_at_each_refresh() -> None:
+    class Counting(nn.Module):
+        calls = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return torch.tanh(x)
+
+    model, data = net(Counting()), batch()
+    H = sk.HessianOperator(model, F.cross_entropy, data)
+    assert isinstance(H.engine, ReplayedProgram)
+    seen = model[1].calls
+    for _ in range(10):
+        H.refresh()
+    assert model[1].calls <= seen + 1
+    agrees(H, model, F.cross_entropy, data)
+
+
+def test_mappings_of_another_class_are_taken_as_dicts_by_one_engine() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = net()
+
+        def forward(self, x: Tensor, y: Tensor, names: list[str] | None = None) -> Tensor:  # noqa: ARG002
+            return self.inner(x)
+
+    model = Named()
+    H = None
+    for i in range(5):
+        data = UserDict(zip("xy", batch(), strict=True)) | {"names": [f"image {i}"]}
+        if H is None:
+            H = sk.HessianOperator(model, lambda o, b: F.cross_entropy(o, b["y"]), data)
+        else:
+            H.refresh(data)
+    assert len(H._engines) == 1
+    assert isinstance(H._engine, ReplayedProgram)
+
+
+def test_arrays_in_a_batch_are_compared_by_their_numbers() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = net()
+
+        def forward(self, x: Tensor, y: Tensor, ids: np.ndarray) -> Tensor:  # noqa: ARG002
+            return self.inner(x)
+
+    data = [dict(zip("xy", batch(), strict=True)) | {"ids": np.arange(i, i + 5)} for i in range(3)]
+    with pytest.warns(UserWarning, match="numpy"):
+        H = sk.HessianOperator(Named(), lambda o, b: F.cross_entropy(o, b["y"]), data[0])
+    for d in data:
+        H.refresh(d)
+        torch.testing.assert_close(H.loss, F.cross_entropy(H.module.model.inner(d["x"]), d["y"]).detach())
+
+
+def test_a_users_own_error_is_not_blamed_on_the_export() -> None:
+    def broken(output: Tensor, targets: Tensor) -> Tensor:  # noqa: ARG001
+        raise KeyError("labels")
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(KeyError, match="labels"):
+            sk.HessianOperator(net(), broken, batch())

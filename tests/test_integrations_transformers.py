@@ -1,0 +1,204 @@
+"""The Hugging Face callback with real Trainers on tiny models, against float64 dense truths."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+from sharpkern.integrations.transformers import SharpnessCallback  # noqa: E402
+
+VOCABULARY, LENGTH = 17, 6
+
+
+def text(count: int) -> list[dict[str, torch.Tensor]]:
+    """Make examples with padding on the right, whose labels are not counted."""
+    examples = []
+    for _ in range(count):
+        ids = torch.randint(VOCABULARY, (LENGTH,))
+        real = torch.arange(LENGTH) < int(torch.randint(3, LENGTH + 1, ()))
+        example = {"input_ids": ids, "attention_mask": real.long(), "labels": torch.where(real, ids, -100)}
+        examples.append(example)
+    return examples
+
+
+def images(count: int) -> list[dict[str, torch.Tensor]]:
+    return [{"pixel_values": torch.randn(1, 8, 8), "labels": torch.randint(3, ())} for _ in range(count)]
+
+
+def gpt2() -> nn.Module:
+    return transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=VOCABULARY, n_positions=8, n_embd=8, n_layer=1, n_head=2, bos_token_id=0,
+                                eos_token_id=0)
+    )  # fmt: skip
+
+
+def llama() -> nn.Module:
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(vocab_size=VOCABULARY, hidden_size=8, intermediate_size=12, num_hidden_layers=1,
+                                 num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=8)
+    )  # fmt: skip
+
+
+def bert() -> nn.Module:
+    return transformers.BertForMaskedLM(
+        transformers.BertConfig(vocab_size=VOCABULARY, hidden_size=8, intermediate_size=12, num_hidden_layers=1,
+                                num_attention_heads=2, max_position_embeddings=8)
+    )  # fmt: skip
+
+
+def t5() -> nn.Module:
+    return transformers.T5ForConditionalGeneration(
+        transformers.T5Config(vocab_size=VOCABULARY, d_model=8, d_kv=4, d_ff=12, num_layers=1, num_heads=2,
+                              dropout_rate=0.0, decoder_start_token_id=0, pad_token_id=0)
+    )  # fmt: skip
+
+
+def vit() -> nn.Module:
+    return transformers.ViTForImageClassification(
+        transformers.ViTConfig(hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2,
+                               image_size=8, patch_size=4, num_channels=1, num_labels=3)
+    )  # fmt: skip
+
+
+MODELS = {"gpt2": (gpt2, text), "llama": (llama, text), "bert": (bert, text), "t5": (t5, text), "vit": (vit, images)}
+
+
+def trainer_for(model: nn.Module, data: list, folder: Path, **options: Any) -> Any:
+    arguments = {
+        "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 3, "learning_rate": 1e-3,
+        "max_grad_norm": 0.5, "report_to": [], "use_cpu": True, "disable_tqdm": True, "logging_steps": 1,
+        "save_strategy": "no", "lr_scheduler_type": "constant", "seed": 3,
+    } | options  # fmt: skip
+    return transformers.Trainer(
+        model=model, args=transformers.TrainingArguments(output_dir=str(folder), **arguments), train_dataset=data
+    )
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def flat_hessian(total: torch.Tensor, params: list[torch.Tensor]) -> torch.Tensor:
+    gradient = torch.cat([g.flatten() for g in torch.autograd.grad(total, params, create_graph=True)])
+    rows = [torch.autograd.grad(g, params, retain_graph=True, materialize_grads=True) for g in gradient]
+    return torch.stack([torch.cat([r.flatten() for r in row]) for row in rows])
+
+
+class Truth(transformers.TrainerCallback):
+    """Computes, at the first step, the dense float64 Hessian of what the Trainer minimises, without dropout."""
+
+    def __init__(self, trainer: Any, batches: list) -> None:
+        self.trainer, self.batches = trainer, batches
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        model = copy.deepcopy(self.trainer.model).double().train()
+        params = list({id(p): p for p in model.parameters() if p.requires_grad}.values())
+        total = 0.0
+        _, items = self.trainer.get_batch_samples(iter(self.batches), len(self.batches), torch.device("cpu"))
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            for b in self.batches:
+                wide = {k: t.double() if t.is_floating_point() else t for k, t in b.items()}
+                if self.trainer.model_accepts_loss_kwargs and b["labels"].ndim == 2:
+                    total = total + model(**wide, num_items_in_batch=items).loss
+                else:
+                    total = total + model(**wide).loss / len(self.batches)
+            self.loss = float(total.detach())
+            self.dense = flat_hessian(total, params)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_training_is_the_same_and_values_are_true(name: str, tmp_path: Path) -> None:
+    make, data_of = MODELS[name]
+    model, data = make(), data_of(12)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0  # the truth's float64 copy would draw other masks; the test below has dropout
+    twin = copy.deepcopy(model)
+    trainer = trainer_for(model, data, tmp_path / "with")
+    trainer.add_callback(SharpnessCallback(trainer, tol=1e-4, every=2))
+    loader = list(trainer.get_train_dataloader())
+    truth = Truth(trainer, loader[:2])
+    trainer.add_callback(truth)
+    trainer.train()
+    plain = trainer_for(twin, data, tmp_path / "without")
+    plain.train()
+    for (key, mine), theirs in zip(model.state_dict().items(), twin.state_dict().values(), strict=True):
+        assert torch.equal(mine, theirs), key
+    rows = rows_of(tmp_path / "with" / "sharpness.jsonl")
+    assert [row["step"] for row in rows] == [1, 3]
+    top = float(torch.linalg.eigvalsh(truth.dense)[-1])
+    assert rows[0]["loss"] == pytest.approx(truth.loss, rel=1e-5)
+    assert rows[0]["sharpness"] == pytest.approx(top, rel=1e-4)
+    logged = {entry["step"]: entry["sharpness"] for entry in trainer.state.log_history if "sharpness" in entry}
+    assert logged == {1: rows[0]["sharpness"], 3: rows[1]["sharpness"]}
+    assert sum("loss" in entry for entry in trainer.state.log_history) == 3  # the Trainer's own logs are all there
+    assert "compute_loss" not in vars(trainer)
+
+
+def test_dropout_masks_and_moments_are_the_steps_own(tmp_path: Path) -> None:
+    model, data = gpt2(), text(8)
+    assert model.config.resid_pdrop > 0
+    twin = copy.deepcopy(model)
+    trainer = trainer_for(model, data, tmp_path / "with", max_steps=2)
+    seen: list[float] = []
+
+    class Clipped(transformers.TrainerCallback):
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            seen.append(float(nn.utils.get_total_norm([p.grad for p in model.parameters()])))
+
+    trainer.add_callback(SharpnessCallback(trainer, tol=0.05))
+    trainer.add_callback(Clipped())
+    trainer.train()  # the callback compares its gradient with the Trainer's
+    plain = trainer_for(twin, data, tmp_path / "without", max_steps=2)
+    plain.train()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+    assert [row["grad_norm"] for row in rows_of(tmp_path / "with" / "sharpness.jsonl")] == pytest.approx(seen, rel=1e-4)
+
+
+def test_mixed_precision_logs_to_tensorboard_and_resumes_its_file(tmp_path: Path) -> None:
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    model, data = llama(), text(8)
+    trainer = trainer_for(
+        model, data, tmp_path, bf16=True, report_to=["tensorboard"], max_steps=2, gradient_accumulation_steps=1
+    )
+    trainer.add_callback(SharpnessCallback(trainer, path=tmp_path / "rows.jsonl"))
+    trainer.train()
+    rows = rows_of(tmp_path / "rows.jsonl")
+    assert [row["step"] for row in rows] == [1, 2] and all(row["sharpness"] > 0 for row in rows)
+    (folder,) = {path.parent for path in tmp_path.rglob("events.out.tfevents*")}
+    board = events.EventAccumulator(str(folder)).Reload()
+    values = [event.value for event in board.Scalars("train/sharpness")]
+    assert values == pytest.approx([row["sharpness"] for row in rows], rel=1e-5)
+
+
+def test_another_loss_than_the_trainers_is_refused(tmp_path: Path) -> None:
+    data = images(4)
+    trainer = trainer_for(vit(), data, tmp_path, label_smoothing_factor=0.1)
+    with pytest.raises(ValueError, match="does not minimise the loss that the model returns"):
+        SharpnessCallback(trainer)
+    trainer.add_callback(SharpnessCallback(trainer, lambda output, _batch: output.logits.square().mean()))
+    with pytest.raises(ValueError, match="not that of the loss given"):
+        trainer.train()
+
+    def smoothed(output: Any, batch: Any) -> torch.Tensor:
+        return nn.functional.cross_entropy(output.logits, batch["labels"], label_smoothing=0.1)
+
+    trainer = trainer_for(vit(), data, tmp_path, label_smoothing_factor=0.1, max_steps=1)
+    trainer.add_callback(SharpnessCallback(trainer, smoothed))
+    trainer.train()
+    assert len(rows_of(tmp_path / "sharpness.jsonl")) == 1
+
+
+def test_every_must_be_a_step(tmp_path: Path) -> None:
+    trainer = trainer_for(vit(), images(4), tmp_path)
+    trainer.add_callback(SharpnessCallback(trainer, every=0))
+    with pytest.raises(ValueError, match="every must be at least 1 step, got 0"):
+        trainer.train()
