@@ -82,14 +82,14 @@ def operators_agree(rank: int, world: int) -> dict[str, Any]:
             compare("ggn", (G @ v.t().contiguous()).t(), V @ ggn)
         top = float(torch.linalg.eigvalsh(dense)[-1])
         found = {"lanczos": sk.lanczos(A, tol=1e-6)}
-        if name == "mlp":
+        if name == "mlp" and world == 2:
             warm = sk.eigen.WarmLanczos(tol=1e-5)
             found |= {"warm": warm.step(A), "warm again": warm.step(A), "lobpcg": sk.lobpcg(A, tol=1e-5)}
-            found["power"] = sk.power_iteration(A, k=2, tol=1e-3, max_matvecs=60)
+            found["power"] = sk.power_iteration(A, k=2, tol=1e-3, max_matvecs=20)
             certificate = sk.certify(A, matvecs=25)
             values["certified"] = abs(certificate.value / top - 1)
         for solver, r in found.items():
-            allowed = 1e3 if solver == "power" else 1.0  # 60 products are too few for it
+            allowed = 1e5 if solver == "power" else 1.0  # 20 products are too few for it
             values[f"{name} {solver}"] = abs(float(r.eigenvalues[0]) / top - 1) / allowed
             bits += [float(x).hex() for x in r.eigenvalues]
             squares = r.eigenvectors[0].square().sum()
@@ -229,7 +229,7 @@ class _Bytes(TorchDispatchMode):
 
 def peak_of_a_solve(rank: int, world: int) -> list[float]:
     """Return the peak of all live bytes in a solve, in units of the model's, and those of the parameters alone."""
-    layers = [nn.Linear(64, 64) for _ in range(16)]
+    layers = [nn.Linear(64, 64) for _ in range(12)]
     model = nn.Sequential(*[m for layer in layers for m in (layer, nn.Tanh())])
     size = sum(p.numel() * 4 for p in model.parameters())
     shard(model, layers, world)
@@ -241,14 +241,14 @@ def peak_of_a_solve(rank: int, world: int) -> list[float]:
     own = counted.now
     with counted:
         A = sk.ShardedHessian(model, nn.functional.mse_loss, batch, time_limit=LIMIT)
-        sk.lanczos(A, tol=1e-9, max_matvecs=8, max_basis=8)
+        sk.lanczos(A, tol=1e-9, max_matvecs=5, max_basis=5)
     return [own / size, counted.peak / size]
 
 
 def test_memory_of_parameters_and_vectors_falls_with_the_processes(seed: int) -> None:
     (alone,), four = results(peak_of_a_solve, 1, seed), results(peak_of_a_solve, 4, seed)
     print("peak of one process:", alone, "of four:", four)
-    # 8 vectors, their products, and what a solver keeps besides
+    # 5 vectors, their products, and what a solver keeps besides
     assert alone[0] == 1.0
-    assert alone[1] >= 1 + 16, "the count must see parameters, basis and products"
+    assert alone[1] >= 1 + 10, "the count must see parameters, basis and products"
     assert max(own[1] for own in four) <= 0.35 * alone[1]

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ...eigen.common import Space, random_rows
+from ...eigen.common import Space
 from ..base import ParameterOperator
 from ..dataset import examples_of
 from ..engines import Engine
@@ -190,17 +190,8 @@ class _Replicas:
     def random_rows(self, rows: int, generator: torch.Generator) -> Tensor:
         # Sent, because generators may have other seeds: a certificate's is fresh on each process.
         self.ranks.agree("random vectors", same={"the number of vectors": float(rows)})
-        return self.ranks.from_first_(random_rows(rows, _Shape(self.op), generator))
-
-
-class _Shape:
-    """Size, dtype and device of an operator, without its space."""
-
-    def __init__(self, op: ParameterOperator) -> None:
-        self.n, self.dtype, self.device = op.n, op.dtype, op.device
-
-    def matmat(self, V: Tensor) -> Tensor:
-        raise NotImplementedError
+        drawn = torch.randn(rows, self.n, dtype=self.op.dtype, generator=generator)
+        return self.ranks.from_first_(drawn.to(self.op.device))
 
 
 def _replica(model: nn.Module) -> tuple[nn.Module, dist.ProcessGroup | None]:
