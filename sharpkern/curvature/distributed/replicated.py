@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, Literal
 
@@ -217,13 +218,14 @@ def _check_hooks(ddp: Any) -> None:
 def _sum_and_scale(tensors: Iterable[Tensor]) -> tuple[float, float]:
     """Return a sum that tells other values, and how large it may be.
 
-    Not compared bit by bit: replicas on unlike machines differ by rounding.
+    Not compared bit by bit: replicas on unlike machines differ by rounding, which grows with the number of elements.
     """
     parts = [t.detach() for t in tensors]
-    total = torch.stack([t.sum(dtype=torch.float64) for t in parts]).sum()
-    size = torch.stack([torch.linalg.vector_norm(t, dtype=torch.float64) for t in parts]).sum()
+    total = torch.stack([t.sum().double() for t in parts]).sum()
+    size = torch.stack([torch.linalg.vector_norm(t).double() for t in parts]).sum()
     value, scale = torch.stack([total, size]).tolist()  # one wait for the device
-    return value, scale
+    rounding = torch.finfo(parts[0].dtype).eps * math.sqrt(sum(t.numel() for t in parts))
+    return value, scale * (1 + 1e4 * rounding)
 
 
 def shapes_of(batch: Any) -> list[str]:
