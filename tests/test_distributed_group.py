@@ -155,7 +155,22 @@ def fails_between_gathers(rank: int, world: int) -> Any:
     failed = outcome(lambda: sk.ShardedHessian(model, loss, batch, time_limit=LIMIT))
     took = time.monotonic() - start
     A = sk.ShardedHessian(model, ce, batch, time_limit=LIMIT)  # a new one works
-    return failed, took, outcome(lambda: A.matvec(torch.ones(A.n, dtype=torch.float64)))
+    again = outcome(lambda: A.matvec(torch.ones(A.n, dtype=torch.float64)))
+    routed = Routed(rank)
+    for m in (*routed.experts, routed):
+        fully_shard(m, mesh=init_device_mesh("cpu", (world,)))
+    return failed, took, again, outcome(lambda: sk.ShardedHessian(routed, ce, batch, time_limit=LIMIT))
+
+
+class Routed(nn.Module):
+    """Two layers of one shape, of which each process uses the other one first, as a router may do."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self.experts, self.rank = nn.ModuleList(nn.Linear(3, 3).double() for _ in range(2)), rank
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.experts[1 - self.rank](self.experts[self.rank](x))
 
 
 def test_a_rank_that_dies_is_an_error_on_the_others(seed: int) -> None:
@@ -173,12 +188,14 @@ def test_a_rank_that_is_late_is_an_error_everywhere(seed: int) -> None:
         assert seconds < 15
 
 
-def test_a_rank_that_fails_between_gathers_is_an_error_everywhere(seed: int) -> None:
+def test_a_rank_that_fails_or_strays_between_gathers_is_an_error_everywhere(seed: int) -> None:
     first, second = results(fails_between_gathers, 2, seed)
     assert "a bug in the loss" in first[0], first
     assert "a bug in the loss" in second[0], second
     assert max(first[1], second[1]) < LIMIT / 2, "nobody waited for the time limit"
     assert first[2] == second[2] == "no error"
+    # Shapes fit, so this would go through, with another layer's weights.
+    assert "order in which weights were used" in first[3] and first[3] == second[3]
 
 
 def test_without_processes_it_says_what_to_call() -> None:

@@ -31,6 +31,7 @@ def kind_of(model: Any) -> Kind:
         ValueError: it is spread in a way that would give wrong numbers here: tensor or pipeline parallel, FSDP1, a
             mesh of two dimensions; and what to do. Each process sees this by itself, so all of them raise.
     """
+    # By the name of its module, as no import is needed to tell: a stage is no nn.Module.
     if any(c.__module__.startswith("torch.distributed.pipelining") for c in type(model).__mro__):
         raise ValueError(
             f"{type(model).__name__} is a part of a pipeline: no process holds a loss of the whole model. Measure the "
@@ -38,6 +39,7 @@ def kind_of(model: Any) -> Kind:
         )
     model = unwrapped(model)
     inside = unwrapped(model.module) if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    # Anywhere inside: parallelism may be applied to a part of a model only.
     modules = list(inside.modules())
     for m in modules:
         if any(c.__module__.startswith("torch.distributed.fsdp.fully_sharded") for c in type(m).__mro__):
@@ -81,6 +83,7 @@ def check_uncoupled(module: nn.Module) -> None:
     Raises:
         ValueError: synchronised batch norm would couple them.
     """
+    # In eval mode it uses running statistics, which are constants.
     if coupled := [name for name, m in module.named_modules() if isinstance(m, nn.SyncBatchNorm) and m.training]:
         raise ValueError(
             f"synchronised batch norm couples the processes' losses: {coupled[:3]}. Measure in eval mode, or with "
@@ -93,6 +96,7 @@ def _check_placements(model: nn.Module, *, sharded: bool) -> None:
         if not is_spread(p):
             continue
         layout: Any = p
+        # Gathered weights would be right, but the activations between layers are DTensors or parts as well.
         if not sharded:
             raise ValueError(
                 f"parameter {name!r} is a DTensor ({layout.placements}) of a model that is not under fully_shard: "

@@ -40,10 +40,13 @@ class Call:
 
     def __call__(self, args: Any, kwargs: Any) -> Any:
         """Run the module as one node of the graph."""
+        # Only arguments of ``apply`` are differentiated, so tensors must be taken out of the structures they are in.
         leaves, self.input_spec = pytree.tree_flatten((args, kwargs))
         self.at = [i for i, x in enumerate(leaves) if isinstance(x, Tensor)]
         self.others = [None if isinstance(x, Tensor) else x for x in leaves]
+        # Dropout must draw the same masks each time that the module is run again.
         self.random = RandomStates(self.device)
+        # Products may be asked for after the block of autocast has been left.
         self.autocast = torch.is_autocast_enabled(self.device.type), torch.get_autocast_dtype(self.device.type)
         outputs = _Run.apply(self, *(leaves[i] for i in self.at), *(s.part for s in self.shards))
         assert self.spec is not None
@@ -56,6 +59,7 @@ class Call:
         before = _Buffers(self.root)
         outputs = self._output(tensors, gathered(self.shards, [s.part for s in self.shards]))
         self.buffers = before.settled()
+        # The output may be an attribute that the module keeps, with a graph of its own.
         return [t.detach() for t in outputs]
 
     def again(self, tensors: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
@@ -65,6 +69,7 @@ class Call:
             for context in (
                 torch.enable_grad(),
                 twice_differentiable(),  # this may run long after the first time, outside of its contexts
+                # without a cache: it would keep cast copies of weights that are to be freed
                 torch.autocast(self.device.type, dtype=dtype, enabled=on, cache_enabled=False),
                 self.random.again(),
                 self.buffers.put_back(),
@@ -73,7 +78,7 @@ class Call:
             return self._output(tensors, weights)
 
     def _output(self, tensors: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
-        leaves = list(self.others)
+        leaves = list(self.others)  # a new list each time: a module may change the containers it is given
         for i, t in zip(self.at, tensors, strict=True):
             leaves[i] = t
         args, kwargs = pytree.tree_unflatten(leaves, self.input_spec)
@@ -102,6 +107,7 @@ class Call:
         leaves = [*inputs, *weights]
         if not create_graph:  # once for each primal pass is enough
             self._check_captured(outputs, leaves)
+        # Integers, and what does not depend on anything that is differentiated by, have no gradient to pass on.
         pairs = [(z, c) for z, c in zip(outputs, g, strict=True) if z.requires_grad]
         wanted = [i for i, t in enumerate(leaves) if t.requires_grad]
         result: list[Tensor | None] = [None] * len(leaves)
@@ -114,6 +120,7 @@ class Call:
                 zs, [leaves[i] for i in wanted], cs, create_graph=create_graph, allow_unused=True
             )
         for i, d in zip(wanted, found, strict=True):
+            # Zeros for weights that were not used: all processes must hand out the same parts, or they hang.
             result[i] = torch.zeros_like(leaves[i]) if d is None else d
         return result
 
@@ -139,6 +146,7 @@ class _Run(Function):
     @staticmethod
     def forward(ctx: Any, call: Call, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.call = call
+        # Saved with their place in the graph, so that the backward pass can be differentiated by them.
         ctx.save_for_backward(*tensors)
         inputs, _ = call.split(tensors)
         # Passed through unchanged, an input would be taken for an output of this node.
@@ -148,6 +156,7 @@ class _Run(Function):
 
     @staticmethod
     def backward(ctx: Any, *g: Tensor) -> tuple[Tensor | None, ...]:
+        # A node of its own, or autograd would look into it for the second derivative and keep whole weights.
         needed = ctx.needs_input_grad[1:]
         found = _Backward.apply(ctx.call, len(g), needed, *g, *ctx.saved_tensors)
         rest = iter(found)
@@ -163,15 +172,17 @@ class _Backward(Function):
         ctx.save_for_backward(*args)
         inputs, weights = _leaves(call, args[count:], needed)
         found = call.gradients(args[:count], inputs, weights, create_graph=False)
-        del weights
+        del weights  # before the gradients are joined for the sum: else a unit is in memory three times
         return tuple(_in_shards(call, found))
 
     @staticmethod
     def backward(ctx: Any, *along: Tensor) -> tuple[Tensor | None, ...]:
         call: Call = ctx.call
         args = ctx.saved_tensors
+        # The gradient is linear in g, and its derivative by g is what goes on along the forward graph.
         g = [t.detach().requires_grad_(t.dtype.is_floating_point) for t in args[: ctx.count]]
         inputs, weights = _leaves(call, args[ctx.count :], ctx.needed)
+        # The graph of one unit, built and used within this call, so that it is freed with it.
         found = [d for d in call.gradients(g, inputs, weights, create_graph=True) if d is not None]
         whole = _whole(call, along, ctx.needed)
         pairs = [(d, v) for d, v in zip(found, whole, strict=True) if d.requires_grad]

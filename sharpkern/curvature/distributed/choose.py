@@ -47,9 +47,11 @@ def hessian_of(
     'HessianOperator'
     """
     kind = kind_of(model)
+    # Also in a process group: a plain model may be trained by each process for itself, as in a sweep.
     if kind == "plain":
         return HessianOperator(model, loss_fn, batch, update_buffers=update_buffers, verify=verify)
     options: dict[str, Any] = {"update_buffers": update_buffers, "weighting": weighting, "time_limit": time_limit}
     if kind == "ddp":
         return DataParallelHessian(model, loss_fn, batch, verify=verify, **options)
+    # No verify: there is no program that could differ from the eager model.
     return ShardedHessian(model, loss_fn, batch, **options)

@@ -24,7 +24,7 @@ from ..losses import NonFiniteLossError
 
 Step = Literal["setup", "refresh", "gradient", "product", "quadratic form", "random vectors", "buffers", "clock"]
 _STEPS = ("setup", "refresh", "gradient", "product", "quadratic form", "random vectors", "buffers", "clock")
-_SAME, _NEAR, _OWN = 4, 2, 2  # numbers of a header
+_SAME, _NEAR, _OWN = 4, 2, 2  # numbers of a header; a change of them changes what all processes must run
 _TOLERANCE = 1e-4  # of numbers that replicas may have with another rounding
 _T = TypeVar("_T")
 
@@ -51,12 +51,14 @@ class Ranks:
     def __init__(self, group: dist.ProcessGroup | None, time_limit: float) -> None:
         self.group, self.time_limit = group, time_limit
         self.order = 0  # a checksum of the labels gathered so far
+        # Within the group: a subgroup counts its own ranks.
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         members = dist.get_process_group_ranks(group)
         self.first = members[0]
         # Groups of all processes are numbered; those of some are named by their members, so that only these need come.
         some = self.size < dist.get_world_size()
         options: Any = {"timeout": timedelta(seconds=time_limit), "backend": "gloo", "use_local_synchronization": some}
+        # gloo on the CPU whatever trains the model: it has a time limit for each call, and needs no wait for a GPU.
         with self._bounded("setup"):
             self._headers = dist.new_group(members, **options)
             # Apart from the headers: a process that failed between two data exchanges goes to the next header.
@@ -103,10 +105,12 @@ class Ranks:
         """
         same, near = same or {}, near or {}
         header = _header(step, same, near, own, failed=failure is not None)
+        # Gathered rather than summed: a table can name who differs, and in what.
         rows = [torch.empty_like(header) for _ in range(self.size)]
         with self._bounded(step):
             dist.all_gather(rows, header, group=self._headers)
         table = torch.stack(rows)
+        # First, because a process that has failed does not know the other numbers.
         if bool(table[:, 1].any()):
             self._fail(step, failure)
         names = [*same, *near]
@@ -132,6 +136,7 @@ class Ranks:
         raise DistributedError(f"rank {rank} failed at {step!r}: {text}") from failure
 
     def _disagreement(self, table: Tensor, names: list[str], exact: int) -> str | None:
+        # Numbers of unlike steps mean unlike things.
         steps = table[:, 0].long().tolist()
         if len(set(steps)) > 1:
             return "; ".join(f"rank {r} is at {_STEPS[s]!r}" for r, s in enumerate(steps))
@@ -182,7 +187,7 @@ class Ranks:
         """
         try:
             result = work()
-            mine = own(result)
+            mine = own(result)  # inside, because it may fail as well, on a batch without a tensor
         except Exception as error:
             self.agree(step, failure=error)
             raise
@@ -218,9 +223,9 @@ class Ranks:
         for known in _made.values():
             for limit in [limit for limit, ranks in known.items() if ranks is self]:
                 del known[limit]
+        # Forgotten first: gloo closes its connections when nobody holds the group any more.
         group, self._cpu_data = self._cpu_data, None
         if group is not None:
-            # Destroyed, not aborted: gloo closes its connections with the last reference.
             dist.destroy_process_group(group)
 
     def gathered(self, t: Tensor, label: int = 0) -> Tensor:
@@ -230,6 +235,7 @@ class Ranks:
             t: this process's.
             label: of what is gathered; ``order`` tells whether all processes have gathered the same.
         """
+        # Counted before the call: one of another shape does not return.
         self.order = zlib.crc32(label.to_bytes(8), self.order)
         if self.size == 1:
             return t
@@ -268,6 +274,7 @@ def ranks_of(group: dist.ProcessGroup | None, time_limit: float) -> Ranks:
         raise ValueError(f"time_limit must be a positive number of seconds, got {time_limit}.")
     group = group if group is not None else dist.group.WORLD
     assert group is not None
+    # By group, and not for good: after destroy_process_group a new default group is another object.
     known = _made.setdefault(group, {})
     if time_limit not in known:
         known[time_limit] = Ranks(group, time_limit)

@@ -78,8 +78,10 @@ class DataParallelHessian(ParameterOperator):
             check_uncoupled(module)
         self.space: Space = _Replicas(self.ranks, self)
         self.weighting = weighting
+        # A plain model has no wrapper that would keep buffers equal, so they are left alone.
         self._sends_buffers = module is not unwrapped(model) and bool(unwrapped(model).broadcast_buffers)
         self._module, self.products = module, 0
+        # Before the forward pass, as DDP: statistics of the other processes are overwritten, not averaged.
         if update_buffers:
             self._send_buffers()
         options: dict[str, Any] = {"params": params, "verify": verify}
@@ -116,6 +118,7 @@ class DataParallelHessian(ParameterOperator):
             same["the batch's shape beyond its length, as a checksum,"] = checksum(shapes_of(local.batch))
         near = {"the sum of all parameters": _sum_and_scale(self.params.values())}
         self.ranks.agree(step, same=same, near=near, detail=[*names, *shapes_of(local.batch)])
+        # From the table that all have: the weights add up to one to the last bit everywhere.
         counts = own[:, 0] if self.weighting == "examples" else torch.ones(self.ranks.size, dtype=torch.float64)
         self._weight = float(counts[self.ranks.rank] / counts.sum())
         self.loss = (own[:, 1] @ counts / counts.sum()).to(local.loss)
@@ -133,6 +136,7 @@ class DataParallelHessian(ParameterOperator):
         Raises:
             RuntimeError: it is asked for the first time after parameters or batch have changed in place.
         """
+        # Not at each refresh: an operator that only multiplies never needs it.
         if self._gradient is None:
             self._gradient = self._average("gradient", lambda: self.local.gradient)
         return self._gradient
@@ -146,7 +150,9 @@ class DataParallelHessian(ParameterOperator):
         return self._average("quadratic form", lambda: self.local.form_rows(block), block)
 
     def _average(self, step: Step, work: Callable[[], Tensor], block: Tensor | None = None) -> Tensor:
+        # A process that has left a solver's loop early would go on with another product, of the same shape.
         same, near = {"the number of products so far": float(self.products)}, {}
+        # Unlike vectors of one shape would be averaged without complaint.
         if block is not None:
             same["the number of vectors"] = float(block.shape[0])
             near["the sum of the vectors"] = _sum_and_scale([block])
@@ -186,6 +192,7 @@ class _Replicas:
         return self.op.n
 
     def total(self, partial: Tensor) -> Tensor:
+        # An all-reduce gives the same bits everywhere (tested), and kernels are deterministic: no exchange is needed.
         return partial
 
     def random_rows(self, rows: int, generator: torch.Generator) -> Tensor:
@@ -202,6 +209,7 @@ def _replica(model: nn.Module) -> tuple[nn.Module, dist.ProcessGroup | None]:
         raise ValueError("this model's parameters are sharded by fully_shard: use ShardedHessian or ShardedGGN.")
     if kind == "plain":
         return unwrapped(model), None
+    # Compiled outside, inside, or both.
     ddp: Any = unwrapped(model)
     _check_hooks(ddp)
     return unwrapped(ddp.module), ddp.process_group

@@ -76,6 +76,7 @@ class ShardedHessian(ParameterOperator):
         self.model = unwrapped(model)
         self.weighting, self.products = weighting, 0
         self._loss_fn = loss_fn
+        # Frozen ones too: they are gathered like the others.
         first = _sharded_parameters(self.model)
         self.ranks = ranks_of(next(iter(first.values())).device_mesh.get_group(), time_limit)
         self.batch: Any = None
@@ -94,10 +95,12 @@ class ShardedHessian(ParameterOperator):
         if self.weighting == "examples":
             same["the batch's shape beyond its length, as a checksum,"] = checksum(shapes_of(self.batch))
         self.ranks.agree("setup", same=same, detail=[*names, *shapes_of(self.batch)])
+        # The loss is weighted before it is differentiated, so that handing out sums is all that is left to do.
         share = counts[:, 0] if self.weighting == "examples" else torch.ones_like(counts[:, 0])
         self._weight = float(share[self.ranks.rank] / share.sum())
         loss = self._with_gathers("refresh", lambda: self._primal(update_buffers=update_buffers))
         self.loss = loss
+        # The parts count no versions when an optimizer writes to their DTensors; the DTensors do.
         self._freshness.renew([*self._inputs, *self.params.values()])
 
     def _prepare(self, batch: Any) -> float:
@@ -106,6 +109,7 @@ class ShardedHessian(ParameterOperator):
         if self.ranks.size > 1:
             check_uncoupled(self.model)
         shards = {name: Shard(p, self.ranks, i) for i, (name, p) in enumerate(everything.items())}
+        # Made anew at each refresh, which takes microseconds a module: the model may have changed its mode.
         twin = twin_of(self.model, {id(s.parameter): s for s in shards.values()})
         self._module = LossModule(twin, self._weighted)
         self._shards = {name: s for name, s in shards.items() if s.part.requires_grad}
@@ -114,6 +118,7 @@ class ShardedHessian(ParameterOperator):
         leaves, spec = pytree.tree_flatten(self.batch)
         self._inputs = [x for x in leaves if isinstance(x, Tensor)]
         parts = {name: s.part for name, s in self._shards.items()}
+        # It sees leaves that happen to be parts, and a module that gathers them: nothing in it knows of processes.
         self._engine = DoubleBackward(self._module, spec, parts, keep_outputs=self._needs_outputs)
         layout = self._engine.layout
         self.n, self.dtype, self.device = layout.n, layout.dtype, layout.device
@@ -125,6 +130,7 @@ class ShardedHessian(ParameterOperator):
     def _weighted(self, output: Any, targets: Any) -> Tensor:
         """Return this process's loss, weighted so that the sum over processes is the loss of all."""
         loss = self._loss_fn(output, targets)
+        # Without gradients it is only looked at whether the model returns the loss itself: a product would hide that.
         return check_loss(loss) * self._weight if torch.is_grad_enabled() else loss
 
     def _primal(self, *, update_buffers: bool) -> Tensor:
@@ -133,6 +139,7 @@ class ShardedHessian(ParameterOperator):
                 self._module.check_outputs(self.batch)
         leaves = pytree.tree_leaves(self.batch)
         own = self._engine.forward(self._module, leaves, update_buffers=update_buffers)
+        # Known to all before anyone decides whether it is finite.
         loss = self.ranks.sum_(own.double())
         if not math.isfinite(float(loss)):
             raise NonFiniteLossError(float(loss))
@@ -167,6 +174,7 @@ class ShardedHessian(ParameterOperator):
         before = {"the number of products so far": float(self.products)}
         if block is not None:
             before["the number of vectors"] = float(block.shape[0])
+            # A stale operator on one process is an error on all, before the others start to gather.
             self.ranks.together(step, self._check_fresh, same=before)
         self.ranks.order = 0
 

@@ -33,9 +33,11 @@ class Shard:
         self.parameter, self.ranks, self.index = parameter, ranks, index
         self.dim: int = parameter.placements[0].dim
         self.length: int = parameter.shape[self.dim]
+        # As torch.chunk cuts: parts of one size, so that the last ones come out short.
         self.chunk = -(-self.length // ranks.size)
         self.start = min(ranks.rank * self.chunk, self.length)
         self.rows = min(self.chunk, self.length - self.start)
+        # A leaf apart from the DTensor: derivatives by it are parts, and no DTensor operation is differentiated.
         self.part = local_part(parameter).requires_grad_(parameter.requires_grad)
         if self.part.shape[self.dim] != self.rows:
             raise ValueError(
@@ -50,6 +52,7 @@ class Shard:
 
     def padded(self, t: Tensor, rows: int) -> Tensor:
         """Return a tensor with the cut dimension first, filled up with zeros: collective calls need one size."""
+        # The cut dimension goes first, because collective calls join and split along it.
         t = t.detach().movedim(self.dim, 0)
         missing = rows - t.shape[0]
         return t if not missing else torch.cat([t, t.new_zeros(missing, *t.shape[1:])])
@@ -65,6 +68,7 @@ def gathered(shards: Sequence[Shard], parts: Sequence[Tensor]) -> list[Tensor]:
         return shard.ranks.gathered(row, shard.index).view(shard.ranks.size, -1)
 
     def arrange(column: Tensor, shard: Shard, like: Tensor) -> Tensor:
+        # One row of each process, side by side with other parameters' rows: a copy puts them in order.
         rest = like.movedim(shard.dim, 0).shape[1:]
         return column.reshape(shard.ranks.size * shard.chunk, *rest)[: shard.length].movedim(0, shard.dim)
 
@@ -80,6 +84,7 @@ def scattered(shards: Sequence[Shard], wholes: Sequence[Tensor]) -> list[Tensor]
 
     def arrange(row: Tensor, shard: Shard, like: Tensor) -> Tensor:
         rest = like.movedim(shard.dim, 0).shape[1:]
+        # Contiguous, because the kernels read flat memory.
         return row.reshape(shard.chunk, *rest)[: shard.rows].movedim(0, shard.dim).contiguous()
 
     size = shards[0].ranks.size if shards else 1
@@ -96,13 +101,14 @@ def _exchanged(
 ) -> Iterator[Tensor]:
     """Join rows of one dtype, exchange them in one call, and cut the result."""
     cut: dict[int, Tensor] = {}
+    # One call for all parameters of a unit: a call's latency is longer than the transfer of a small one.
     for dtype in dict.fromkeys(t.dtype for t in tensors):
         at = [i for i, t in enumerate(tensors) if t.dtype is dtype]
         widths = [rows[i].shape[1] for i in at]
         whole = collect(rows[at[0]] if len(at) == 1 else torch.cat([rows[i] for i in at], dim=1), shards[at[0]])
         cut.update(zip(at, whole.split(widths, dim=-1), strict=True))
     for i, (shard, t) in enumerate(zip(shards, tensors, strict=True)):
-        yield arrange(cut.pop(i), shard, t)
+        yield arrange(cut.pop(i), shard, t)  # popped, so that the joined memory goes with its last piece
 
 
 class Whole(Function):

@@ -57,6 +57,7 @@ def twin_of(model: nn.Module, shards: Mapping[int, Shard]) -> nn.Module:
         ValueError: a module keeps parameters or other modules where they cannot be replaced.
     """
     view = _View(shards)
+    # All twins first: a module may stand at several places.
     ids = {id(m) for m in model.modules()}
     twins: dict[int, nn.Module] = {}
     for name, module in model.named_modules():
@@ -70,10 +71,13 @@ def twin_of(model: nn.Module, shards: Mapping[int, Shard]) -> nn.Module:
 
 
 def _bare_twin(module: nn.Module, view: _View) -> nn.Module:
+    # Without __init__, which would draw new weights; without deepcopy, which FSDP forbids.
     twin: nn.Module = object.__new__(_class_for(_own_class(module)))
     state = dict(vars(module))  # buffers are shared with the module, as a container: it sees new ones
     spread = {name: id(p) for name, p in module._parameters.items() if is_spread(p)}
+    # A sharded parameter that is found among the others would bypass the gather.
     state["_parameters"] = {name: p for name, p in module._parameters.items() if name not in spread}
+    # The user's hooks stay. FSDP's would gather into the model's own parameters.
     for kind in _HOOKS:
         state[kind] = type(state[kind])((k, h) for k, h in state[kind].items() if not _is_fsdps(h))
     vars(twin).update(state, _sharded=spread, _view=view, _call=None)
@@ -82,6 +86,7 @@ def _bare_twin(module: nn.Module, view: _View) -> nn.Module:
 
 def _units(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
     """Find the modules that are run as one call: as large as possible without a fully sharded module inside."""
+    # With a unit inside, whole weights of this module would outlive that unit's call.
     inside = any(is_fully_sharded(m) for m in module.modules() if m is not module)
     if not inside and not isinstance(module, _CONTAINERS):
         if _keys_below(module):
@@ -102,6 +107,7 @@ def _run_as_call(name: str, twin: nn.Module, keys: list[int], view: _View) -> No
 
     plain_call = type(twin).__bases__[0].__call__  # the twin's own makes the ``Call`` that this is within
 
+    # A new Call each time: a module may be called twice, with other arguments and noise.
     vars(twin)["_call"] = lambda: Call(name, run, twin, [view.shards[key] for key in keys])
 
 
