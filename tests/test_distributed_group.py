@@ -70,6 +70,8 @@ def disagreements(rank: int, world: int) -> dict[str, list[Any]]:
         "other number of vectors": lambda: A.matmat(torch.ones(26, 1 + odd, dtype=torch.float64)),
         "other call": lambda: A.quadratic_form(V[0]) if odd else A.matvec(V[0]),
         "refresh": lambda: A.refresh() if odd else A.gradient,
+        "a NaN here": lambda: A.matvec(V[0] * (float("nan") if odd else 1.0)),
+        "a NaN everywhere": lambda: A.matvec(V[0] * float("nan")),
         "wrong vector": lambda: A.matvec(V[0].float() if odd else V[0]),
     }
     told = {}
@@ -113,6 +115,8 @@ def test_a_rank_that_disagrees_is_an_error_everywhere(seed: int) -> None:
         "other number of vectors": ("the number of vectors is 1, 2", "the number of vectors is 1, 2"),
         "other call": ("rank 1 is at 'quadratic form'", "rank 0 is at 'product'"),
         "refresh": ("rank 1 is at 'refresh'", "rank 0 is at 'gradient'"),
+        "a NaN here": ("the sum of the vectors is", "the sum of the vectors is"),
+        "a NaN everywhere": ("no error", "no error"),
         "wrong vector": ("rank 1 is at 'refresh'", "v must be torch.float64"),
     }
     for name, texts in on_both.items():

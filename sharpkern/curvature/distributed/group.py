@@ -24,7 +24,7 @@ from ..losses import NonFiniteLossError
 
 Step = Literal["setup", "refresh", "gradient", "product", "quadratic form", "random vectors", "buffers", "clock"]
 _STEPS = ("setup", "refresh", "gradient", "product", "quadratic form", "random vectors", "buffers", "clock")
-_SAME, _NEAR, _OWN = 4, 2, 2  # numbers of a header; a change of them changes what all processes must run
+_SAME, _NEAR, _OWN = 4, 2, 2  # numbers of a header
 _TOLERANCE = 1e-4  # of numbers that replicas may have with another rounding
 _T = TypeVar("_T")
 
@@ -144,8 +144,9 @@ class Ranks:
             at = 2 + i if i < exact else 2 + _SAME + 2 * (i - exact)
             allowed = 0.0 if i < exact else _TOLERANCE * float(table[:, at + 1].max())
             values = table[:, at]
-            # written so that a NaN disagrees
-            if not bool(((values - values[0]).abs() <= allowed).all()):
+            # Not finite on all of them is no disagreement: whoever asked will say what is wrong with it.
+            alike = (values == values[0]) | (values.isnan() & values[0].isnan())
+            if not bool((alike | ((values - values[0]).abs() <= allowed)).all()):
                 listed = ", ".join(f"{v:.10g}" for v in values.tolist())
                 return f"at {_STEPS[steps[0]]!r}, {name} is {listed} on ranks 0, 1, ..."
         return None

@@ -118,7 +118,7 @@ class DataParallelHessian(ParameterOperator):
             same["the batch's shape beyond its length, as a checksum,"] = checksum(shapes_of(local.batch))
         near = {"the sum of all parameters": _sum_and_scale(self.params.values())}
         self.ranks.agree(step, same=same, near=near, detail=[*names, *shapes_of(local.batch)])
-        # From the table that all have: the weights add up to one to the last bit everywhere.
+        # From the table that all have, so that all divide by the same total.
         counts = own[:, 0] if self.weighting == "examples" else torch.ones(self.ranks.size, dtype=torch.float64)
         self._weight = float(counts[self.ranks.rank] / counts.sum())
         self.loss = (own[:, 1] @ counts / counts.sum()).to(local.loss)
