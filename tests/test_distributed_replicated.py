@@ -58,6 +58,8 @@ def operators_agree(rank: int, world: int) -> dict[str, Any]:
         "product": error(A @ V, dense @ V),
         "form": error(A.quadratic_form(V), (V * (dense @ V)).sum(0)),
         "ggn": error(G @ V, ggn @ V),
+        "dense": error(A.to_dense(), dense),
+        "trace": abs(sk.trace(A, 3 * len(dense)).value / float(dense.trace()) - 1),
     }
     top = float(torch.linalg.eigvalsh(dense)[-1])
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)

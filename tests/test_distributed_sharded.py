@@ -80,6 +80,19 @@ def operators_agree(rank: int, world: int) -> dict[str, Any]:
         if ggn is not None:
             G = sk.ShardedGGN(model, problem.loss_fn, mine, time_limit=LIMIT)
             compare("ggn", (G @ v.t().contiguous()).t(), V @ ggn)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for refused in (
+            lambda: sk.trace(A),
+            lambda: sk.diagonal(A),
+            lambda: sk.spectral_density(A),
+            lambda: sk.layer_sharpness(A),
+            lambda: sk.generalised_sharpness(A, optimizer),
+            lambda: sk.update_curvature(A, optimizer, {}),
+            A.to_dense,
+            A.to_scipy,
+        ):
+            with pytest.raises(ValueError, match="whole vectors"):
+                refused()
         top = float(torch.linalg.eigvalsh(dense)[-1])
         found = {"lanczos": sk.lanczos(A, tol=1e-6)}
         if name == "mlp" and world == 2:

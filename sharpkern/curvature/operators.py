@@ -186,10 +186,14 @@ class GGNOperator(LossCurvature):
     """The generalised Gauss-Newton matrix J' (d2 loss / d output2) J; arguments as ``HessianOperator``.
 
     J is the derivative of the model's outputs (all tensors it returns) by the parameters, and the loss's second
-    derivative is taken by those outputs; so the model must not compute the loss itself.
+    derivative is taken by those outputs. A model that computes a loss of its own, as Hugging Face's do, is taken if
+    ``loss_fn`` computes the loss again from the other outputs:
+
+        GGNOperator(model, lambda output, batch: F.cross_entropy(output.logits, batch["labels"]), batch)
 
     Raises:
-        ValueError: as ``HessianOperator``; or a functional loss, which has no model output.
+        ValueError: as ``HessianOperator``; a functional loss, which has no model output; or ``loss_fn`` uses a loss
+            that the model has computed.
 
     Source: Schraudolph, Fast curvature matrix-vector products (2002).
     """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,6 +17,10 @@ class Space(Protocol):
     @property
     def n(self) -> int:
         """Length of a whole vector; the operator's own ``n`` is that of this process's part."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether each process holds the whole of every vector."""
 
     def total(self, partial: Tensor) -> Tensor:
         """Turn inner products of the parts into those of the whole vectors, the same bits on every process."""
@@ -67,6 +71,20 @@ class EigenResult:
 def space_of(op: SymmetricOperator) -> Space | None:
     """Return how processes share the operator's vectors; None where this process holds them alone."""
     return getattr(op, "space", None)
+
+
+def check_whole(op: Any, purpose: str) -> None:
+    """Check that this process holds the whole of the operator's vectors.
+
+    Raises:
+        ValueError: it holds a part, with which the purpose would give numbers of the part.
+    """
+    space = space_of(op)
+    if space is not None and not space.whole:
+        raise ValueError(
+            f"{purpose} needs whole vectors, and this operator's are sharded over processes: use the eigenvalue "
+            "solvers, or an operator of a model that is not under fully_shard."
+        )
 
 
 def dimension(op: SymmetricOperator) -> int:

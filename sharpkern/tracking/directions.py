@@ -80,8 +80,9 @@ def _follows_gradient(optimizer: torch.optim.Optimizer) -> bool:
 
 def _next_update(optimizer: torch.optim.Optimizer, gradients: Mapping[Tensor, Tensor]) -> dict[Tensor, Tensor] | None:
     try:
-        return next_update(inner_optimizer(optimizer), gradients)
-    except TypeError:  # it needs a closure, as LBFGS does
+        return next_update(optimizer, gradients, precise=False)
+    except (TypeError, RuntimeError):
+        # It needs a closure, as LBFGS does; or lr is 0, and the step is no multiple of it.
         return None
 
 

@@ -17,6 +17,7 @@ from ..curvature.preconditioned import PreconditionedOperator
 from ..curvature.wrappers import Kind
 from ..eigen.state import check_state
 from ..optimizers.preconditioner import Preconditioner, is_adaptive, threshold_preconditioner
+from ..optimizers.rules import learning_rate
 from ..optimizers.threshold import stability_threshold
 from ..rop import ReplayedProgram
 from ..rop.sandbox import kept_random_states
@@ -280,7 +281,7 @@ class SharpnessTracker:
         """
         self.load_state_dict(twin.state_dict())
         threshold, ratio = self._threshold_and_ratio()
-        return replace(record, lr=float(self.optimizer.param_groups[0]["lr"]), threshold=threshold, ratio=ratio)
+        return replace(record, lr=learning_rate(self.optimizer.param_groups[0]), threshold=threshold, ratio=ratio)
 
     def _differentiate(self, batch: Any, *, training: bool) -> dict[Tensor, Tensor]:
         try:
@@ -316,7 +317,7 @@ class SharpnessTracker:
     def _threshold_and_ratio(self) -> tuple[float | None, float | None]:
         if not self._has_threshold:
             return None, None
-        lr, kappa = float(self.optimizer.param_groups[0]["lr"]), stability_threshold(self.optimizer)
+        lr, kappa = learning_rate(self.optimizer.param_groups[0]), stability_threshold(self.optimizer)
         ratio = lr * self._deciding().value / kappa if self.products else None
         return kappa / lr if lr > 0 else math.inf, ratio
 
@@ -336,7 +337,7 @@ class SharpnessTracker:
         return Record(
             step=self._steps,
             loss=loss,
-            lr=float(self.optimizer.param_groups[0]["lr"]),
+            lr=learning_rate(self.optimizer.param_groups[0]),
             grad_norm=grad_norm,
             sharpness=math.nan if sharpness is None else sharpness.value,
             sharpness_error=math.nan if sharpness is None else sharpness.doubt(self._steps),

@@ -15,6 +15,7 @@ from ..curvature.losses import LossModule, NonFiniteLossError
 from ..curvature.parameters import trainable
 from ..curvature.wrappers import check_one_process, unwrapped
 from ..optimizers.next_update import next_update
+from ..optimizers.rules import learning_rate, rule_of
 
 _FLAT = 1e-6  # a bracket this narrow (relative) is not halved further, whatever the rise: the loss jumps there
 
@@ -100,7 +101,8 @@ def critical_learning_rate(
     Raises:
         ValueError: an argument is out of range, the loss is no scalar, the model shares no parameter with the
             optimizer.
-        TypeError: an optimizer whose step needs a closure.
+        TypeError: an optimizer whose step needs a closure, or is no multiple of its learning rate (Adafactor,
+            schedule-free).
         NonFiniteLossError: the loss before the step is NaN or infinite.
         RuntimeError: the first group's lr is 0 and another's is not, so their ratio is unknown.
 
@@ -116,7 +118,8 @@ def critical_learning_rate(
     >>> round(c.lower, 2), round(c.value, 2)
     (1.0, 1.0)
     """
-    first = float(optimizer.param_groups[0]["lr"])
+    _check_proportional(optimizer)
+    first = learning_rate(optimizer.param_groups[0])
     if isinstance(start, CriticalLR):
         # An update that did not descend (0) or was zero (infinite) says nothing of where to look next.
         start = start.value if 0 < start.value < math.inf else None
@@ -167,6 +170,19 @@ def critical_learning_rate(
     capped = high == math.inf
     change = 0.0 if capped else (highest - line.loss) / abs(line.loss) if line.loss else math.inf
     return CriticalLR(low if capped else high, low, line.loss, change, passes, capped)
+
+
+def _check_proportional(optimizer: torch.optim.Optimizer) -> None:
+    """Refuse an optimizer whose steps at other rates do not lie on the line ``theta - eta D``."""
+    try:
+        proportional = rule_of(optimizer).scales_with_lr
+    except TypeError:  # most optimizers are proportional, and one that nobody knows is the caller's to judge
+        return
+    if not proportional:
+        raise TypeError(
+            f"the step of {type(optimizer).__name__} is no multiple of its learning rate, so one step does not tell "
+            "where larger ones lead: search with SGD or Adam."
+        )
 
 
 class _Line:

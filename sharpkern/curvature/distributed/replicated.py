@@ -184,6 +184,8 @@ class DataParallelGGN(DataParallelHessian):
 class _Replicas:
     """Whole vectors on every process: products agree to the last bit, so inner products do; random starts are sent."""
 
+    whole = True
+
     def __init__(self, ranks: Ranks, op: DataParallelHessian) -> None:
         self.ranks, self.op = ranks, op
 

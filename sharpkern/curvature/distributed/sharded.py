@@ -214,6 +214,8 @@ class ShardedGGN(ShardedHessian):
 class _Sharded:
     """Vectors of which each process holds a part."""
 
+    whole = False
+
     def __init__(self, ranks: Ranks, shards: list[Shard], dtype: torch.dtype, device: torch.device) -> None:
         self.ranks, self.shards, self.dtype, self.device = ranks, shards, dtype, device
         self.n: int = sum(s.parameter.numel() for s in shards)
