@@ -16,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 
 import sharpkern as sk
 
-LIMIT = 20.0
+LIMIT = 40.0
 ce = nn.functional.cross_entropy
 
 
@@ -138,10 +138,10 @@ def dies(rank: int, world: int) -> Any:
 
 
 def is_late(rank: int, world: int) -> Any:
-    A = sk.DataParallelHessian(net(), ce, data(), time_limit=2.0, verify=False)
+    A = sk.DataParallelHessian(net(), ce, data(), time_limit=4.0, verify=False)
     start = time.monotonic()
     if rank == 1:
-        time.sleep(6.0)
+        time.sleep(9.0)
     return outcome(lambda: A.matvec(torch.ones(26, dtype=torch.float64))), time.monotonic() - start
 
 
@@ -188,8 +188,8 @@ def test_a_rank_that_dies_is_an_error_on_the_others(seed: int) -> None:
 
 def test_a_rank_that_is_late_is_an_error_everywhere(seed: int) -> None:
     for message, seconds in results(is_late, 2, seed):
-        assert "did not come within 2 seconds" in message, message
-        assert seconds < 15
+        assert "did not come within 4 seconds" in message, message
+        assert seconds < 30
 
 
 def test_a_rank_that_fails_or_strays_between_gathers_is_an_error_everywhere(seed: int) -> None:
