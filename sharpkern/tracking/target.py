@@ -89,6 +89,7 @@ class Target:
         """
         if self.chunk is not None and not isinstance(batch, MicroBatches):
             batch = MicroBatches.split(batch, self.chunk)
+        # A loop may change from one form to the other, as for its last, shorter batch.
         if self.hessian is not None and isinstance(self.hessian, ChunkedHessian) == isinstance(batch, MicroBatches):
             self.hessian.refresh(batch, update_buffers=training)
         else:
@@ -156,6 +157,7 @@ class Target:
         order = [(name, p.shape) for name, p in params.items()]
         fits = self.order is None or order == self.order
         if not fits:
+            # The probe's operator holds the old parameters, and would go on with them without a word.
             self._instead = None
         self.order = order
         return fits

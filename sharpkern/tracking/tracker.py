@@ -156,6 +156,7 @@ class SharpnessTracker:
                 the tracker was made for a part of the parameters.
         """
         start = time.perf_counter()
+        # Before anything runs: a step that set some gradients and left stale ones elsewhere would train on both.
         if not self._target.whole_model():
             raise ValueError(
                 "step() sets the gradient of every trainable parameter, but params= names a part of them: use "
@@ -201,6 +202,7 @@ class SharpnessTracker:
         if status == "carried" and not self.directions:
             self._steps += 1
             return self._left(self._record(math.nan, math.nan, status))
+        # The program draws the dropout masks that the eager model would, so it moves the generators as far.
         with kept_random_states({p.device for p in self.model.parameters()}):
             batch_gradients = self._differentiate(batch, training=False)
         stepped = gradients_to_step_with(batch_gradients, gradients)
@@ -219,6 +221,7 @@ class SharpnessTracker:
         if status in ("bounded", "carried") and self._decisive() not in self._following.followed:
             status = "measured"  # parameters were replaced since the choice, so there is nothing to carry
         along = self._measures_directions(status)
+        # Made once: the preconditioned operator and the norm of the update are about the same P.
         P = None
         if self._decisive() != "sharpness" and (along or status in ("measured", "bounded")):
             P = threshold_preconditioner(self.optimizer, gradients)
