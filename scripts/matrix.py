@@ -49,7 +49,7 @@ def install(python: str, torch: str) -> Path:
     folder = ROOT / ".venv-matrix" / f"python{version}-torch{torch}"
     subprocess.run([python, "-m", "venv", folder], check=True)
     inside = folder / "bin" / "python"
-    pip = [inside, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", f"torch=={torch}"]
+    pip = [inside, "-m", "pip", "install", "--quiet", "--no-compile", "--disable-pip-version-check", f"torch=={torch}"]
     if subprocess.run([*pip, *BUILD]).returncode:
         raise Skipped(f"pip could not install torch {torch} for Python {version}, and says why above")
     subprocess.run([*pip, "--no-build-isolation", "--editable", f"{ROOT}[test]"], check=True)
