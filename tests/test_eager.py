@@ -55,7 +55,7 @@ SEEN = {
     "tensor hook": (lambda: Apply(hooked), "gradient hook"),
     "fft": (lambda: Apply(lambda x: torch.fft.fft(x).abs()), "complex"),
     "view as complex": (lambda: Apply(turned), "complex"),
-    "own generator": (lambda: Apply(noisy), "torch.Generator of its own"),
+    "own generator": (lambda: Apply(noisy), "Generator"),  # torch 2.11 names the class, with the line
     "branch on a value": (lambda: Apply(lambda x: x.tanh() if x.detach().sum().item() > -1e9 else x), "test_eager.py"),
 }  # fmt: skip
 
