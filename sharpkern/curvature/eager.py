@@ -66,9 +66,11 @@ def run_eagerly(
         # Not ``backward()``, which would add to ``p.grad``. Unused parameters have no gradient, which is no error in
         # eager training.
         gradients = torch.autograd.grad(loss, tensors, allow_unused=True)
+        # An embedding with ``sparse=True`` has a sparse one.
+        dense = [g if g is None or g.layout is torch.strided else g.to_dense() for g in gradients]
         # Inside the block, after which the module has its old buffers back.
         buffers = {name: b.detach().clone() for name, b in module.named_buffers()}
-    return EagerPass(loss.detach(), list(gradients), buffers, list(dict.fromkeys(unseen)), draws)
+    return EagerPass(loss.detach(), dense, buffers, list(dict.fromkeys(unseen)), draws)
 
 
 def run_forward(module: nn.Module, batch: Any, params: Mapping[str, Tensor], others: Sequence[nn.Module] = ()) -> None:
