@@ -5,7 +5,7 @@
 Processor seconds, the smallest of interleaved rounds. A first step is that of a program just built: its primal sweeps
 run once and are recorded; with the gate an eager pass and a comparison come before. What it shares with an export that
 nothing checks, the export above all, is in neither. A refresh is a replay of the primal sweeps, and its look for
-changes a part of it.
+changes a part of it; a step that is measured has a product at least.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def seconds(case: Case, rounds: int) -> dict[str, float]:
     assert isinstance(H.engine, ReplayedProgram), "this model is to have a program"
     module, engines, graph = H.module, H._engines, H.engine.program.graph
     leaves, spec = pytree.tree_flatten(case.batch)
-    params = list(H.params.values())
+    params, v = list(H.params.values()), torch.randn(H.n)
 
     def gradient() -> None:
         torch.autograd.grad(case.loss_fn(case.model(case.batch[0]), case.batch[1]), params)
@@ -108,6 +108,7 @@ def seconds(case: Case, rounds: int) -> dict[str, float]:
         "eager pass": timed(lambda: run_eagerly(module, case.batch, H.params)),
         "look": timed(look, _LOOKS),
         "refresh": timed(H.refresh),
+        "product": timed(lambda: H @ v),
         "check": timed(check),
     }
     return {name: min(times) for name, times in interleave(parts, rounds).items()}
@@ -125,6 +126,7 @@ def row(case: Case, rounds: int) -> str:
         f"{s['look'] / s['refresh']:.2%}",
         f"{s['check'] / s['gradient']:.2f}",
         f"{s['check'] / (CHECK_EVERY * s['refresh']):.2%}",
+        f"{s['check'] / (CHECK_EVERY * (s['refresh'] + s['product'])):.2%}",
     ]
     return f"| {case.name} | " + " | ".join(cells) + " |"
 
@@ -134,7 +136,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     rounds = parser.parse_args().rounds
     heads = ["model", "one gradient", "first step's gate, in gradients", "of it the eager pass", "look for changes"]
-    heads += ["of a refresh", "comparison, in gradients", f"of {CHECK_EVERY} refreshes"]
+    heads += ["of a refresh", "comparison, in gradients", f"of {CHECK_EVERY} refreshes", "with a product each"]
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads\n")
     print(f"| {' | '.join(heads)} |\n" + "|---" * len(heads) + "|")
     for case in cases():

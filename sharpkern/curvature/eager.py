@@ -67,7 +67,7 @@ def run_eagerly(
         # eager training.
         gradients = torch.autograd.grad(loss, tensors, allow_unused=True)
         # An embedding with ``sparse=True`` has a sparse one.
-        dense = [g if g is None or g.layout is torch.strided else g.to_dense() for g in gradients]
+        dense: list[Tensor | None] = [g if g is None or g.layout is torch.strided else g.to_dense() for g in gradients]
         # Inside the block, after which the module has its old buffers back.
         buffers = {name: b.detach().clone() for name, b in module.named_buffers()}
     return EagerPass(loss.detach(), dense, buffers, list(dict.fromkeys(unseen)), draws)
@@ -85,7 +85,7 @@ def run_forward(module: nn.Module, batch: Any, params: Mapping[str, Tensor], oth
         module(batch)
 
 
-def _forget(_: Any) -> None:
+def _forget(_: Any) -> Any:
     return None
 
 
