@@ -17,6 +17,13 @@ if TYPE_CHECKING:
     from .curvature.chunked import ChunkedHessian as ChunkedHessian
     from .curvature.chunked import MicroBatches as MicroBatches
     from .curvature.dataset import DatasetHessian as DatasetHessian
+    from .curvature.distributed.choose import hessian_of as hessian_of
+    from .curvature.distributed.group import DistributedError as DistributedError
+    from .curvature.distributed.replicated import DataParallelGGN as DataParallelGGN
+    from .curvature.distributed.replicated import DataParallelHessian as DataParallelHessian
+    from .curvature.distributed.sharded import ShardedGGN as ShardedGGN
+    from .curvature.distributed.sharded import ShardedHessian as ShardedHessian
+    from .curvature.fisher import EmpiricalFisherOperator as EmpiricalFisherOperator
     from .curvature.losses import NonFiniteLossError as NonFiniteLossError
     from .curvature.operators import GGNOperator as GGNOperator
     from .curvature.operators import HessianOperator as HessianOperator
@@ -42,6 +49,11 @@ if TYPE_CHECKING:
     from .eigen import lanczos as lanczos
     from .eigen import lobpcg as lobpcg
     from .eigen import power_iteration as power_iteration
+    from .optimizers.geometry import GeneralisedSharpness as GeneralisedSharpness
+    from .optimizers.geometry import UpdateCurvature as UpdateCurvature
+    from .optimizers.geometry import generalised_sharpness as generalised_sharpness
+    from .optimizers.geometry import generalised_threshold as generalised_threshold
+    from .optimizers.geometry import update_curvature as update_curvature
     from .optimizers.gi_adam import GIAdam as GIAdam
     from .optimizers.norms import dead_units as dead_units
     from .optimizers.norms import optimizer_norms as optimizer_norms
@@ -49,6 +61,13 @@ if TYPE_CHECKING:
     from .optimizers.preconditioner import preconditioner as preconditioner
     from .optimizers.threshold import stability_threshold as stability_threshold
     from .rop import UnsupportedOpError as UnsupportedOpError
+    from .spectrum.density import SpectralDensity as SpectralDensity
+    from .spectrum.density import spectral_density as spectral_density
+    from .spectrum.diagonal import diagonal as diagonal
+    from .spectrum.layers import BlockOperator as BlockOperator
+    from .spectrum.layers import layer_sharpness as layer_sharpness
+    from .spectrum.probes import Estimate as Estimate
+    from .spectrum.trace import trace as trace
     from .tracking.record import Record as Record
     from .tracking.tracker import SharpnessTracker as SharpnessTracker
     from .warmup.critical import CriticalLR as CriticalLR
@@ -80,15 +99,32 @@ _HOME = {
     "eigen": ("Certificate", "EigenResult", "certify", "lanczos", "lobpcg", "power_iteration"),
     "curvature.parameters": ("flatten", "unflatten"),
     "curvature.sharpness": ("Sharpness", "preconditioned_sharpness", "sharpness"),
+    "curvature.distributed.choose": ("hessian_of",),
+    "curvature.distributed.group": ("DistributedError",),
+    "curvature.distributed.replicated": ("DataParallelGGN", "DataParallelHessian"),
+    "curvature.distributed.sharded": ("ShardedGGN", "ShardedHessian"),
+    "curvature.fisher": ("EmpiricalFisherOperator",),
     "curvature.losses": ("NonFiniteLossError",),
     "curvature.operators": ("GGNOperator", "HessianOperator"),
     "curvature.preconditioned": ("PreconditionedOperator",),
+    "optimizers.geometry": (
+        "GeneralisedSharpness",
+        "UpdateCurvature",
+        "generalised_sharpness",
+        "generalised_threshold",
+        "update_curvature",
+    ),
     "optimizers.gi_adam": ("GIAdam",),
     "optimizers.norms": ("dead_units", "optimizer_norms"),
     "warmup.persistent": ("PersistentCatapultLR",),
     "optimizers.preconditioner": ("Preconditioner", "preconditioner"),
     "rop": ("UnsupportedOpError",),
     "warmup.suggest": ("WarmupSuggestion", "suggest_warmup"),
+    "spectrum.density": ("SpectralDensity", "spectral_density"),
+    "spectrum.diagonal": ("diagonal",),
+    "spectrum.layers": ("BlockOperator", "layer_sharpness"),
+    "spectrum.probes": ("Estimate",),
+    "spectrum.trace": ("trace",),
     "tracking.record": ("Record",),
     "tracking.tracker": ("SharpnessTracker",),
     "optimizers.threshold": ("stability_threshold",),

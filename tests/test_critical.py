@@ -356,3 +356,9 @@ def test_half_precision_parameters() -> None:
         torch.optim.SGD(twin.parameters(), lr=0.1),
     )
     assert c.value == pytest.approx(exact.value, rel=0.3)
+
+
+def test_a_step_that_is_no_multiple_of_the_rate_is_refused() -> None:
+    model, loss_fn, batch = PROBLEMS["mlp"]()
+    with pytest.raises(TypeError, match="the step of Adafactor is no multiple of its learning rate"):
+        sk.critical_learning_rate(model, loss_fn, batch, torch.optim.Adafactor(model.parameters(), lr=0.1))

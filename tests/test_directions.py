@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import warnings
 
+import optimizer_twins as twins
 import pytest
 import torch
 from problems import Problem, dense_hessian, double, loss_and_gradient, mlp
@@ -109,3 +111,35 @@ def test_an_optimizer_that_needs_a_closure_has_a_batch_sharpness_only() -> None:
         tracker = sk.SharpnessTracker(problem.model, problem.loss_fn, optimizer, products=False)
     record = tracker.step(problem.batch)
     assert record.batch_sharpness is not None and record.update_curvature is None and record.threshold is None
+
+
+@pytest.mark.parametrize("name", ["lion", "muon", "adafactor", "schedule-free"])
+def test_optimizers_without_a_plain_diagonal_have_a_curvature_along_their_step(name: str) -> None:
+    problem = double(mlp())
+    matrices = [p for p in problem.model.parameters() if p.ndim == 2]
+    for p in problem.model.parameters():
+        p.requires_grad_(p.ndim == 2 or name != "muon")
+    parameters = matrices if name == "muon" else list(problem.model.parameters())
+    optimizer = {
+        "lion": lambda: twins.Lion(parameters, lr=1e-3),
+        "muon": lambda: torch.optim.Muon(parameters, lr=1e-3, weight_decay=0.0),
+        "adafactor": lambda: twins.Adafactor(parameters),  # its lr is None
+        "schedule-free": lambda: twins.AdamWScheduleFree(parameters, lr=1e-3),
+    }[name]()
+    twins.begin(optimizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a threshold that is not known
+        tracker = sk.SharpnessTracker(problem.model, problem.loss_fn, optimizer, directions=True, tol=1e-4)
+    for _ in range(2):
+        dense, before = dense_hessian(problem), flat(parameters)
+        record = tracker.step(problem.batch)
+        optimizer.step()
+        u = before - flat(parameters)
+        assert record.sharpness == pytest.approx(float(torch.linalg.eigvalsh(dense)[-1]), rel=1e-4)
+        along = float(u @ dense @ u / u.dot(u))
+        if name in ("lion", "muon"):
+            assert record.threshold is None and record.ratio is None
+            assert record.update_curvature == pytest.approx(along, rel=1e-5 if name == "lion" else 0.05)
+        else:  # in the norm of P, so only the sign is that of the Euclidean one
+            assert record.update_curvature * along > 0
+            assert record.update_curvature <= record.preconditioned_sharpness * (1 + 1e-3)

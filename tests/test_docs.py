@@ -9,7 +9,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 WRITTEN_BY_A_RUN = {"config.toml"}
 # Old paths are named there on purpose.
 HISTORY = re.compile(r"^## Where things moved\n.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
@@ -38,7 +38,7 @@ def test_a_lost_link_and_a_lost_path_are_seen() -> None:
     ]
 
 
-@pytest.mark.parametrize("name", ["correctness.md", "index.md"])
+@pytest.mark.parametrize("name", ["correctness.md", "index.md", "spectra.md"])
 def test_python_blocks_run(name: str) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / name).read_text(), re.DOTALL)
     assert blocks

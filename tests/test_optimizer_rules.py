@@ -1,185 +1,27 @@
-"""The table of optimizers, against the steps that the optimizers really take and the quadratics they diverge on."""
+"""The table: which class has which rule, what is refused and why, and who reads it. The rows have their own tests."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Iterator
 from typing import Any
 
+import optimizer_twins as twins
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import sharpkern as sk
 from sharpkern.optimizers import rules
-from sharpkern.optimizers.preconditioner import is_adaptive, threshold_preconditioner
+from sharpkern.optimizers.next_update import next_update
+from sharpkern.optimizers.preconditioner import is_adaptive
+from sharpkern.optimizers.rules import table
 from sharpkern.optimizers.threshold import minibatch_thresholds
 
 F64 = torch.float64
-Make = Callable[[Any, float], torch.optim.Optimizer]
-
-STEPS: dict[str, tuple[Make, bool]] = {  # whether the step is by the first moment, else by the gradient
-    "adagrad": (lambda ps, lr: torch.optim.Adagrad(ps, lr, eps=1e-3), False),
-    "adagrad, all options": (
-        lambda ps, lr: torch.optim.Adagrad(
-            ps, lr, lr_decay=0.3, weight_decay=0.2, initial_accumulator_value=0.4, maximize=True
-        ),
-        False,
-    ),
-    "adamax": (lambda ps, lr: torch.optim.Adamax(ps, lr, betas=(0.8, 0.7), eps=1e-3), True),
-    "adamax, decay": (lambda ps, lr: torch.optim.Adamax(ps, lr, weight_decay=0.3, maximize=True), True),
-    "radam": (lambda ps, lr: torch.optim.RAdam(ps, lr, betas=(0.8, 0.99), eps=1e-3), True),
-    "radam, decay": (lambda ps, lr: torch.optim.RAdam(ps, lr, betas=(0.9, 0.95), weight_decay=0.3), True),
-    "rmsprop, centered ascent": (lambda ps, lr: torch.optim.RMSprop(ps, lr, centered=True, maximize=True), False),
-}
-
-
-@pytest.mark.parametrize("name", STEPS)
-def test_the_real_step_is_the_moment_or_the_gradient_over_p(name: str) -> None:
-    make, by_moment = STEPS[name]
-    p = nn.Parameter(torch.randn(3, 4, dtype=F64))
-    optimizer = make([p], 0.03)
-    group = optimizer.param_groups[0]
-    for _ in range(12):  # RAdam begins to use its second moment at the sixth
-        p.grad = torch.randn_like(p) * torch.logspace(-2, 1, 12, dtype=F64).reshape(3, 4)
-        g = (-p.grad if group["maximize"] else p.grad) + group["weight_decay"] * p.detach()
-        promised = sk.preconditioner(optimizer, gradients="next").diagonal()
-        before = p.detach().clone()
-        optimizer.step()
-        P = sk.preconditioner(optimizer).diagonal()
-        numerator = optimizer.state[p]["exp_avg"] if by_moment else g
-        torch.testing.assert_close((p.detach() - before).reshape(-1), -0.03 * numerator.reshape(-1) / P)
-        torch.testing.assert_close(promised, P)
-
-
-def test_radam_with_decoupled_decay_shrinks_the_weights_besides() -> None:
-    p = nn.Parameter(torch.randn(7, dtype=F64))
-    optimizer = torch.optim.RAdam([p], 0.03, betas=(0.9, 0.95), weight_decay=0.4, decoupled_weight_decay=True)
-    for _ in range(9):
-        p.grad = torch.randn_like(p)
-        before = p.detach().clone()
-        optimizer.step()
-        P = sk.preconditioner(optimizer).diagonal()
-        torch.testing.assert_close(p.detach(), (1 - 0.03 * 0.4) * before - 0.03 * optimizer.state[p]["exp_avg"] / P)
-
-
-def freeze(optimizer: torch.optim.Optimizer, keys: tuple[str, ...], value: float) -> None:
-    """Give second moments a size beside which no gradient counts, at an age when all corrections are 1."""
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            state = {key: torch.full_like(p, value) for key in keys}
-            optimizer.state[p] = {"step": torch.tensor(1e30), "exp_avg": torch.zeros_like(p), **state}
-
-
-def growth(optimizer: torch.optim.Optimizer, H: Tensor) -> float:
-    """Run an optimizer on ``x'Hx/2``; return its largest distance in the last steps over the first one."""
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    start, recent = float(sk.flatten(params).detach().norm()), []
-    for _ in range(4000):
-        gradients = (H @ sk.flatten(params).detach()).split([p.numel() for p in params])
-        for p, g in zip(params, gradients, strict=True):
-            p.grad = g.clone()
-        optimizer.step()
-        recent = [*recent[-7:], float(sk.flatten(params).detach().norm()) / start]
-        if recent[-1] > 1e4:
-            break
-    return max(recent)
-
-
-FROZEN: dict[str, tuple[Make, tuple[str, ...]]] = {
-    "adagrad": (lambda ps, lr: torch.optim.Adagrad(ps, lr), ("sum",)),
-    "adamax": (lambda ps, lr: torch.optim.Adamax(ps, lr, betas=(0.8, 1 - 1e-16)), ("exp_inf",)),
-    "radam": (lambda ps, lr: torch.optim.RAdam(ps, lr, betas=(0.7, 1 - 1e-16)), ("exp_avg_sq",)),
-    "radam, decay": (
-        lambda ps, lr: torch.optim.RAdam(
-            ps, lr, betas=(0.7, 1 - 1e-16), weight_decay=1e-12, decoupled_weight_decay=True
-        ),
-        ("exp_avg_sq",),
-    ),
-}
-
-
-@pytest.mark.parametrize("name", FROZEN)
-def test_with_p_frozen_it_contracts_just_below_the_threshold_and_grows_just_above(name: str) -> None:
-    make, keys = FROZEN[name]
-    for factor in (0.98, 1.02):
-        x, h, lr = nn.Parameter(torch.tensor([1.3], dtype=F64)), 2.3, 1e9
-        for _ in range(50):  # lr * h / P = factor * kappa, where weight decay makes kappa depend on lr
-            optimizer = make([x], lr)
-            freeze(optimizer, keys, 1e20)
-            lr = factor * sk.stability_threshold(optimizer) * float(sk.preconditioner(optimizer).diagonal()) / h
-        optimizer = make([x], lr)
-        freeze(optimizer, keys, 1e20)
-        assert (growth(optimizer, torch.tensor([[h]], dtype=F64)) > 1e2) == (factor > 1)
-        assert factor > 1 or abs(x.item()) < 1e-2
-
-
-@pytest.mark.parametrize("make", [torch.optim.Adagrad, torch.optim.Adamax, torch.optim.RAdam])
-def test_the_first_step_overshoots_exactly_beyond_its_own_threshold(make: Any) -> None:
-    for factor in (0.98, 1.02):
-        x = nn.Parameter(torch.tensor([1.7], dtype=F64))
-        x.grad = 2.3 * x.detach()
-        curvature = 2.3 / float(sk.preconditioner(make([x]), gradients="next").diagonal())
-        make([x], lr=factor * sk.stability_threshold(make([x]), first_step=True) / curvature).step()
-        assert (abs(x.item()) > 1.7) == (factor > 1)
-
-
-def momenta(ps: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
-    return torch.optim.SGD(
-        [
-            {"params": ps[:1], "momentum": 0.9},
-            {"params": ps[1:2], "lr": 3 * lr, "momentum": 0.6, "nesterov": True, "weight_decay": 0.2},
-            {"params": ps[2:], "lr": 0.5 * lr, "momentum": 0.3, "dampening": 0.2},
-        ],
-        lr=lr,
-    )
-
-
-def betas(ps: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
-    optimizer = torch.optim.AdamW(
-        [{"params": ps[:1]}, {"params": ps[1:2], "lr": 0.2 * lr, "betas": (0.5, 1 - 1e-16)}, {"params": ps[2:]}],
-        lr=lr,
-        betas=(0.9, 1 - 1e-16),
-        weight_decay=3e-7,
-    )
-    optimizer.param_groups[2]["weight_decay"] = 0.0
-    freeze(optimizer, ("exp_avg_sq",), 4e10)
-    return optimizer
-
-
-GROUPS: dict[str, Make] = {
-    "rates": lambda ps, lr: torch.optim.SGD([{"params": ps[:2]}, {"params": ps[2:], "lr": 10 * lr}], lr=lr),
-    "decay": lambda ps, lr: torch.optim.SGD(
-        [{"params": ps[:2], "weight_decay": 0.7}, {"params": ps[2:]}], lr=lr, momentum=0.5
-    ),
-    "momenta": momenta,
-    "betas": betas,
-}
-
-
-@pytest.mark.parametrize("name", GROUPS)
-def test_one_ratio_holds_for_groups_that_differ(name: str) -> None:
-    """Just below ratio 1 the optimizer converges on a random quadratic, just above it diverges."""
-    make = GROUPS[name]
-    A = torch.randn(6, 6, dtype=F64)
-    H = A @ A.t() + 0.3 * torch.eye(6, dtype=F64)
-
-    def build(lr: float) -> torch.optim.Optimizer:
-        return make([nn.Parameter(torch.randn(n, dtype=F64)) for n in (2, 1, 3)], lr)
-
-    def ratio(lr: float) -> float:
-        optimizer = build(lr)
-        s = threshold_preconditioner(optimizer).inv_sqrt()
-        return lr * float(torch.linalg.eigvalsh(s[:, None] * H * s)[-1]) / sk.stability_threshold(optimizer)
-
-    low, high = 0.0, 1e-3
-    while ratio(high) < 1:
-        low, high = high, 2 * high
-    for _ in range(50):
-        middle = (low + high) / 2
-        low, high = (middle, high) if ratio(middle) < 1 else (low, middle)
-    assert is_adaptive(build(high))
-    assert growth(build(0.97 * high), H) < 1e-2
-    assert growth(build(1.03 * high), H) > 1e2
 
 
 class TwoWeights(nn.Module):
@@ -245,7 +87,7 @@ class Begun(torch.optim.RMSprop):
 
 @pytest.fixture
 def restored(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rules, "_RULES", dict(rules._RULES))
+    monkeypatch.setattr(table, "_RULES", dict(table._RULES))
 
 
 def test_a_subclass_follows_its_parent_only_while_it_leaves_the_step_alone() -> None:
@@ -302,6 +144,112 @@ def test_the_allowed_rise_is_ten_times_smaller_for_adaptive_optimizers() -> None
     p = [nn.Parameter(torch.zeros(1))]
     assert rules.rule_of(torch.optim.SGD(p)).rise == 0.1
     assert {rules.rule_of(make(p)).rise for make in (torch.optim.Adam, sk.GIAdam, torch.optim.RMSprop)} == {0.01}
+
+
+READERS = (sk.stability_threshold, sk.preconditioner, is_adaptive)
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (torch.optim.SparseAdam, "rows that had a gradient"), (torch.optim.ASGD, "a schedule of its own"),
+        (torch.optim.LBFGS, "needs a closure"), (torch.optim.Rprop, "a sign times a step size"),
+    ],
+)  # fmt: skip
+def test_what_can_have_no_rule_is_refused_with_the_reason(make: Any, reason: str) -> None:
+    optimizer = make([nn.Parameter(torch.zeros(1))])
+    for read in READERS:
+        with pytest.raises(TypeError, match=f"is known for {make.__name__}: .*{reason}"):
+            read(optimizer)
+
+
+def test_an_unknown_class_is_refused_with_those_that_are_known() -> None:
+    class Unheard(torch.optim.Optimizer):
+        pass
+
+    optimizer = Unheard([nn.Parameter(torch.zeros(1))], {})
+    for read in READERS:
+        with pytest.raises(TypeError, match=r"for Unheard; supported: SGD, Adam, .*transformers\.optimization\.Adafac"):
+            read(optimizer)
+
+
+def test_lion_and_muon_have_no_p_and_the_message_names_what_they_have() -> None:
+    for make in (torch.optim.Muon, twins.Lion, twins.TimmLion):
+        optimizer = make([nn.Parameter(torch.zeros(2, 2))])
+        assert rules.rule_of(optimizer).geometry == ("spectral" if make is torch.optim.Muon else "sign")
+        for read in READERS:
+            with pytest.raises(TypeError, match="no diagonal preconditioner.*update_curvature.*generalised_sharpness"):
+                read(optimizer)
+
+
+def test_another_version_of_a_package_is_not_taken_for_the_one_known() -> None:
+    """schedulefree before 1.3 has no ``scheduled_lr``, and puts eps elsewhere."""
+    optimizer = twins.AdamWScheduleFree([nn.Parameter(torch.zeros(1))])
+    assert rules.rule_of(copy.deepcopy(optimizer)).kappa is not None
+    del optimizer.defaults["scheduled_lr"]
+    with pytest.raises(TypeError, match=r"AdamWScheduleFree has other options.*\['scheduled_lr'\]"):
+        sk.stability_threshold(optimizer)
+    newer = twins.Lion([nn.Parameter(torch.zeros(1))])
+    newer.defaults["cautious"] = True
+    with pytest.raises(TypeError, match=r"Lion has other options.*\['cautious'\]"):
+        rules.rule_of(newer)
+
+
+def test_a_class_of_the_same_name_elsewhere_is_not_recognised() -> None:
+    class Lion(twins.Lion):
+        def step(self, closure: Any = None) -> None:
+            """Something else."""
+
+    optimizer = Lion([nn.Parameter(torch.zeros(1))])
+    with pytest.raises(TypeError, match="Lion overrides step of Lion"):
+        rules.rule_of(optimizer)
+
+
+def test_groups_that_climb_and_descend_have_no_one_threshold() -> None:
+    p, q = (nn.Parameter(torch.zeros(1)) for _ in range(2))
+    saddle = torch.optim.Adam([{"params": [p], "maximize": True}, {"params": [q]}])
+    with pytest.raises(ValueError, match="maximize differs between parameter groups"):
+        sk.stability_threshold(saddle)
+
+
+@pytest.fixture(params=[1, 2])
+def ranks(request: pytest.FixtureRequest) -> Iterator[int]:
+    """A process group in which other ranks exist in name only."""
+    dist.init_process_group("fake", rank=0, world_size=request.param, store=FakeStore())
+    yield request.param
+    dist.destroy_process_group()
+
+
+def test_a_sharded_optimizer_is_looked_through_on_one_rank_and_refused_on_two(ranks: int) -> None:
+    params = [nn.Parameter(torch.randn(3, dtype=F64)) for _ in range(4)]
+    for p in params:
+        p.grad = torch.randn_like(p)
+    sharded = ZeroRedundancyOptimizer(params, optimizer_class=torch.optim.AdamW, lr=0.1)
+    if ranks == 2:
+        for read in (*READERS, lambda o: next_update(o, {p: p.grad for p in params})):
+            with pytest.raises(TypeError, match="has no state for 2 of its parameters"):
+                read(sharded)
+        return
+    plain = torch.optim.AdamW(params, lr=0.1)
+    sharded.step()
+    plain.step()
+    sharded.param_groups[0]["weight_decay"] = plain.param_groups[0]["weight_decay"] = 0.5  # not handed on yet
+    assert sk.stability_threshold(sharded) == sk.stability_threshold(plain)
+    got, want = (sk.preconditioner(o, gradients="next").diagonal() for o in (sharded, plain))
+    torch.testing.assert_close(got, want)
+    mine, theirs = (next_update(o, {p: p.grad for p in params}) for o in (sharded, plain))
+    for p in params:
+        torch.testing.assert_close(mine[p], theirs[p])
+
+
+def test_the_tracker_reports_no_threshold_where_there_is_none() -> None:
+    model = nn.Linear(3, 2, bias=False).double()
+    batch = torch.randn(5, 3, dtype=F64), torch.randn(5, 2, dtype=F64)
+    for optimizer in (torch.optim.Muon(model.parameters()), twins.Lion(model.parameters())):
+        with pytest.warns(UserWarning, match="reports no threshold: "):
+            tracker = sk.SharpnessTracker(model, nn.functional.mse_loss, optimizer)
+        record = tracker.step(batch)
+        assert record.threshold is None and record.ratio is None and record.sharpness > 0
 
 
 def test_plateaus_of_the_batch_sharpness_are_known_for_sgd_only() -> None:

@@ -288,13 +288,8 @@ def test_zero_p_and_bad_gradients_are_errors() -> None:
         sk.preconditioner(torch.optim.Adam(params), gradients="last")
 
 
-def test_unknown_optimizers_are_refused_by_name() -> None:
+def test_adaptive_is_what_has_a_p() -> None:
     params = parameters()
-    for unknown in (torch.optim.Rprop(params), torch.optim.NAdam(params), torch.optim.ASGD(params)):
-        with pytest.raises(TypeError, match=f"{type(unknown).__name__}; supported: SGD, Adam, AdamW"):
-            sk.preconditioner(unknown)
-        with pytest.raises(TypeError, match=type(unknown).__name__):
-            is_adaptive(unknown)
     assert not is_adaptive(torch.optim.SGD(params, lr=1.0, momentum=0.5))
     assert is_adaptive(torch.optim.AdamW(params))
     assert is_adaptive(torch.optim.RMSprop(params))

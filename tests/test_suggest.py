@@ -195,5 +195,5 @@ def test_hopeless_problems_say_why() -> None:
         sk.suggest_warmup(model, lambda o, t: 0 * (o - t).square().mean(), (x, y), sgd)
     with pytest.raises(sk.NonFiniteLossError):
         sk.suggest_warmup(model, half_mean_squares, (x * float("nan"), y), sgd)
-    with pytest.raises(TypeError, match="no stability threshold is known for NAdam"):
-        sk.suggest_warmup(model, half_mean_squares, (x, y), torch.optim.NAdam(model.parameters()))
+    with pytest.raises(TypeError, match="no stability threshold is known for ASGD"):
+        sk.suggest_warmup(model, half_mean_squares, (x, y), torch.optim.ASGD(model.parameters()))

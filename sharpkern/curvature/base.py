@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+from ..eigen.common import Space, check_whole
+from ..rop.layout import Layout
+
+Vector = TypeVar("Vector", Tensor, NDArray[Any])
+_DENSE_AT_ONCE = 64  # rows of the identity: enough to fill a block of any engine, few enough to need little memory
 
 
 class BaseOperator:
-    """Shape checks and the spellings of a product, on top of ``apply_rows``: ``[k, n] -> [k, n]``."""
+    """Shape checks and the spellings of a product, on top of ``apply_rows``: ``[k, n] -> [k, n]``.
+
+    Every product takes tensors, or NumPy arrays of the operator's dtype, and gives back what it was given.
+    """
 
     n: int
     dtype: torch.dtype
     device: torch.device
+    space: Space | None = None  # of operators that several processes share, see ``curvature.distributed``
+
+    # NumPy would otherwise take ``array @ operator`` apart element by element instead of refusing it.
+    __array_ufunc__ = None
 
     def apply_rows(self, block: Tensor) -> Tensor:
         """Multiply with the rows of a contiguous block, ``[k, n] -> [k, n]``; nothing is checked."""
@@ -34,27 +49,28 @@ class BaseOperator:
         """``(n, n)``."""
         return self.n, self.n
 
-    def matvec(self, v: Tensor) -> Tensor:
+    def matvec(self, v: Vector) -> Vector:
         """Multiply with one vector.
 
         Args:
-            v: ``[n]``, the operator's dtype and device, in the flat order of ``model.parameters()``.
+            v: ``[n]``, the operator's dtype and device, in the flat order of ``model.parameters()``; or a NumPy array
+                of that dtype, which is copied to the device.
 
         Returns:
-            ``[n]``.
+            ``[n]``, a tensor or an array as v is.
 
         Raises:
             ValueError: shape, dtype or device of v is wrong.
             RuntimeError: the parameters changed since the last ``refresh``.
         """
-        self._check(v, "v", (self.n,))
-        return self.apply_rows(v[None].contiguous())[0]
+        rows = self._checked(v, "v", (self.n,))[None].contiguous()
+        return _like(v, self.apply_rows(rows)[0])
 
-    def matmat(self, V: Tensor) -> Tensor:
+    def matmat(self, V: Vector) -> Vector:
         """Multiply with the columns of V, all at once.
 
         Args:
-            V: ``[n, k]``; the transpose of a contiguous ``[k, n]`` block is used without a copy.
+            V: ``[n, k]``, a tensor or an array; the transpose of a contiguous ``[k, n]`` tensor is used without a copy.
 
         Returns:
             ``[n, k]``, the transpose of a contiguous ``[k, n]`` block.
@@ -63,15 +79,15 @@ class BaseOperator:
             ValueError: shape, dtype or device of V is wrong.
             RuntimeError: the parameters changed since the last ``refresh``.
         """
-        self._check(V, "V", (self.n, V.shape[-1] if V.ndim == 2 else "k"))
-        if V.shape[1] == 0:
-            return torch.empty_like(V)
-        return self.apply_rows(_rows(V)).t()
+        columns = self._checked(V, "V", (self.n, V.shape[-1] if V.ndim == 2 else "k"))
+        if columns.shape[1] == 0:
+            return _like(V, torch.empty_like(columns))
+        return _like(V, self.apply_rows(_rows(columns)).t())
 
-    def __matmul__(self, v: Tensor) -> Tensor:
+    def __matmul__(self, v: Vector) -> Vector:
         return self.matvec(v) if v.ndim == 1 else self.matmat(v)
 
-    def quadratic_form(self, V: Tensor) -> Tensor:
+    def quadratic_form(self, V: Vector) -> Vector:
         """Return ``v'Av`` of this operator A, without Av: about half the multiplications of a product.
 
         Args:
@@ -87,35 +103,104 @@ class BaseOperator:
         Source: the second directional derivative of the loss; Griewank and Walther, Evaluating Derivatives (2008),
         chapter 13.
         """
-        self._check(V, "V", (self.n, *V.shape[1:2]))
-        values = self.form_rows(V[None].contiguous() if V.ndim == 1 else _rows(V))
-        return values[0] if V.ndim == 1 else values
+        columns = self._checked(V, "V", (self.n, *V.shape[1:2]))
+        values = self.form_rows(columns[None].contiguous() if V.ndim == 1 else _rows(columns))
+        return _like(V, values[0] if V.ndim == 1 else values)
 
-    def _check(self, v: Tensor, name: str, shape: tuple[int | str, ...]) -> None:
+    def _checked(self, v: Tensor | NDArray[Any], name: str, shape: tuple[int | str, ...]) -> Tensor:
+        """Return v as a tensor on the operator's device; nothing is converted to another dtype."""
+        if not isinstance(v, Tensor | np.ndarray):
+            raise TypeError(f"{name} must be a tensor or a NumPy array, got a {type(v).__name__}.")
         if v.shape != shape:
             raise ValueError(f"{name} must be {list(shape)} for this operator, got {list(v.shape)}.")
+        if isinstance(v, np.ndarray):
+            # Strict, as for tensors: silently rounding NumPy's float64 would hide where digits are lost.
+            if v.dtype != (dtype := self._numpy_dtype()):
+                raise ValueError(f"{name} must be {dtype} for this operator, got {v.dtype}: use {name}.astype.")
+            return torch.tensor(np.ascontiguousarray(v), device=self.device)
         if v.dtype != self.dtype or v.device != self.device:
             raise ValueError(
                 f"{name} must be {self.dtype} on {self.device}, got {v.dtype} on {v.device}: "
                 f"use {name}.to(device, dtype)."
             )
+        return v
+
+    def _numpy_dtype(self) -> np.dtype[Any]:
+        return torch.empty(0, dtype=self.dtype).numpy().dtype
+
+    def to_dense(self, limit: int = 10_000) -> Tensor:
+        """Return the whole matrix, from products with the identity.
+
+        Args:
+            limit: the largest n to accept.
+
+        Returns:
+            ``[n, n]``, the operator's dtype and device; as the products are, symmetric up to rounding only.
+
+        Raises:
+            ValueError: n is above ``limit``, or the vectors are sharded over processes.
+            RuntimeError: the parameters changed since the last ``refresh``.
+
+        Cost: n products, and n^2 numbers of memory.
+        """
+        check_whole(self, "to_dense()")
+        if self.n > limit:
+            size = self.n**2 * self.dtype.itemsize / 1e9
+            raise ValueError(
+                f"a dense matrix of n = {self.n:,} takes {size:,.1f} GB and {self.n:,} products; the limit is "
+                f"{limit:,}: select fewer parameters with params=, or raise limit=."
+            )
+        dense = torch.empty(self.n, self.n, dtype=self.dtype, device=self.device)
+        # Column i is written to row i: they are the same but for rounding, and rows are contiguous.
+        for start in range(0, self.n, _DENSE_AT_ONCE):
+            stop = min(start + _DENSE_AT_ONCE, self.n)
+            rows = torch.zeros(stop - start, self.n, dtype=self.dtype, device=self.device)
+            rows[:, start:].fill_diagonal_(1)
+            dense[start:stop] = self.apply_rows(rows)
+        return dense.t()
 
     def to_scipy(self) -> Any:
         """Return a ``scipy.sparse.linalg.LinearOperator`` on NumPy vectors (copied to the device and back)."""
+        check_whole(self, "to_scipy()")
         from scipy.sparse.linalg import LinearOperator
 
         def product(array: Any) -> Any:
             V = torch.as_tensor(array, dtype=self.dtype, device=self.device)
             return (self.matvec(V.reshape(-1)) if V.ndim == 1 or V.shape[1] == 1 else self.matmat(V)).cpu().numpy()
 
-        dtype = torch.empty(0, dtype=self.dtype).numpy().dtype
-        return LinearOperator(self.shape, matvec=product, matmat=product, rmatvec=product, dtype=dtype)
+        return LinearOperator(self.shape, matvec=product, matmat=product, rmatvec=product, dtype=self._numpy_dtype())
 
 
 class ParameterOperator(BaseOperator):
     """An operator on the space of named parameters."""
 
     params: dict[str, Tensor]
+
+    def unflatten(self, v: Vector) -> dict[str, Vector]:
+        """Cut flat vectors, such as ``EigenResult.eigenvectors``, into named parts in the parameters' shapes.
+
+        Args:
+            v: ``[n]`` or ``[k, n]``, a tensor of any dtype and device, or an array.
+
+        Returns:
+            name -> ``[*shape]`` or ``[k, *shape]``, views of v where its memory allows.
+
+        Raises:
+            ValueError: v is neither ``[n]`` nor ``[k, n]``.
+        """
+        if v.ndim not in (1, 2) or v.shape[-1] != self.n:
+            raise ValueError(f"v must be [{self.n}] or [k, {self.n}] for this operator, got {list(v.shape)}.")
+        return _parts(v, Layout(self.params))
+
+
+def _parts(v: Any, layout: Layout) -> dict[str, Any]:
+    ends = zip(layout.names, layout.offsets, layout.offsets[1:], layout.shapes, strict=False)
+    return {name: v[..., start:stop].reshape((*v.shape[:-1], *shape)) for name, start, stop, shape in ends}
+
+
+def _like(v: Vector, result: Tensor) -> Vector:
+    """Return a result as what the argument was."""
+    return result if isinstance(v, Tensor) else result.cpu().numpy()
 
 
 def _rows(V: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import copy
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -28,6 +29,27 @@ class NonFiniteLossError(RuntimeError):
         super().__init__(
             f"the loss is {loss}{where}: the learning rate may be too high, or the batch holds bad values."
         )
+
+
+class Opened:
+    """A mapping whose class pytree does not know, such as ``UserDict``: with it around, its entries can be replaced."""
+
+    def __init__(self, mapping: Any) -> None:
+        self.mapping = mapping
+
+    def with_values(self, values: Iterable[Any]) -> Opened:
+        """Return a copy of the same class with other values."""
+        changed = copy.copy(self.mapping)
+        for key, value in zip(self.mapping, values, strict=True):
+            changed[key] = value
+        return Opened(changed)
+
+
+pytree.register_pytree_node(
+    Opened,
+    lambda o: (list(o.mapping.values()), o),
+    lambda values, o: o.with_values(values),
+)
 
 
 class LossModule(nn.Module):
@@ -72,37 +94,71 @@ class LossModule(nn.Module):
         return self.loss(output, batch), tensors_of(output)
 
     def output(self, batch: Any) -> Any:
-        """Run the model alone."""
+        """Run the model alone; a mapping that pytree does not know is ``Opened``, which ``loss`` undoes."""
         inputs = batch if isinstance(batch, Mapping) else batch[0]
         if isinstance(inputs, Mapping):
-            return self.model(**inputs)
-        return self.model(*inputs) if isinstance(inputs, tuple | list) else self.model(inputs)
+            output = self.model(**inputs)
+        else:
+            output = self.model(*inputs) if isinstance(inputs, tuple | list) else self.model(inputs)
+        unknown = isinstance(output, Mapping) and pytree.tree_structure(output) == _LEAF
+        return Opened(output) if unknown else output
 
     def check_outputs(self, batch: Any) -> None:
         """Check that a generalised Gauss-Newton matrix can be split at the model's output.
 
+        A model may compute a loss of its own beside its outputs, as Hugging Face's do, if ``loss_fn`` does not use it.
+
         Raises:
-            ValueError: the output holds no tensor that torch's pytree finds, or the loss is one of its tensors.
+            ValueError: the output holds no tensor that torch's pytree finds, or ``loss_fn`` uses the model's own loss.
         """
         with torch.no_grad():
             output = self.output(batch)
-            loss = self.loss(output, batch)
         tensors = tensors_of(output)
         if not tensors:
             raise ValueError(
                 f"GGNOperator finds no tensor in the model's output, a {type(output).__name__}: return a tensor, or a "
                 "tuple, list or dict of tensors (or register the class with torch.utils._pytree)."
             )
-        # By identity. Split there, the loss would be linear in the outputs, and the matrix zero.
-        if any(loss is t for t in tensors) or (isinstance(output, Mapping) and output.get("loss") is not None):
+        # Split there, the loss would be linear in the outputs, and the matrix zero.
+        if self._uses_own_loss(output, tensors, batch):
+            form = "output['logits']" if isinstance(output, Mapping | Opened) else "output"
+            targets = "batch['labels']" if isinstance(batch, Mapping) else "targets"
+            second = "batch" if isinstance(batch, Mapping) else "targets"
             raise ValueError(
-                "the model computes the loss itself, so there is no output to split at: let it return its outputs, "
-                "and compute the loss in loss_fn."
+                "the model computes the loss itself, and loss_fn uses it, so there is no output to split at: compute "
+                f"the loss from the outputs, as in loss_fn = lambda output, {second}: F.cross_entropy({form}.flatten("
+                f"0, -2), {targets}.flatten()). A causal language model's logits [:, :-1] belong to labels [:, 1:]."
             )
+
+    def _uses_own_loss(self, output: Any, tensors: list[Tensor], batch: Any) -> bool:
+        """Ask autograd whether the loss is linear in a scalar output, or reads an entry of the name "loss"."""
+        own = _own_loss(output)
+        scalars = [t for t in tensors if (t.ndim == 0 or t is own) and t.is_floating_point()]
+        if not scalars:
+            return False
+        leaves = {id(t): t.detach().requires_grad_() for t in tensors if t.is_floating_point()}
+        # Copies of the leaves, which a loss may change in place.
+        apart = pytree.tree_map(lambda t: leaves[id(t)].clone() if id(t) in leaves else t, output)
+        with torch.enable_grad():
+            loss = self.loss(apart, batch)
+        if not loss.requires_grad:
+            return False
+        # With every output a leaf, a slope without a graph is constant: a sum of the model's loss and other terms has
+        # no curvature by that loss, and all of the model behind it would be left out.
+        slopes = torch.autograd.grad(loss, [leaves[id(t)] for t in scalars], create_graph=True, allow_unused=True)
+        pairs = zip(scalars, slopes, strict=True)
+        return any(s is not None and (t is own or not s.requires_grad) for t, s in pairs)
 
     def loss(self, output: Any, batch: Any) -> Tensor:
         """Run the loss alone: on (output, targets), or on (output, batch) for a dict batch."""
+        output = output.mapping if isinstance(output, Opened) else output
         return self.loss_fn(output, batch if isinstance(batch, Mapping) else batch[1])
+
+
+def _own_loss(output: Any) -> Any:
+    """Return what the model calls its loss, or None."""
+    named = output.mapping if isinstance(output, Opened) else output
+    return named.get("loss") if isinstance(named, Mapping) else None
 
 
 class FunctionalLoss(nn.Module):

@@ -21,6 +21,7 @@ def check_held(optimizer: torch.optim.Optimizer, params: Mapping[str, Tensor], *
             gradient, such as a parameter of the loss; or one has a hook that ``backward()`` runs after it has set
             ``p.grad``.
     """
+    # By identity, as tensors compare by value.
     held = [p for group in optimizer.param_groups for p in group["params"]]
     ids = {id(p) for p in held}
     if lacking := [name for name, p in params.items() if id(p) not in ids]:
@@ -31,6 +32,7 @@ def check_held(optimizer: torch.optim.Optimizer, params: Mapping[str, Tensor], *
     if not sets_gradients:
         return
     own = {id(p) for p in params.values()}
+    # Such a parameter would keep an old gradient, and be moved by it at every step.
     if others := [list(p.shape) for p in held if p.requires_grad and id(p) not in own]:
         raise ValueError(
             f"the optimizer holds parameters that are not the model's, of shapes {others[:5]}: their gradients would "

@@ -31,6 +31,7 @@ def optimizer_norms(optimizer: torch.optim.Optimizer) -> dict[str, float]:
         first, second = "exp_avg", "exp_avg_sq"
     params = [p for group in optimizer.param_groups for p in group["params"]]
     states = [optimizer.state.get(p, {}) for p in params]
+    # Of parameters without a gradient or a state the part is 0: a part of the model may be frozen.
     found = {
         "theta": [p.detach() for p in params],
         "g": [p.grad for p in params],

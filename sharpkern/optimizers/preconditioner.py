@@ -9,7 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .rules import Step, inner_optimizer, rule_of
+from .parts import local_part
+from .rules import Rule, Step, diagonal_rule_of, inner_optimizer
 from .threshold import relative_lr, threshold_scales
 
 Gradients = Literal["next"] | Mapping[Tensor, Tensor] | None
@@ -76,16 +77,24 @@ def preconditioner(
         Adagrad:              P_t = (1 + (t - 1) lr_decay) (sqrt(sum of g^2) + eps)
         RMSprop:              P_t = sqrt(v_t) + eps
                               centered: v_t less the squared running mean of g
-        SGD:                  P = 1
+        NAdam:                P_t = f_t (sqrt(v_t / (1 - b2^t)) + eps), f_t -> 1 by the momentum schedule
+        Adadelta:             P_t = sqrt(v_t + eps) / sqrt(u_{t-1} + eps), u the average of squared updates
+        Adafactor:            P_t = D_t max(1, rms(g / D_t) / d) / max(e2, rms(theta)), D_t^2 = row x column means of
+                              g^2 over their mean; both of torch's and Hugging Face's (``optimizers.rules.adafactor``)
+        AdamW, schedule-free: P_t = sqrt(v_t / (1 - b2^t)) + eps
+        SGD, also schedule-free: P = 1
 
     so that ``theta_{t+1} = theta_t - lr P_t^-1 m_t``, decoupled weight decay apart. For Adam, RAdam and Adamax m is the
     *uncorrected* average of gradients: the correction of the first moment is part of P, and ``stability_threshold``
-    belongs to this P. For the others without momentum m is the gradient. A parameter group whose lr differs from the
-    first group's has its P divided by the ratio, so one lr, the first group's, speaks for all.
+    belongs to this P. For NAdam m is ``f_t`` times what it steps by. For the others without momentum m is the gradient;
+    schedule-free optimizers step z by it (their own warmup is in the threshold). A parameter group whose lr differs
+    from the first group's has its P divided by the ratio, so one lr, the first group's, speaks for all. ``lr=None``
+    counts as 1. P is positive under ``maximize`` too: the step is then ``+lr P^-1 m``.
 
     Args:
         optimizer: one of the list above, or of a class registered with ``optimizers.rules.register``; only read. A
-            subclass counts as its parent while it overrides neither ``step`` nor ``_init_group``.
+            subclass counts as its parent while it overrides neither ``step`` nor ``_init_group``. Wrappers of
+            Accelerate and Lightning, and ``ZeroRedundancyOptimizer`` on one rank, are looked through.
         gradients: None for the state as it is, P of the step last taken. ``"next"`` for P of the step about
             to be taken with the gradients in ``p.grad`` (t = steps + 1; no earlier step is needed), or a
             mapping from parameter to gradient for the same without touching ``p.grad``. Coupled weight decay
@@ -94,11 +103,14 @@ def preconditioner(
             = 0.9.
 
     Returns:
-        A ``Preconditioner``, for all trainable parameters, or for those in the mapping.
+        A ``Preconditioner``, for all trainable parameters, or for those in the mapping. Of parameters that are spread
+        over processes (DTensor), each process gets its own part.
 
     Raises:
-        TypeError: the optimizer's rule is not known.
-        RuntimeError: no state yet and ``gradients`` is None; a gradient is missing under ``"next"``; P is
+        TypeError: the optimizer's rule is not known; the optimizer has no diagonal P (Lion, Muon: see
+            ``optimizers.geometry``); its state is spread over ranks.
+        RuntimeError: no state yet and ``gradients`` is None, or the state does not tell P of the last step (Adadelta,
+            Adafactor); a gradient is missing under ``"next"``; P is
             zero or not finite somewhere; the first group's lr is 0 and another's is not.
         ValueError: a gradient of the mapping has the wrong shape, or it holds none of the optimizer's
             parameters.
@@ -113,6 +125,7 @@ def preconditioner(
     >>> [round(x, 4) for x in preconditioner(adam, gradients="next").diagonal().tolist()]
     [0.4, 0.9]
     """
+    diagonal_rule_of(optimizer)  # before its lr is read: an optimizer that is not known need not have one
     relative = [relative_lr(optimizer, group) for group in optimizer.param_groups]
     return _scaled(optimizer, gradients, relative, first_moment_correction=first_moment_correction)
 
@@ -143,7 +156,7 @@ def is_adaptive(optimizer: torch.optim.Optimizer) -> bool:
         RuntimeError: the first group's lr is 0 and another's is not.
         ValueError: a group is unstable by its weight decay alone.
     """
-    return rule_of(optimizer).adaptive or any(scale != 1 for scale in threshold_scales(optimizer))
+    return diagonal_rule_of(optimizer).adaptive or any(scale != 1 for scale in threshold_scales(optimizer))
 
 
 def _scaled(
@@ -152,28 +165,30 @@ def _scaled(
     """Return P of every group over the group's scale."""
     if isinstance(gradients, str) and gradients != "next":
         raise ValueError(f"gradients must be None, 'next' or a mapping from parameter to gradient, got {gradients!r}.")
-    optimizer, rule = inner_optimizer(optimizer), rule_of(optimizer)
+    # Groups are read from a wrapper, which may know a newer lr; the state is only in what it wraps.
+    groups, rule, optimizer = optimizer.param_groups, diagonal_rule_of(optimizer), inner_optimizer(optimizer)
     result: dict[Tensor, Tensor] = {}
-    for group, scale in zip(optimizer.param_groups, scales, strict=True):
+    for group, scale in zip(groups, scales, strict=True):
         for p in group["params"]:
             dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
             if rule.inv_sqrt is None:  # P is known without a gradient, so a mapping's gaps do not matter
-                result[p] = torch.full((p.numel(),), math.sqrt(scale), dtype=dtype, device=p.device)
+                result[p] = torch.full((local_part(p).numel(),), math.sqrt(scale), dtype=dtype, device=p.device)
                 continue
             if not p.requires_grad or (isinstance(gradients, Mapping) and p not in gradients):
                 continue
-            gradient = _gradient(p, group, gradients, dtype)
+            gradient = _gradient(p, group, gradients, dtype, rule)
             state = _state(optimizer, p, gradient)
-            piece = rule.inv_sqrt(Step(optimizer, group, state, gradient, dtype, first_moment_correction))
+            piece = rule.inv_sqrt(Step(optimizer, group, p, state, gradient, dtype, first_moment_correction))
             _check_finite(piece, p, group)
             # Here and not in the rule: no optimizer's rule needs to know of other groups.
             result[p] = piece.mul_(math.sqrt(scale))
     if not result:
         raise ValueError("gradients holds none of the optimizer's trainable parameters.")
-    return Preconditioner([p for group in optimizer.param_groups for p in group["params"]], result)
+    return Preconditioner([p for group in groups for p in group["params"]], result)
 
 
 def _check_finite(inv_sqrt: Tensor, p: Tensor, group: dict[str, Any]) -> None:
+    # At once, and not when a product turns out NaN: only here is it known which parameter and which eps.
     if not bool(inv_sqrt.isfinite().all()):
         bad = int((~inv_sqrt.isfinite()).sum())
         raise RuntimeError(
@@ -182,7 +197,7 @@ def _check_finite(inv_sqrt: Tensor, p: Tensor, group: dict[str, Any]) -> None:
         )
 
 
-def _gradient(p: Tensor, group: dict[str, Any], gradients: Gradients, dtype: torch.dtype) -> Tensor | None:
+def _gradient(p: Tensor, group: dict[str, Any], gradients: Gradients, dtype: torch.dtype, rule: Rule) -> Tensor | None:
     """Return the flat gradient as the optimizer's moments see it; None where the state is read as it is."""
     if gradients is None:
         return None
@@ -194,20 +209,20 @@ def _gradient(p: Tensor, group: dict[str, Any], gradients: Gradients, dtype: tor
         )
     if g.shape != p.shape:
         raise ValueError(f"the gradient of a parameter of shape {list(p.shape)} has shape {list(g.shape)}.")
-    flat = g.detach().reshape(-1).to(dtype)
+    flat = local_part(g).detach().reshape(-1).to(dtype)
     if group.get("maximize"):  # before the decay is added, and signs matter to a running mean of gradients
         flat = -flat
-    decay = 0.0 if group.get("decoupled_weight_decay") else float(group.get("weight_decay", 0.0))
-    if decay:
-        flat = flat + decay * p.detach().reshape(-1).to(dtype)
+    if decay := rule.coupled_decay(group):
+        flat = flat + decay * local_part(p).detach().reshape(-1).to(dtype)
     return flat
 
 
 def _state(optimizer: torch.optim.Optimizer, p: Tensor, gradient: Tensor | None) -> dict[str, Any]:
     """Return the parameter's state, {} if it has none."""
-    # Adagrad, and GIAdam after initialize(), have a state before their first step: its step count tells.
     state: dict[str, Any] = optimizer.state.get(p, {})
-    if gradient is None and (not state or float(state["step"]) == 0):
+    # Adagrad, and GIAdam after initialize(), have a state before their first step: its step count tells. Schedule-free
+    # optimizers count elsewhere, and have none before.
+    if gradient is None and (not state or float(state.get("step", 1)) == 0):
         raise RuntimeError(
             f"{type(optimizer).__name__} has taken no step for a parameter of shape {list(p.shape)}: call "
             f"optimizer.step() first, or pass gradients='next' after backward()."

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .rules import inner_optimizer, rule_of
+from .rules import diagonal_rule_of, inner_optimizer, learning_rate
 
 _SAME = 0.01  # relative difference of thresholds that is none
 
@@ -22,15 +22,22 @@ def stability_threshold(optimizer: torch.optim.Optimizer, *, first_step: bool = 
         SGD, Nesterov                    2 (1 + b) / (1 + 2b)
         Adam, AdamW, GIAdam              2 (1 + b1) / (1 - b1)
         RAdam, Adamax                    2 (1 + b1) / (1 - b1)
-        Adagrad                          2
+        NAdam                            2 (1 + b1) / ((1 - b1) (1 + 2 b1))
+        Adagrad, Adadelta, Adafactor     2
+        Adafactor, Hugging Face, beta1   2 (1 + b1) / (1 - b1)
         RMSprop                          2 (1 + b)
-        SGD's weight decay               kappa - lr w
+        schedule-free, late              2 / (1 - b1)
+        schedule-free, newest weight c   2 (2 - c) / (2 - 2 b1 + c (2 b1 - 1))
+        SGD's weight decay               kappa - lr w, schedule-free AdamW's too
         decoupled decay (AdamW, RAdam)   kappa (1 - lr w / 2)
 
-    Coupled weight decay of all but SGD is not in kappa: the curvature is then that of ``P^-1 (H + w)``. Where
-    parameter groups differ, the smallest kappa is returned: a bound, which ``SharpnessTracker`` makes exact by
-    scaling each group (``optimizers.threshold.threshold_scales``). Minibatch noise lowers the true threshold; with
-    cross-entropy the loss often still falls beyond it.
+    Coupled weight decay of all but SGD is not in kappa: the curvature is then that of ``P^-1 (H + w)``. Nor is the
+    decay of Hugging Face's Adafactor with a rate of its own. Schedule-free optimizers have kappa of the coming step,
+    for the parameters in training mode; their own warmup divides it. With ``maximize=True`` the optimizer descends
+    minus the loss, so the curvature is that of -H: minus the smallest eigenvalue of H. Where parameter groups differ,
+    the smallest kappa is returned: a bound, which ``SharpnessTracker`` makes exact by scaling each group
+    (``optimizers.threshold.threshold_scales``). Minibatch noise lowers the true threshold; with cross-entropy the loss
+    often still falls beyond it.
 
     Args:
         optimizer: one of the table above, or of a class registered with ``optimizers.rules.register``.
@@ -41,7 +48,8 @@ def stability_threshold(optimizer: torch.optim.Optimizer, *, first_step: bool = 
         kappa, without a unit.
 
     Raises:
-        TypeError: the optimizer's threshold is not known.
+        TypeError: the optimizer's threshold is not known, or there is none (Lion, Muon).
+        ValueError: some groups climb and others descend.
 
     Source: Cohen et al., Gradient descent on neural networks typically occurs at the edge of stability (2021)
     and Adaptive gradient methods at the edge of stability (2022); the decay terms from the same
@@ -53,8 +61,16 @@ def stability_threshold(optimizer: torch.optim.Optimizer, *, first_step: bool = 
     >>> round(stability_threshold(torch.optim.Adam(p)), 6)
     38.0
     """
-    kappa = rule_of(optimizer).kappa
-    return min(kappa(group, first_step) for group in optimizer.param_groups)
+    if len({bool(group.get("maximize")) for group in optimizer.param_groups}) > 1:
+        raise ValueError("maximize differs between parameter groups: near a saddle point no eigenvalue decides.")
+    return min(_kappas(optimizer, first_step))
+
+
+def _kappas(optimizer: torch.optim.Optimizer, first_step: bool) -> list[float]:
+    """Return each group's threshold."""
+    kappa = diagonal_rule_of(optimizer).kappa
+    assert kappa is not None  # as the rule is diagonal
+    return [kappa(group, first_step) for group in optimizer.param_groups]
 
 
 def relative_lr(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> float:
@@ -63,7 +79,7 @@ def relative_lr(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> floa
     Raises:
         RuntimeError: the first group's lr is 0 and the group's is not.
     """
-    first, lr = float(optimizer.param_groups[0]["lr"]), float(group["lr"])
+    first, lr = learning_rate(optimizer.param_groups[0]), learning_rate(group)
     if lr == first:
         return 1.0
     if first == 0:
@@ -89,14 +105,14 @@ def threshold_scales(optimizer: torch.optim.Optimizer) -> list[float]:
         A number for each parameter group; 1 for all where they agree.
 
     Raises:
-        TypeError: the optimizer's threshold is not known.
+        TypeError: the optimizer's threshold is not known, or there is none.
         RuntimeError: the first group's lr is 0 and another's is not.
         ValueError: a group's kappa is not positive: its weight decay alone makes it unstable.
     """
-    rule, groups = rule_of(optimizer), optimizer.param_groups
-    kappas = [rule.kappa(group, False) for group in groups]
+    kappas = _kappas(optimizer, False)
     smallest = min(kappas)
-    lrs = [relative_lr(optimizer, group) for group in groups]
+    lrs = [relative_lr(optimizer, group) for group in optimizer.param_groups]
+    # Lest weight decay on a part of the parameters, which is usual, make a plain SGD's tracker solve twice.
     if max(kappas) <= smallest + _SAME * abs(smallest):
         return lrs
     if smallest <= 0:
@@ -130,7 +146,7 @@ def minibatch_thresholds(optimizer: torch.optim.Optimizer) -> tuple[float, float
     >>> minibatch_thresholds(torch.optim.SGD(p, lr=0.1, momentum=0.5))
     (1.0, 3.0)
     """
-    groups = inner_optimizer(optimizer).param_groups
+    groups = optimizer.param_groups
     plain = type(inner_optimizer(optimizer)) is torch.optim.SGD and not any(
         g["nesterov"] or g["dampening"] for g in groups
     )

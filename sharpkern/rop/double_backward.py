@@ -9,8 +9,8 @@ weight norm, is composed of primitives here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -59,9 +59,7 @@ class DoubleBackward:
             for context in (
                 requiring_grad(self.layout.tensors),
                 buffers_on_copies([module, *self.others], updated=module if update_buffers else None),
-                differentiable_checkpoints(),
-                sdpa_kernel(SDPBackend.MATH),  # the others have no second derivative
-                _Composed(),
+                twice_differentiable(),
             ):
                 stack.enter_context(context)
             loss = self._split_at_outputs(batch) if self.keep_outputs else module(batch)[0]
@@ -159,6 +157,13 @@ class DoubleBackward:
 def _dense(g: Tensor) -> Tensor:
     # An embedding with ``sparse=True`` has sparse gradients.
     return g if g.layout is torch.strided else g.to_dense()
+
+
+@contextmanager
+def twice_differentiable() -> Iterator[None]:
+    """Within the block, replace what torch cannot differentiate twice, or gets wrong."""
+    with differentiable_checkpoints(), sdpa_kernel(SDPBackend.MATH), _Composed():  # other kernels: first order only
+        yield
 
 
 class _Composed(TorchFunctionMode):

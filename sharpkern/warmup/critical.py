@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from ..curvature.losses import LossModule, NonFiniteLossError
-from ..curvature.parameters import trainable, unwrapped
+from ..curvature.parameters import trainable
+from ..curvature.wrappers import check_one_process, unwrapped
 from ..optimizers.next_update import next_update
+from ..optimizers.rules import learning_rate, rule_of
 
 _FLAT = 1e-6  # a bracket this narrow (relative) is not halved further, whatever the rise: the loss jumps there
 
@@ -99,7 +101,8 @@ def critical_learning_rate(
     Raises:
         ValueError: an argument is out of range, the loss is no scalar, the model shares no parameter with the
             optimizer.
-        TypeError: an optimizer whose step needs a closure.
+        TypeError: an optimizer whose step needs a closure, or is no multiple of its learning rate (Adafactor,
+            schedule-free).
         NonFiniteLossError: the loss before the step is NaN or infinite.
         RuntimeError: the first group's lr is 0 and another's is not, so their ratio is unknown.
 
@@ -115,7 +118,8 @@ def critical_learning_rate(
     >>> round(c.lower, 2), round(c.value, 2)
     (1.0, 1.0)
     """
-    first = float(optimizer.param_groups[0]["lr"])
+    _check_proportional(optimizer)
+    first = learning_rate(optimizer.param_groups[0])
     if isinstance(start, CriticalLR):
         # An update that did not descend (0) or was zero (infinite) says nothing of where to look next.
         start = start.value if 0 < start.value < math.inf else None
@@ -168,6 +172,19 @@ def critical_learning_rate(
     return CriticalLR(low if capped else high, low, line.loss, change, passes, capped)
 
 
+def _check_proportional(optimizer: torch.optim.Optimizer) -> None:
+    """Refuse an optimizer whose steps at other rates do not lie on the line ``theta - eta D``."""
+    try:
+        proportional = rule_of(optimizer).scales_with_lr
+    except TypeError:  # most optimizers are proportional, and one that nobody knows is the caller's to judge
+        return
+    if not proportional:
+        raise TypeError(
+            f"the step of {type(optimizer).__name__} is no multiple of its learning rate, so one step does not tell "
+            "where larger ones lead: search with SGD or Adam."
+        )
+
+
 class _Line:
     """The loss along ``theta - eta D``, by forward passes that leave no trace.
 
@@ -181,6 +198,7 @@ class _Line:
     def __init__(
         self, model: nn.Module, loss_fn: Callable[..., Tensor], batch: Any, optimizer: torch.optim.Optimizer
     ) -> None:
+        check_one_process(model)  # each process would find a rate of its own
         self.module, self.batch = LossModule(unwrapped(model), loss_fn), batch
         self.buffers = dict(self.module.named_buffers())
         held = {p for group in optimizer.param_groups for p in group["params"]}
@@ -247,6 +265,7 @@ def probe_loss(model: nn.Module, loss_fn: Callable[..., Tensor], batch: Any) -> 
 
     Cost: one forward pass.
     """
+    check_one_process(model)
     module = LossModule(unwrapped(model), loss_fn)
     buffers = {name: b.clone() for name, b in module.named_buffers()}
     devices = sorted({p.device.index for p in module.parameters() if p.device.type == "cuda"})

@@ -22,7 +22,7 @@ from ..dynamics import Regime, classify_regime
 from ..eigen import SymmetricOperator, lanczos
 from ..optimizers.gi_adam import GIAdam
 from ..optimizers.preconditioner import is_adaptive, preconditioner, threshold_preconditioner
-from ..optimizers.rules import rule_of
+from ..optimizers.rules import learning_rate, rule_of
 from ..tracking.record import Record
 from ..tracking.tracker import SharpnessTracker
 from .critical import CriticalLR, critical_learning_rate
@@ -81,7 +81,7 @@ class Probe:
     ratios: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        rates = [float(group["lr"]) for group in self.optimizer.param_groups]
+        rates = [learning_rate(group) for group in self.optimizer.param_groups]
         if rates[0] == 0 and any(rates):
             raise ValueError(f"the first group's lr is 0 and another's is {max(rates)}: their ratio is unknown.")
         # Equal rates have the ratio 1 also where they are all 0, as before a schedule has set them.
