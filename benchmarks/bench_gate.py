@@ -1,4 +1,4 @@
-"""What the gate costs: at the first step, at every refresh, and at every 200th.
+"""What the gate costs: at the first step, at every refresh, and now and then.
 
     OMP_NUM_THREADS=1 python benchmarks/bench_gate.py [--rounds 15]
 

@@ -30,7 +30,7 @@ from .gate import compare
 from .losses import FunctionalLoss, LossModule, NonFiniteLossError
 from .watch import Snapshot, changes
 
-CHECK_EVERY = 200  # refreshes between comparisons with the eager model: one gradient in two hundred
+CHECK_EVERY = 500  # refreshes between comparisons with the eager model, which then cost less than 1% of the refreshes
 _PACKAGE = str(Path(__file__).parents[1]) + os.sep
 _MOST_ENGINES = 8  # kept, least recently used first to go
 _MOST_EXPORTS = 3  # for changed Python values, within _RECENT refreshes; what changes more often is not for an export
