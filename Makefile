@@ -1,4 +1,4 @@
-# Two commands do all set-up on a fresh machine with Python 3.11 or 3.12 and g++: make demo, make test.
+# Two commands do all set-up on a fresh machine with Python 3.10 or newer and g++: make demo, make test.
 PYTHON ?= python3
 # Another build of torch: make test TORCH="torch --index-url <where it is>" CONSTRAINTS=
 TORCH ?= torch
@@ -9,7 +9,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 NATIVE := setup.py $(shell find csrc -type f)
 
-.PHONY: demo test lint bench conformance clean
+.PHONY: demo test test-matrix test-newest lint bench conformance clean
 
 demo: .venv/installed
 	$(BIN)/sharpkern train --preset demo
@@ -17,6 +17,13 @@ demo: .venv/installed
 test: .venv/installed lint
 	$(PYTEST)
 	TRITON_INTERPRET=1 $(PYTEST) tests/kernels_triton
+
+# Other versions of Python and torch; the pairs are listed in the script.
+test-matrix:
+	$(PYTHON) scripts/matrix.py
+
+test-newest:
+	$(PYTHON) scripts/matrix.py --newest
 
 lint: .venv/installed
 	$(BIN)/ruff check .
@@ -40,4 +47,4 @@ conformance: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv build dist *.egg-info sharpkern/_C*.so
+	rm -rf .venv .venv-matrix build dist *.egg-info sharpkern/_C*.so

@@ -15,7 +15,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -116,7 +116,7 @@ def main() -> None:
     path = out / ("quick.json" if options.quick else "full.json")
     settings = {"quick": options.quick, "rounds": rounds, "seconds": effort.seconds}
     result: dict[str, Any] = {
-        "date": datetime.now(UTC).date().isoformat(), "settings": settings, "machine": machine(),
+        "date": datetime.now(timezone.utc).date().isoformat(), "settings": settings, "machine": machine(),
         "versions": versions(), "missing": load()[1], "entries": [],
     }  # fmt: skip
     begun = time.perf_counter()

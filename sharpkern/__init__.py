@@ -17,6 +17,12 @@ if TYPE_CHECKING:
     from .curvature.chunked import ChunkedHessian as ChunkedHessian
     from .curvature.chunked import MicroBatches as MicroBatches
     from .curvature.dataset import DatasetHessian as DatasetHessian
+    from .curvature.distributed.choose import hessian_of as hessian_of
+    from .curvature.distributed.group import DistributedError as DistributedError
+    from .curvature.distributed.replicated import DataParallelGGN as DataParallelGGN
+    from .curvature.distributed.replicated import DataParallelHessian as DataParallelHessian
+    from .curvature.distributed.sharded import ShardedGGN as ShardedGGN
+    from .curvature.distributed.sharded import ShardedHessian as ShardedHessian
     from .curvature.fisher import EmpiricalFisherOperator as EmpiricalFisherOperator
     from .curvature.losses import NonFiniteLossError as NonFiniteLossError
     from .curvature.operators import GGNOperator as GGNOperator
@@ -93,6 +99,10 @@ _HOME = {
     "eigen": ("Certificate", "EigenResult", "certify", "lanczos", "lobpcg", "power_iteration"),
     "curvature.parameters": ("flatten", "unflatten"),
     "curvature.sharpness": ("Sharpness", "preconditioned_sharpness", "sharpness"),
+    "curvature.distributed.choose": ("hessian_of",),
+    "curvature.distributed.group": ("DistributedError",),
+    "curvature.distributed.replicated": ("DataParallelGGN", "DataParallelHessian"),
+    "curvature.distributed.sharded": ("ShardedGGN", "ShardedHessian"),
     "curvature.fisher": ("EmpiricalFisherOperator",),
     "curvature.losses": ("NonFiniteLossError",),
     "curvature.operators": ("GGNOperator", "HessianOperator"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -127,3 +129,41 @@ def test_batches_that_cannot_be_cut_or_weighed_are_refused() -> None:
         MicroBatches([(x, x)], [0.0])
     with pytest.raises(ValueError, match="no tensor with rows"):
         MicroBatches([(1, 2)])
+
+
+_PEAK = """
+import resource, sys, torch
+import sharpkern as sk
+from sharpkern.curvature.chunked import ChunkedHessian, MicroBatches
+
+rows, size = int(sys.argv[1]), int(sys.argv[2])
+layers = [m for _ in range(6) for m in (torch.nn.Linear(256, 256), torch.nn.Tanh())]
+model, loss_fn = torch.nn.Sequential(*layers), torch.nn.MSELoss()
+warm = torch.randn(8, 256), torch.randn(8, 256)
+H = sk.HessianOperator(model, loss_fn, warm)
+H @ torch.randn(H.n)
+batch = torch.randn(rows, 256), torch.randn(rows, 256)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+H = ChunkedHessian(model, loss_fn, MicroBatches.split(batch, size))
+v = torch.randn(H.n)
+for _ in range(3):
+    H @ v
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def test_memory_is_that_of_one_micro_batch() -> None:
+    resource = pytest.importorskip("resource")  # not on Windows
+    assert resource
+
+    def peak(rows: int, size: int) -> int:
+        run = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", _PEAK, str(rows), str(size)],
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        return int(run.stdout)
+
+    whole, chunked, one = peak(16384, 16384), peak(16384, 1024), peak(1024, 1024)
+    assert whole > 300_000  # kilobytes: what there is to save
+    assert chunked < 0.2 * whole
+    assert chunked < 1.5 * one + 20_000

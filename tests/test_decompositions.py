@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
 from rule_truth import check, curved, double_backward
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from sharpkern.rop.decompositions import explicit_attention
 
 
 def weighted(y: Tensor) -> Tensor:
@@ -80,14 +84,35 @@ def test_embedding_bag_with_weights() -> None:
     )
 
 
-@pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
-def test_grid_sample(mode: str) -> None:
+def tent(t: Tensor) -> Tensor:
+    return (1 - t.abs()).clamp(min=0)
+
+
+def cubic(t: Tensor) -> Tensor:
+    """Keys' convolution kernel with a = -3/4, as torch has it."""
+    a, t = -0.75, t.abs()
+    near = (a + 2) * t**3 - (a + 3) * t**2 + 1
+    far = a * (t**3 - 5 * t**2 + 8 * t - 4)
+    return torch.where(t <= 1, near, torch.where(t < 2, far, 0.0))
+
+
+def sampled(image: Tensor, grid: Tensor, kernel: Callable[[Tensor], Tensor]) -> Tensor:
+    """Sum over all pixels, each weighed by its distance from the point: zero outside, corners not aligned."""
+
+    def weights(x: Tensor, size: int) -> Tensor:
+        return kernel(((x + 1) * size - 1)[..., None] / 2 - torch.arange(size))
+
+    rows, columns = image.shape[2:]
+    return torch.einsum("bchw,bijh,bijw->bcij", image, weights(grid[..., 1], rows), weights(grid[..., 0], columns))
+
+
+@pytest.mark.parametrize(("mode", "kernel"), [("bilinear", tent), ("bicubic", cubic)])
+def test_grid_sample(mode: str, kernel: Callable[[Tensor], Tensor]) -> None:
     params = {"image": torch.randn(2, 2, 5, 4).double(), "grid": torch.randn(2, 3, 3, 2).double()}
     check(
         params,
         lambda q, _: weighted(F.grid_sample(curved(q["image"]), 0.4 * curved(q["grid"]), mode, align_corners=False)),
-        truth=double_backward,
-        tolerance=1e-9,
+        reference=lambda q, _: weighted(sampled(curved(q["image"]), 0.4 * curved(q["grid"]), kernel)),
     )
 
 
@@ -150,3 +175,16 @@ def test_products_and_running_products_with_zeros(n: int) -> None:
         lambda y: y.T.cumprod(-1),
     ):
         check({"x": x}, lambda q, _, f=f: weighted(f(shifted(q))), truth=double_backward, values=1)
+
+
+@pytest.mark.parametrize("hidden", ["query", "key"])
+def test_explicit_attention_does_not_hide_a_nan_behind_its_mask(hidden: str) -> None:
+    keep = torch.ones(3, 4, dtype=torch.bool)
+    keep[1], keep[:, 2] = False, False
+    q, k, v = (torch.randn(1, 2, n, 2, dtype=torch.float64) for n in (3, 4, 4))
+    (q[0, 1, 1] if hidden == "query" else k[0, 1, 2])[0] = torch.nan
+    with sdpa_kernel(SDPBackend.MATH):
+        want = F.scaled_dot_product_attention(q, k, v, attn_mask=keep)
+    got = explicit_attention(q, k, v, keep)
+    assert want.isnan().any()
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12, equal_nan=True)

@@ -18,10 +18,11 @@ LAYERS = {
     "rules.softmax rules.views rules.head decompositions export liveness program conformance "
     "recording.common recording.cuda_graph recording.pool recording.tape recording.replayed double_backward",
     "eigen": "common stopping state basis certificate krylov locally_optimal power warm",
-    "optimizers": "held gi_adam rules.rule rules.sgd rules.adam rules.squares rules.adafactor rules.table norms "
+    "optimizers": "parts held gi_adam rules.rule rules.sgd rules.adam rules.squares rules.adafactor rules.table norms "
     "threshold preconditioner next_update unit_ball geometry",
-    "curvature": "losses parameters watch eager gate engines freshness base operators fisher dataset chunked negative "
-    "preconditioned sharpness audit",
+    "curvature": "losses parameters wrappers watch eager gate engines freshness base operators fisher dataset chunked "
+    "negative preconditioned distributed.group distributed.shards distributed.blocks distributed.skeleton "
+    "distributed.replicated distributed.sharded distributed.choose sharpness audit",
     "spectrum": "probes trace diagonal density layers",
     "dynamics": "",
     "tracking": "budget record followed gradients target following directions tracker",

@@ -16,7 +16,7 @@ import pytest
 from matplotlib.image import imread
 
 from sharpkern import cli
-from sharpkern.sweep.diagrams import Map, Square, boundary, heatmap
+from sharpkern.sweep.diagrams import Map, Square, boundary, heatmap, rounded
 from sharpkern.sweep.grid import Cell, read_sweep
 from sharpkern.sweep.report import write_report
 
@@ -139,6 +139,14 @@ def test_numbers_stand_out_from_their_squares(tmp_path: Path, colours: str, valu
         (y0, x0), (y1, x1) = where.min(0), where.max(0)
         shown = grey[y0 : y1 + 1, x0 : x1 + 1]
         assert shown.max() - shown.min() > 0.4
+
+
+@pytest.mark.parametrize(
+    ("value", "form", "text"),
+    [(-0.4, ".0f", "0"), (-0.6, ".0f", "-1"), (-0.001, ".2f", "0.00"), (0.1, "#.2g", "0.10"), (12.0, ".0f", "12")],
+)
+def test_what_rounds_to_zero_has_no_sign(value: float, form: str, text: str) -> None:
+    assert rounded(value, form) == text
 
 
 def test_unfinished_sweep_needs_partial(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,6 +19,10 @@ CASES: dict[str, Callable[[Tensor], Tensor]] = {
     "slogdet": lambda w: torch.linalg.slogdet(w.T @ w + EYE)[1],
     "det": lambda w: torch.linalg.det(w.T @ w + EYE),
     "cholesky_inverse": lambda w: torch.cholesky_inverse(w[:3].tril() + 3 * EYE).pow(2).sum(),
+    # torch 2.14 exports these three with tokens that order their checks
+    "cholesky": lambda w: torch.linalg.cholesky(w.T @ w + EYE).pow(3).sum(),
+    "inv": lambda w: torch.linalg.inv(w.T @ w + EYE).pow(2).sum(),
+    "solve": lambda w: torch.linalg.solve(w.T @ w + EYE, w.T).pow(2).sum(),
     "logcumsumexp": lambda w: (torch.logcumsumexp(w, 1) * torch.arange(1.0, 4)).pow(2).sum(),
     "scatter_reduce": lambda w: w.new_ones(2).scatter_reduce(0, INDEX, w[:, 0], "prod").pow(2).sum(),
     "expanded cotangent": lambda w: torch.special.i0e(w).sum() + torch.special.i1(w.abs() + 1).mean(),

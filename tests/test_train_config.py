@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import tomllib
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,11 @@ from sharpkern.train.config import (
     from_toml,
     to_toml,
 )
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 UNUSUAL = TrainConfig(
     model=ModelConfig(kind="cnn", depth=7, width=33, activation="tanh", parameterisation="mup", zero_readout=True),

@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..eigen.common import Space, check_whole
 from ..rop.layout import Layout
 
 Vector = TypeVar("Vector", Tensor, NDArray[Any])
@@ -24,6 +25,7 @@ class BaseOperator:
     n: int
     dtype: torch.dtype
     device: torch.device
+    space: Space | None = None  # of operators that several processes share, see ``curvature.distributed``
 
     # NumPy would otherwise take ``array @ operator`` apart element by element instead of refusing it.
     __array_ufunc__ = None
@@ -136,11 +138,12 @@ class BaseOperator:
             ``[n, n]``, the operator's dtype and device; as the products are, symmetric up to rounding only.
 
         Raises:
-            ValueError: n is above ``limit``.
+            ValueError: n is above ``limit``, or the vectors are sharded over processes.
             RuntimeError: the parameters changed since the last ``refresh``.
 
         Cost: n products, and n^2 numbers of memory.
         """
+        check_whole(self, "to_dense()")
         if self.n > limit:
             size = self.n**2 * self.dtype.itemsize / 1e9
             raise ValueError(
@@ -158,6 +161,7 @@ class BaseOperator:
 
     def to_scipy(self) -> Any:
         """Return a ``scipy.sparse.linalg.LinearOperator`` on NumPy vectors (copied to the device and back)."""
+        check_whole(self, "to_scipy()")
         from scipy.sparse.linalg import LinearOperator
 
         def product(array: Any) -> Any:

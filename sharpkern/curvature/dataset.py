@@ -65,7 +65,7 @@ class DatasetHessian(ParameterOperator):
             set_random_state(self._random)
             for batch in self.batches:
                 self._hessian.refresh(batch)
-                yield float(_examples(batch)) if self.reduction == "mean" else 1.0
+                yield float(examples_of(batch)) if self.reduction == "mean" else 1.0
 
     def apply_rows(self, block: Tensor) -> Tensor:
         return self._total(lambda: self._hessian.apply_rows(block))
@@ -89,5 +89,6 @@ class DatasetHessian(ParameterOperator):
         return total.div_(weights) if self.reduction == "mean" else total
 
 
-def _examples(batch: Any) -> int:
+def examples_of(batch: Any) -> int:
+    """Return how many examples a batch holds: the length of its first tensor."""
     return next(len(leaf) for leaf in pytree.tree_leaves(batch) if isinstance(leaf, torch.Tensor))

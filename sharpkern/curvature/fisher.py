@@ -15,7 +15,7 @@ from ..rop.sandbox import random_state, without_trace
 from .base import ParameterOperator
 from .losses import LossModule, NonFiniteLossError
 from .operators import GGNOperator
-from .parameters import unwrapped
+from .wrappers import check_one_process, unwrapped
 
 
 class EmpiricalFisherOperator(ParameterOperator):
@@ -63,6 +63,7 @@ class EmpiricalFisherOperator(ParameterOperator):
     ) -> None:
         if model is None:
             raise ValueError("EmpiricalFisherOperator needs a model: a functional loss has no model output.")
+        check_one_process(model)
         self._module = LossModule(unwrapped(model), loss_fn)
         self.batch = self._module.accepted(batch)
         self._ggn = GGNOperator(model, _half_mean_square, self._with_slopes(), params=params, verify=verify)

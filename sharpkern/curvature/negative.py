@@ -17,6 +17,7 @@ class NegativeOperator(ParameterOperator):
     def __init__(self, operator: ParameterOperator) -> None:
         self.operator, self.params = operator, operator.params
         self.n, self.dtype, self.device = operator.n, operator.dtype, operator.device
+        self.space = operator.space
 
     def apply_rows(self, block: Tensor) -> Tensor:
         return -self.operator.apply_rows(block)

@@ -15,7 +15,8 @@ from .base import ParameterOperator
 from .engines import Engine, Engines
 from .freshness import Freshness
 from .losses import FunctionalLoss, LossModule, NonFiniteLossError
-from .parameters import select_parameters, unwrapped
+from .parameters import select_parameters
+from .wrappers import check_one_process, unwrapped
 
 
 class LossCurvature(ParameterOperator):
@@ -33,6 +34,7 @@ class LossCurvature(ParameterOperator):
         update_buffers: bool = False,
         verify: bool = True,
     ) -> None:
+        check_one_process(model)
         model = None if model is None else unwrapped(model)
         self.params = select_parameters(model, params)
         self._selection = params if params is None else list(self.params)
@@ -87,7 +89,7 @@ class LossCurvature(ParameterOperator):
         self._inputs = [x for x in leaves if isinstance(x, Tensor)]
         if not self._engines.unchanged():
             self._follow_parameters()
-        _check_batch(self._inputs, self.device)
+        check_batch(self._inputs, self.device)
         self._engine = self._engines.for_batch(leaves, spec)
         self.loss: Tensor = self._engine.forward(self.module, leaves, update_buffers=update_buffers)
         value = float(self.loss)
@@ -215,7 +217,12 @@ class GGNOperator(LossCurvature):
         return self._engine.ggn(block)
 
 
-def _check_batch(inputs: list[Tensor], device: torch.device) -> None:
+def check_batch(inputs: list[Tensor], device: torch.device) -> None:
+    """Check that a batch's tensors are not empty and lie where the parameters do.
+
+    Raises:
+        ValueError: one is, or does not.
+    """
     if inputs and inputs[0].numel() == 0:
         raise ValueError(f"the batch is empty: a tensor has shape {list(inputs[0].shape)}.")
     for leaf in inputs:

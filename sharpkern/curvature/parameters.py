@@ -8,14 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from ..optimizers.parts import local_part, spread_like
 from ..rop.layout import Layout
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the module that ``torch.compile`` has wrapped, or the model itself: its names are the user's own."""
-    # Else every name would begin with "_orig_mod.", and the export would meet a compiled function.
-    inner: nn.Module = getattr(model, "_orig_mod", model)
-    return inner
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -126,6 +120,9 @@ class _HasGradient(Protocol):
 
 
 def gradients_of(hessian: _HasGradient) -> dict[Tensor, Tensor]:
-    """Map each parameter to its gradient, a view of ``hessian.gradient`` in the parameter's shape."""
-    views = hessian.gradient.split([p.numel() for p in hessian.params.values()])
-    return {p: g.view(p.shape).to(p.dtype) for p, g in zip(hessian.params.values(), views, strict=True)}
+    """Map each parameter to its gradient, a view of ``hessian.gradient`` in the parameter's shape (and sharding)."""
+    params = list(hessian.params.values())
+    parts = [local_part(p) for p in params]
+    views = hessian.gradient.split([part.numel() for part in parts])
+    own = [g.view(part.shape).to(part.dtype) for g, part in zip(views, parts, strict=True)]
+    return {p: spread_like(g, p) for p, g in zip(params, own, strict=True)}

@@ -27,6 +27,7 @@ class PreconditionedOperator(BaseOperator):
         self.operator = operator
         self.preconditioner = preconditioner
         self.n, self.dtype, self.device = operator.n, operator.dtype, operator.device
+        self.space = operator.space
         self.inv_sqrt = preconditioner.inv_sqrt(list(operator.params.values())).to(self.dtype)
 
     def apply_rows(self, block: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..eigen import EigenResult, lanczos
 from ..optimizers.preconditioner import preconditioner
+from .distributed.choose import hessian_of
 from .operators import HessianOperator
 from .parameters import gradients_of
 from .preconditioned import PreconditionedOperator
@@ -25,7 +26,8 @@ class Sharpness:
             preconditioned one in units of the optimizer's step).
         error_bound: some eigenvalue lies within this distance of ``value``. It certifies *an* eigenvalue, not that
             it is the largest.
-        vector: ``[n]``, the unit Ritz vector (of P^-1/2 H P^-1/2 for the preconditioned sharpness).
+        vector: ``[n]``, the unit Ritz vector (of P^-1/2 H P^-1/2 for the preconditioned sharpness); under
+            ``fully_shard`` this process's part of it.
         matvecs: Hessian-vector products spent.
         converged: the residual is at most tol * value.
         reason: why the solver stopped.
@@ -53,7 +55,7 @@ def sharpness(
     """Return the largest algebraic eigenvalue of the loss's Hessian.
 
     Args:
-        model: a module.
+        model: a module; under DDP or ``fully_shard`` see ``hessian_of``: the value is that of all processes' batches.
         loss_fn: ``(output, targets) -> scalar``.
         batch: ``(inputs, targets)``; see ``HessianOperator``.
         tol: relative residual at which to stop.
@@ -75,7 +77,9 @@ def sharpness(
     >>> bool(abs(r.value - torch.linalg.eigvalsh(2 / 8 * x.T @ x)[-1]) < 1e-4)
     True
     """
-    operator = HessianOperator(model, loss_fn, batch, params=params)
+    # A subset of the parameters is for models that one process holds; others are refused there.
+    one = params is not None
+    operator = HessianOperator(model, loss_fn, batch, params=params) if one else hessian_of(model, loss_fn, batch)
     return _top(lanczos(operator, tol=tol, v0=v0, max_matvecs=max_matvecs, generator=generator))
 
 
@@ -97,7 +101,7 @@ def preconditioned_sharpness(
     model that the optimizer updates.
 
     Args:
-        model: a module.
+        model: a module; under DDP or ``fully_shard`` see ``hessian_of``: the value is that of all processes' batches.
         loss_fn: ``(output, targets) -> scalar``.
         batch: ``(inputs, targets)``; see ``HessianOperator``.
         optimizer: SGD (P = 1), Adam, AdamW, GIAdam, RMSprop; its state is read, never changed.
@@ -114,7 +118,7 @@ def preconditioned_sharpness(
     Cost: one gradient, and ``matvecs`` Hessian-vector products.
     Source: Cohen et al., Adaptive gradient methods at the edge of stability (2022).
     """
-    hessian = HessianOperator(model, loss_fn, batch)
+    hessian = hessian_of(model, loss_fn, batch)
     # With this batch's gradient and not the state alone: the step about to be taken divides by a v that holds it.
     P = preconditioner(optimizer, gradients=gradients_of(hessian))
     # Symmetric, with the eigenvalues of P^-1 H: Lanczos needs a symmetric matrix.

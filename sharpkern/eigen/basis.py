@@ -10,7 +10,16 @@ from torch import Tensor
 
 from .. import kernels
 from ..kernels.cpu.huge_pages import empty
-from .common import EigenResult, SymmetricOperator, check_finite, multiply, random_rows, rounding_level
+from .common import (
+    EigenResult,
+    SymmetricOperator,
+    check_finite,
+    dimension,
+    gram,
+    multiply,
+    random_rows,
+    rounding_level,
+)
 
 _TURNED_BYTES = 1 << 20  # at a time in a restart on the CPU, in cache
 
@@ -66,7 +75,7 @@ class Basis:
         self.W[m : m + j] = multiply(self.op, self.Q[m : m + j])
         self.size = m + j
         # T on the CPU in float64: it is small, and Ritz values must not lose what float32 vectors still hold.
-        block = kernels.gram(self.Q[: self.size], self.W[m : self.size]).cpu()
+        block = gram(self.op, self.Q[: self.size], self.W[m : self.size]).cpu()
         check_finite(block, self.matvecs)
         self.matvecs += j
         self.T[: self.size, m : self.size] = block
@@ -80,7 +89,7 @@ class Basis:
         # Twice is enough for most rows (Parlett 1998); one that lies almost in the span may need more.
         for _ in range(4):
             # The last product is the row's squared length: one pass over memory gives it with all cosines.
-            products = kernels.gram(rows[at:], rows)[0].cpu()
+            products = gram(self.op, rows[at:], rows)[0].cpu()
             length = float(products[at].sqrt())
             remains = 1.0 if remains is None or factor is None else remains * length / factor
             if not length > 0 or not remains > 100 * eps:
@@ -110,7 +119,7 @@ class Basis:
         k = Y.shape[1]
         R = self.combination(Y, self.W, self.workspace.rows("residuals", k)[:k])
         R.sub_(self.combination(Y * theta, self.Q, self.workspace.rows("scratch", k)[:k]))
-        return R, kernels.gram(R, R).diagonal().sqrt().cpu()
+        return R, gram(self.op, R, R).diagonal().sqrt().cpu()
 
     def result(
         self, theta: Tensor, Y: Tensor, wanted: list[int], norms: Tensor, *, done: bool, reason: str, gaps: bool = True
@@ -127,7 +136,7 @@ class Basis:
         # The nearest Ritz values that were not asked for: an eigenvalue in between could not be told apart.
         others = [i for i in {wanted[0] - 1, wanted[-1] + 1} | _holes(wanted) if 0 <= i < self.size]
         if not others:
-            return norms * norms / math.inf if self.size == self.op.n else norms
+            return norms * norms / math.inf if self.size == dimension(self.op) else norms
         rest = self.residuals(theta[others], Y[:, others])[1]
         # The neighbours are uncertain by their own residuals, which may close a gap.
         gap = ((theta[wanted][:, None] - theta[others]).abs() - rest).min(1).values

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .basis import Basis
-from .common import SymmetricOperator, random_rows
+from .common import SymmetricOperator, dimension, random_rows
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,8 @@ def certify(
     if generator is None:
         generator = torch.Generator()
         generator.seed()
-    steps = min(matvecs, op.n)
+    n = dimension(op)
+    steps = min(matvecs, n)
     basis = Basis(op, steps, generator)
     basis.extend(random_rows(1, op, generator))
     while True:
@@ -74,7 +75,7 @@ def certify(
         # The residual of the top pair has the direction of the next Krylov vector, so this is Lanczos.
         basis.extend(basis.residuals(theta[:1], Y[:, :1])[0])
     # A Krylov space of the whole dimension holds every eigenvector: theta_1 is then the eigenvalue itself.
-    eps = 0.0 if steps == op.n else (math.log(1.648 * math.sqrt(op.n) / (failure / 2)) / (2 * steps - 1)) ** 2
+    eps = 0.0 if steps == n else (math.log(1.648 * math.sqrt(n) / (failure / 2)) / (2 * steps - 1)) ** 2
     # eps is relative to the width of the spectrum, of which only the Ritz values' is known. Both ends may be off by
     # eps of the width, so the width is at most theirs over 1 - 2 eps; from eps = 1/2 on this says nothing.
     width = float(theta[0] - theta[-1])

@@ -3,14 +3,34 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from .. import kernels
+
+
+class Space(Protocol):
+    """How the processes of an operator hold its vectors: each a part of every vector, or each the whole."""
+
+    @property
+    def n(self) -> int:
+        """Length of a whole vector; the operator's own ``n`` is that of this process's part."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether each process holds the whole of every vector."""
+
+    def total(self, partial: Tensor) -> Tensor:
+        """Turn inner products of the parts into those of the whole vectors, the same bits on every process."""
+
+    def random_rows(self, rows: int, generator: torch.Generator) -> Tensor:
+        """Return this process's part of standard normal vectors, ``[rows, operator.n]``."""
+
 
 class SymmetricOperator(Protocol):
-    """What a solver needs."""
+    """What a solver needs; an attribute ``space`` besides, where several processes work on the same vectors."""
 
     n: int
     dtype: torch.dtype
@@ -48,8 +68,51 @@ class EigenResult:
     reason: str
 
 
+def space_of(op: SymmetricOperator) -> Space | None:
+    """Return how processes share the operator's vectors; None where this process holds them alone."""
+    return getattr(op, "space", None)
+
+
+def check_whole(op: Any, purpose: str) -> None:
+    """Check that this process holds the whole of the operator's vectors.
+
+    Raises:
+        ValueError: it holds a part, with which the purpose would give numbers of the part.
+    """
+    space = space_of(op)
+    if space is not None and not space.whole:
+        raise ValueError(
+            f"{purpose} needs whole vectors, and this operator's are sharded over processes: use the eigenvalue "
+            "solvers, or an operator of a model that is not under fully_shard."
+        )
+
+
+def dimension(op: SymmetricOperator) -> int:
+    """Return the length of a whole vector."""
+    space = space_of(op)
+    return op.n if space is None else space.n
+
+
+def gram(op: SymmetricOperator, V: Tensor, W: Tensor) -> Tensor:
+    """Return the inner products of whole vectors, see ``kernels.gram``; one small sum where processes hold parts."""
+    space, products = space_of(op), kernels.gram(V, W)
+    return products if space is None else space.total(products)
+
+
+def lengths_of(op: SymmetricOperator, rows: Tensor) -> Tensor:
+    """Return the Euclidean norms of whole vectors, ``[k, n] -> [k]``, in the rows' dtype."""
+    space = space_of(op)
+    if space is None:
+        return torch.linalg.vector_norm(rows, dim=1)
+    # row by row, because only the diagonal of a Gram matrix is wanted
+    squares = torch.stack([kernels.gram(row, row)[0, 0] for row in rows.contiguous().split(1)])
+    return space.total(squares).sqrt().to(rows.dtype)
+
+
 def random_rows(rows: int, op: SymmetricOperator, generator: torch.Generator) -> Tensor:
     """Standard normal ``[rows, n]``, the same on every device."""
+    if (space := space_of(op)) is not None:
+        return space.random_rows(rows, generator)
     # Drawn on the CPU: a CUDA generator gives other numbers, and results would depend on the device.
     return torch.randn(rows, op.n, dtype=op.dtype, generator=generator).to(op.device)
 
@@ -89,7 +152,7 @@ def start_rows(op: SymmetricOperator, k: int, v0: Tensor | None, generator: torc
         raise ValueError(f"v0 must be [{op.n}] or [m, {op.n}], got {list(v0.shape)}.")
     if rows.dtype != op.dtype or rows.device != op.device:
         raise ValueError(f"v0 must be {op.dtype} on {op.device}, got {rows.dtype} on {rows.device}.")
-    lengths = torch.linalg.vector_norm(rows, dim=1)
+    lengths = lengths_of(op, rows)
     if not bool((lengths.isfinite() & (lengths > 0)).all()):
         raise ValueError(f"v0's rows must be finite and not zero; their lengths are {lengths.tolist()}.")
     # Fewer rows than wanted eigenvalues could not see a multiple eigenvalue at all.
@@ -99,8 +162,9 @@ def start_rows(op: SymmetricOperator, k: int, v0: Tensor | None, generator: torc
 
 def check_arguments(op: SymmetricOperator, k: int, tol: float, max_matvecs: int) -> None:
     """Raise a ValueError for what no solver can take."""
-    if not 1 <= k <= op.n:
-        raise ValueError(f"k must lie between 1 and n = {op.n}, got {k}.")
+    n = dimension(op)
+    if not 1 <= k <= n:
+        raise ValueError(f"k must lie between 1 and n = {n}, got {k}.")
     if not tol > 0:
         raise ValueError(f"tol must be positive, got {tol}.")
     if max_matvecs < k:

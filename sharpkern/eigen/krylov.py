@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .basis import Basis
-from .common import EigenResult, SymmetricOperator, check_arguments, rounding_level, start_rows
+from .common import EigenResult, SymmetricOperator, check_arguments, dimension, rounding_level, start_rows
 from .stopping import allowed_norms, converged, reason_of
 
 Which = Literal["largest", "smallest", "both"]
@@ -70,18 +70,18 @@ def lanczos(
     2.0
     """
     check_arguments(op, k, tol, max_matvecs)
-    ends = 2 if which == "both" else 1
-    if which not in ("largest", "smallest", "both") or ends * k > op.n:
-        raise ValueError(f"which must be 'largest', 'smallest' or 'both' (2k <= n = {op.n}), got {which!r}, k = {k}.")
+    n, ends = dimension(op), 2 if which == "both" else 1
+    if which not in ("largest", "smallest", "both") or ends * k > n:
+        raise ValueError(f"which must be 'largest', 'smallest' or 'both' (2k <= n = {n}), got {which!r}, k = {k}.")
     # Twice the wanted and some room: a restart keeps half, and a short basis converges slowly.
     limit = max(2 * ends * k + 20, 40) if max_basis is None else max_basis
     if limit < ends * k + 2:
         raise ValueError(f"max_basis must be at least {ends * k + 2}, got {limit}.")
     generator = generator or torch.Generator().manual_seed(0)
     start = start_rows(op, ends * k, v0, generator)
-    if len(start) > min(max_matvecs, op.n):
-        raise ValueError(f"v0 must have at most max_matvecs = {max_matvecs} and n = {op.n} rows, got {len(start)}.")
-    basis = Basis(op, min(max(limit, len(start) + 1), op.n), generator)
+    if len(start) > min(max_matvecs, n):
+        raise ValueError(f"v0 must have at most max_matvecs = {max_matvecs} and n = {n} rows, got {len(start)}.")
+    basis = Basis(op, min(max(limit, len(start) + 1), n), generator)
     # From several rows this is no block Lanczos: they are multiplied at once, and then one residual at a time.
     basis.extend(start)
     del start  # a vector less in memory
@@ -89,7 +89,7 @@ def lanczos(
     while True:
         theta, Y = basis.ritz()
         wanted = _wanted(which, k, basis.size)
-        complete = basis.size == op.n
+        complete = basis.size == n
         residuals, norms = basis.residuals(theta[wanted], Y[:, wanted])
         rounding = rounding_level(op, theta) * (_COMPLETE if complete else 1.0)
         if converged(norms, theta[wanted], goal, rounding) or complete or basis.matvecs >= max_matvecs:

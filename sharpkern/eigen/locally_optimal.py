@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .basis import Basis
-from .common import EigenResult, SymmetricOperator, check_arguments, rounding_level, start_rows
+from .common import EigenResult, SymmetricOperator, check_arguments, dimension, rounding_level, start_rows
 from .stopping import converged, reason_of
 
 
@@ -42,8 +42,8 @@ def lobpcg(
     Source: Knyazev, Toward the optimal preconditioned eigensolver (2001).
     """
     check_arguments(op, k, tol, max_matvecs)
-    if 3 * k > op.n:
-        raise ValueError(f"lobpcg needs 3k <= n = {op.n}, got k = {k}: use lanczos.")
+    if 3 * k > (n := dimension(op)):
+        raise ValueError(f"lobpcg needs 3k <= n = {n}, got k = {k}: use lanczos.")
     generator = generator or torch.Generator().manual_seed(0)
     start = start_rows(op, k, v0, generator)
     if len(start) > k:

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
 from .. import kernels
+from ..kernels.cholesky_qr import cholesky_qr
 from .common import (
     EigenResult,
     SymmetricOperator,
     check_arguments,
     check_finite,
+    dimension,
+    gram,
+    lengths_of,
     multiply,
     random_rows,
     rounding_level,
+    space_of,
     start_rows,
 )
 from .stopping import converged, reason_of
@@ -68,27 +75,27 @@ def power_iteration(
     before = None
     while True:
         products = multiply(op, V)
-        T = kernels.gram(V, products).cpu()
+        T = gram(op, V, products).cpu()
         check_finite(T, matvecs)
         matvecs += k
         # Ritz vectors of the block instead of the block: else the k vectors stay a mixture of the k eigenvectors.
         if k > 1:
             rotation = torch.linalg.eigh((T + T.t()) / 2)[1].flip(1).t().contiguous().to(V.device)
             V, products = kernels.combine(rotation, V), kernels.combine(rotation, products)
-        theta, norms, following = kernels.power_step(V, products)
+        theta, norms, following = _power_step(op, V, products)
         theta, norms = theta.cpu(), norms.cpu()
-        lowest = min(lowest, float(theta.min()), _lower_end(V, products, before))
+        lowest = min(lowest, float(theta.min()), _lower_end(op, V, products, before))
         before = V, products
         needed = -lowest * (1.05 if float(theta.min()) <= 0 else 0.55)
         # A shift within 10% of what is needed is left as it is: each growth stirs the block, and progress is lost.
-        settled = shift >= 0.9 * needed or k == op.n
+        settled = shift >= 0.9 * needed or k == dimension(op)
         rounding = rounding_level(op, theta)
         done = settled and converged(norms, theta, tol, rounding)
         if done or matvecs + k > max_matvecs:
             break
         shift = needed
         if not settled:
-            V = _orthonormal_block(V + 0.1 * random_rows(k, op, generator) / op.n**0.5, op, generator)
+            V = _orthonormal_block(V + 0.1 * random_rows(k, op, generator) / dimension(op) ** 0.5, op, generator)
         elif k == 1 and shift == 0:
             V = following  # power_step has normalised it in the same pass
         else:
@@ -100,24 +107,41 @@ def power_iteration(
     return EigenResult(theta, V, norms, bounds, bounds, matvecs, done, reason)
 
 
-def _lower_end(V: Tensor, products: Tensor, before: tuple[Tensor, Tensor] | None) -> float:
+def _power_step(op: SymmetricOperator, V: Tensor, products: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return Rayleigh quotients, residual norms and normalised products, see ``kernels.power_step``."""
+    if space_of(op) is None:
+        return kernels.power_step(V, products)
+    theta = gram(op, V, products).diagonal()
+    norms = lengths_of(op, torch.addcmul(products, V, theta[:, None].to(V.dtype), value=-1)).double()
+    lengths = lengths_of(op, products).clamp(min=torch.finfo(V.dtype).tiny)
+    return theta, norms, products / lengths[:, None]
+
+
+def _lower_end(op: SymmetricOperator, V: Tensor, products: Tensor, before: tuple[Tensor, Tensor] | None) -> float:
     """Return the lowest Ritz value of this block and the one before it; 0 without one."""
     if before is None:
         return 0.0
     S, P = torch.cat([V, before[0]]), torch.cat([products, before[1]])
-    length, B = torch.linalg.eigh(kernels.gram(S, S).cpu())
+    length, B = torch.linalg.eigh(gram(op, S, S).cpu())
     # A negative component changes its sign from block to block, so it is never among the directions dropped
     # here, whose Ritz values would be rounding.
     B = (B / length.clamp(min=1e-3).sqrt())[:, length > 1e-3]
-    T = B.t() @ kernels.gram(S, P).cpu() @ B
+    T = B.t() @ gram(op, S, P).cpu() @ B
     return float(torch.linalg.eigvalsh((T + T.t()) / 2)[0])
 
 
 def _orthonormal_block(V: Tensor, op: SymmetricOperator, generator: torch.Generator) -> Tensor:
     """Orthonormalise k rows; a block that has lost its rank is stirred first."""
     try:
-        return kernels.orthonormalise(V)
+        return _orthonormalised(V, op)
     except kernels.RankError:
         # unit rows, so that the random ones weigh the same in each; a zero row becomes random
-        V = V / torch.linalg.vector_norm(V, dim=1, keepdim=True).clamp(min=torch.finfo(V.dtype).tiny)
-        return kernels.orthonormalise(V + random_rows(len(V), op, generator) / op.n**0.5)
+        V = V / lengths_of(op, V).clamp(min=torch.finfo(V.dtype).tiny)[:, None]
+        return _orthonormalised(V + random_rows(len(V), op, generator) / dimension(op) ** 0.5, op)
+
+
+def _orthonormalised(V: Tensor, op: SymmetricOperator) -> Tensor:
+    """See ``kernels.orthonormalise``."""
+    if space_of(op) is None:
+        return kernels.orthonormalise(V)
+    return cholesky_qr(V, functools.partial(gram, op), kernels.combine)

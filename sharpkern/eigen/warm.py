@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import kernels
 from .basis import Basis, Workspace
-from .common import EigenResult, SymmetricOperator, random_rows, rounding_level
+from .common import EigenResult, SymmetricOperator, dimension, gram, lengths_of, random_rows, rounding_level
 from .state import check_state
 from .stopping import converged, reason_of
 
@@ -120,8 +120,9 @@ class WarmLanczos:
 
         Cost: ``matvecs`` products: 1 to 10, 20 to 50 at the first step.
         """
-        if self.k > op.n:
-            raise ValueError(f"k must be at most n = {op.n}, got {self.k}.")
+        n = dimension(op)
+        if self.k > n:
+            raise ValueError(f"k must be at most n = {n}, got {self.k}.")
         k, first = self.k, self._block is None
         tol = self.tol * (_FIRST_TOL if first else 1.0)
         most = self.max_matvecs if at_most is None else at_most
@@ -133,7 +134,7 @@ class WarmLanczos:
             theta, Y = basis.ritz()
             residuals, norms = basis.residuals(theta[:k], Y[:, :k])
             rounding = rounding_level(op, theta)
-            if basis.size == op.n or basis.matvecs >= most:
+            if basis.size == n or basis.matvecs >= most:
                 break
             if not converged(norms, theta[:k], tol, rounding):
                 worst = int((norms / theta[:k].abs()).argmax())
@@ -155,7 +156,7 @@ class WarmLanczos:
 
     def _begin(self, op: SymmetricOperator, extra: Tensor | None, *, first: bool, near: bool) -> Basis:
         """Multiply what every solve multiplies: the start, the next Ritz vector while it is near, and the caller's."""
-        basis = Basis(op, min(max(_BASIS, 2 * self.k + 20), op.n), self.generator, self._memory(op, first))
+        basis = Basis(op, min(max(_BASIS, 2 * self.k + 20), dimension(op)), self.generator, self._memory(op, first))
         rows = [random_rows(self.k, op, self.generator) if first else self._start()]
         if near:
             assert self._next is not None
@@ -243,17 +244,17 @@ class WarmLanczos:
         products = basis.combination(Y[:, :k], basis.W)  # a power step, for which the product is known
         # Multiplied by a negative eigenvalue, a vector would turn its sign and a power step would favour the lower end.
         block = torch.where((theta[:k, None] > 0).to(products.device), products, vectors)
-        block = block / torch.linalg.vector_norm(block, dim=1, keepdim=True)
+        block = block / lengths_of(basis.op, block)[:, None]
         if self._block is None:
             self._change = torch.zeros_like(block)
         else:
             assert self._change is not None
             # The block before, turned within its span to fit the new one: a sign for k = 1.
-            U, cosines, V = torch.linalg.svd(kernels.gram(block, self._block).cpu())
+            U, cosines, V = torch.linalg.svd(gram(basis.op, block, self._block).cpu())
             turn = (U @ V).to(block.device)
             # Blocks that hardly overlap (a crossing, a catapult) have no change that a prediction could learn from.
             if float(cosines.min()) > 0.2:
-                now, before, size = (kernels.gram(t, self._change) for t in (vectors, self._block, self._change))
+                now, before, size = (gram(basis.op, t, self._change) for t in (vectors, self._block, self._change))
                 along = (turn * now).sum() - before.diagonal().sum()  # of the vectors turned back, less the block
                 self._normal = _FORGET_FIT * self._normal + float(size.diagonal().sum())
                 self._right = _FORGET_FIT * self._right + float(along)
@@ -262,7 +263,7 @@ class WarmLanczos:
         # A small basis that was not given the next vector cannot see it: its Ritz vector k + 1 is a chance direction.
         if basis.size > k and (sentinel or basis.size >= k + 3 or self._next is None):
             row = basis.combination(Y[:, k : k + 1], basis.W if float(theta[k]) > 0 else basis.Q)[0]
-            self._next = row / torch.linalg.vector_norm(row)
+            self._next = row / lengths_of(basis.op, row[None])[0]
             self._gap = 1 - float(theta[k] / theta[k - 1]) if float(theta[k - 1]) > 0 else 0.0
 
     def state_dict(self) -> dict[str, Any]:

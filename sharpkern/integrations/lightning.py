@@ -82,6 +82,7 @@ class SharpnessCallback(Callback):
         # Mixed precision holds for the forward pass only, and the observed one must be the same.
         with trainer.precision_plugin.forward_context(), torch.enable_grad():
             values = self._observer.observe(step, _clipped(trainer, pl_module, optimizer))
+        # Not ``pl_module.log``: it would average over an epoch, and a logger may write fewer steps than were observed.
         for logger in trainer.loggers:
             logger.log_metrics(values, step=step)
 

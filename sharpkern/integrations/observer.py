@@ -80,6 +80,7 @@ class Observer:
         Raises:
             ValueError: the loop's gradients are not those of the tracker's loss.
         """
+        # Forgotten even if measuring fails, so that no later step counts them again.
         parts = MicroBatches(self._batches, self._weights, random_states=self._states)
         self.forget()
         try:

@@ -100,9 +100,12 @@ def choose(kernel: str, x: Tensor) -> ModuleType:
     """Return the module that runs a kernel on a tensor: the forced backend, else the fastest that fits.
 
     Raises:
+        TypeError: a DTensor, which has no memory of its own.
         ValueError: SHARPKERN_BACKEND names no backend.
         RuntimeError: the forced backend cannot run here, and why.
     """
+    if type(x) is not Tensor and hasattr(x, "to_local"):  # its address is 0, and a compiled kernel would go there
+        raise TypeError(f"{kernel} takes plain tensors, got a {type(x).__name__}: pass its part, t.to_local().")
     # The variable is part of the key, so that a change of it is seen at the next call.
     return _choice(kernel, forced_backend(), x.device, x.dtype)
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..eigen import SymmetricOperator, lanczos
+from ..eigen.common import check_whole
 from .next_update import next_update
 from .preconditioner import Gradients
 from .rules import learning_rate
@@ -139,6 +140,7 @@ def generalised_sharpness(
             f"starts must be at least 1, max_products at least 2 starts + 1 and tol positive, got {starts}, "
             f"{max_products} and {tol}."
         )
+    check_whole(operator, "the generalised sharpness")
     ball = unit_ball(optimizer, list(operator.params.values()), gradients=gradients)
     generator = generator or torch.Generator().manual_seed(0)
     if isinstance(ball, Ellipsoid):
@@ -200,6 +202,7 @@ def update_curvature(
     UpdateCurvature(curvature=65.0, slope=17.0, squared_norm=17.0)
     """
     # A gradient that no column of H belongs to would be lost without a word.
+    check_whole(operator, "the update's curvature")
     own = {id(p) for p in operator.params.values()}
     if strange := [list(p.shape) for p in gradients if id(p) not in own]:
         raise ValueError(f"gradients holds parameters that are not the operator's, of shapes {strange[:5]}.")

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from .parts import local_part
 from .rules import Rule, Step, diagonal_rule_of, inner_optimizer
 from .threshold import relative_lr, threshold_scales
 
@@ -102,7 +103,8 @@ def preconditioner(
             = 0.9.
 
     Returns:
-        A ``Preconditioner``, for all trainable parameters, or for those in the mapping.
+        A ``Preconditioner``, for all trainable parameters, or for those in the mapping. Of parameters that are spread
+        over processes (DTensor), each process gets its own part.
 
     Raises:
         TypeError: the optimizer's rule is not known; the optimizer has no diagonal P (Lion, Muon: see
@@ -170,7 +172,7 @@ def _scaled(
         for p in group["params"]:
             dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
             if rule.inv_sqrt is None:  # P is known without a gradient, so a mapping's gaps do not matter
-                result[p] = torch.full((p.numel(),), math.sqrt(scale), dtype=dtype, device=p.device)
+                result[p] = torch.full((local_part(p).numel(),), math.sqrt(scale), dtype=dtype, device=p.device)
                 continue
             if not p.requires_grad or (isinstance(gradients, Mapping) and p not in gradients):
                 continue
@@ -207,11 +209,11 @@ def _gradient(p: Tensor, group: dict[str, Any], gradients: Gradients, dtype: tor
         )
     if g.shape != p.shape:
         raise ValueError(f"the gradient of a parameter of shape {list(p.shape)} has shape {list(g.shape)}.")
-    flat = g.detach().reshape(-1).to(dtype)
+    flat = local_part(g).detach().reshape(-1).to(dtype)
     if group.get("maximize"):  # before the decay is added, and signs matter to a running mean of gradients
         flat = -flat
     if decay := rule.coupled_decay(group):
-        flat = flat + decay * p.detach().reshape(-1).to(dtype)
+        flat = flat + decay * local_part(p).detach().reshape(-1).to(dtype)
     return flat
 
 

@@ -41,14 +41,12 @@ def buffers_on_copies(modules: Iterable[nn.Module], *, updated: nn.Module | None
     finally:
         for module, buffers in before:
             if id(module) in to_update:
-                buffers |= _taken_over(buffers, module._buffers, copies)
+                buffers |= _taken_over(buffers, module._buffers)
             module._buffers.clear()
             module._buffers.update(buffers)
 
 
-def _taken_over(
-    originals: dict[str, Tensor | None], left: dict[str, Tensor | None], copies: dict[int, Tensor]
-) -> dict[str, Tensor | None]:
+def _taken_over(originals: dict[str, Tensor | None], left: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
     """Write what the pass left into the originals; return the buffers that cannot be written in place."""
     new: dict[str, Tensor | None] = {}
     for name, value in left.items():
@@ -56,23 +54,30 @@ def _taken_over(
         if original is None or value is None or value.shape != original.shape or value.dtype != original.dtype:
             new[name] = value if value is None or value is original else value.detach()
         # Written only where the pass wrote, so that the version counter of an untouched buffer does not move.
-        elif value is not copies[id(original)] or value._version:  # a clone starts at version 0
+        elif was_written(value, original):
             with torch.no_grad():
                 original.copy_(value)
     return new
 
 
+def was_written(now: Tensor, before: Tensor) -> bool:
+    """Whether a buffer differs from a copy of it that was taken before."""
+    if now.layout is torch.strided:
+        return not torch.equal(now, before)  # by value: batch norm writes without counting a new version
+    return now._version > 0  # torch does not compare sparse tensors
+
+
 @contextmanager
 def restored_buffers(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Put old values back into buffers that were written: for an export, which must see the buffers' own memory."""
-    before = [(b, b.clone(), b._version) for m in modules for b in m._buffers.values() if b is not None]
+    before = [(b, b.clone()) for m in modules for b in m._buffers.values() if b is not None]
     try:
         yield
     finally:
         with torch.no_grad():
-            for b, value, version in before:
+            for b, value in before:
                 # An untouched buffer is not written to: that too would count as a change.
-                if b._version != version:
+                if was_written(b, value):
                     b.copy_(value)
 
 
@@ -104,6 +109,23 @@ def set_random_state(state: RandomState) -> None:
         torch.cuda.set_rng_state(cuda, index)
 
 
+class RandomStates:
+    """The random states of torch, Python and NumPy as they are now, to run something once more with the same noise."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self._torch = device, random_state()
+        self._python, self._numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """Within the block, the states are those kept; afterwards, what they were before it."""
+        with kept_random_states({self.device}):
+            set_random_state(self._torch)
+            random.setstate(self._python)
+            np.random.set_state(self._numpy)  # noqa: NPY002
+            yield
+
+
 @contextmanager
 def differentiable_checkpoints() -> Iterator[None]:
     """Run reentrant checkpoints as non-reentrant ones, which give the same gradient.
@@ -115,6 +137,9 @@ def differentiable_checkpoints() -> Iterator[None]:
     def apply(function: Any, preserve_rng_state: bool, *args: Any) -> Any:
         return checkpointing.checkpoint(function, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state)
 
+    if "apply" in vars(checkpointing.CheckpointFunction):  # within another such block already
+        yield
+        return
     checkpointing.CheckpointFunction.apply = apply  # type: ignore[method-assign]
     try:
         yield

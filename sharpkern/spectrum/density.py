@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import kernels
-from ..eigen.common import SymmetricOperator, random_rows
+from ..eigen.common import SymmetricOperator, check_whole, random_rows
 from .probes import Estimate, identity, products, seeded
 
 if TYPE_CHECKING:
@@ -183,7 +183,7 @@ def spectral_density(
         instead, from fewer products.
 
     Raises:
-        ValueError: probes or steps is below 1.
+        ValueError: probes or steps is below 1, or the operator's vectors are sharded over processes.
         RuntimeError: a product is not finite.
 
     Cost: probes * steps products, and per step and probe 4 steps n numbers moved on average. Memory: the bases of as
@@ -191,6 +191,7 @@ def spectral_density(
     Source: Ghorbani, Krishnan and Xiao, An investigation into neural net optimization via Hessian eigenvalue density
     (2019); Ubaru, Chen and Saad (2017); Golub and Welsch, Calculation of Gauss quadrature rules (1969).
     """
+    check_whole(op, "the density")
     if probes < 1 or steps < 1:
         raise ValueError(f"probes and steps must be at least 1, got {probes} and {steps}.")
     if op.n <= min(probes * steps, _DENSE):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import kernels
-from ..eigen.common import SymmetricOperator
+from ..eigen.common import SymmetricOperator, check_whole
 from .probes import Estimate, blocks, identity, in_blocks, products, seeded, signs, span, without
 
 _FEWEST = 6  # a third of them each: span, its products, and the two probes that a spread needs
@@ -35,13 +35,14 @@ def diagonal(op: SymmetricOperator, matvecs: int = 96, generator: torch.Generato
         standard error for each entry; given Q, it is unbiased.
 
     Raises:
-        ValueError: matvecs is below 6.
+        ValueError: matvecs is below 6, or the operator's vectors are sharded over processes.
         RuntimeError: a product is not finite.
 
     Cost: matvecs products. Memory: matvecs vectors, and three of float64.
     Source: Bekas, Kokiopoulou and Saad, An estimator for the diagonal of a matrix (2007), for the probes; Baston and
     Nakatsukasa, Stochastic diagonal estimation (2022), for the subspace, used here on both sides.
     """
+    check_whole(op, "the diagonal")
     if matvecs < _FEWEST:
         raise ValueError(f"matvecs must be at least {_FEWEST}, got {matvecs}.")
     total = torch.zeros(op.n, dtype=torch.float64, device=op.device)

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..curvature.base import ParameterOperator
 from ..curvature.sharpness import Sharpness
 from ..eigen import lanczos
+from ..eigen.common import check_whole
 from ..rop.layout import Layout
 
 
@@ -33,6 +34,7 @@ class BlockOperator(ParameterOperator):
     """
 
     def __init__(self, operator: ParameterOperator, names: Iterable[str]) -> None:
+        check_whole(operator, "a block of layers")
         wanted = [names] if isinstance(names, str) else list(names)
         if unknown := [name for name in wanted if name not in operator.params]:
             raise ValueError(f"not among the operator's parameters: {unknown}. It has {list(operator.params)}.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..eigen.common import SymmetricOperator
+from ..eigen.common import SymmetricOperator, check_whole
 from .probes import Estimate, blocks, forms, identity, in_blocks, products, seeded, signs, span, spread, without
 
 _FEWEST = 6  # a third of them each: span, captured part, and the two probes that a spread needs
@@ -29,7 +29,7 @@ def trace(op: SymmetricOperator, matvecs: int = 96, generator: torch.Generator |
         The trace, in the units of A, with the standard error over the probes; given Q, it is unbiased.
 
     Raises:
-        ValueError: matvecs is below 6.
+        ValueError: matvecs is below 6, or the operator's vectors are sharded over processes.
         RuntimeError: a product is not finite.
 
     Cost: matvecs / 3 products and 2/3 matvecs quadratic forms. Memory: 2/3 matvecs vectors.
@@ -43,6 +43,7 @@ def trace(op: SymmetricOperator, matvecs: int = 96, generator: torch.Generator |
     >>> trace(Diagonal()).value
     -6.0
     """
+    check_whole(op, "the trace")
     if matvecs < _FEWEST:
         raise ValueError(f"matvecs must be at least {_FEWEST}, got {matvecs}.")
     if op.n <= matvecs:

@@ -50,7 +50,7 @@ class Map:
         warmup: warmup lengths, ascending.
         squares: by (lr, warmup).
         limits: of the colours; maps that are to be compared share them.
-        form: of the numbers, as in ``.2f``.
+        form: of the numbers, as in ``.2f``; see ``rounded``.
         colours: name of a colour map.
     """
 
@@ -60,6 +60,12 @@ class Map:
     limits: tuple[float, float]
     form: str
     colours: str
+
+
+def rounded(value: float, form: str) -> str:
+    """Format a number; what rounds to zero has no sign (the format's own "z" needs Python 3.11)."""
+    text = format(value, form)
+    return text if float(text) else text.removeprefix("-")
 
 
 def heatmap(content: Map, title: str, lr_label: str, path: Path) -> None:
@@ -90,7 +96,7 @@ def heatmap(content: Map, title: str, lr_label: str, path: Path) -> None:
             continue
         image[y, x] = square.value
         r, g, b, _ = colours((square.value - low) / (high - low))
-        text = format(square.value, content.form)
+        text = rounded(square.value, content.form)
         if square.held < square.seeds:
             text += f"\n{square.held}/{square.seeds}"
         # Brightness as the eye weighs it (Rec. 601), not the mean of the three.

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import itertools
 import re
-import tomllib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..train.config import TrainConfig, build, to_toml, value_of
+from ..train.config import TrainConfig, build, parse_toml, to_toml, value_of
 
 UNITS = ("1", "1/sharpness")
 
@@ -85,10 +84,7 @@ def read_sweep(path: Path, out: Path | None = None) -> Sweep:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such sweep file.")
     text = path.read_text(encoding="utf-8")
-    try:
-        tables = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{path}: not TOML: {error}.") from error
+    tables = parse_toml(text, str(path))
     options = _table(tables.pop("sweep", {}), "sweep", path)
     folder = out or Path(tables.pop("out", Path("runs") / path.stem))
     # Again, because ``or`` looks no further where the caller gave the folder; a cell's configuration must not have it.

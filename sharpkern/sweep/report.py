@@ -144,7 +144,7 @@ class _Report:
     def maps(self, cells: list[Cell], suffix: str) -> list[str]:
         """Accuracy, loss, and where the critical learning rate is known, T_reach and T_save."""
         parts = []
-        # The "z" turns a rounded -0 into 0, and the "#" keeps the zero of 0.10, so that all numbers show two digits.
+        # The "#" keeps the zero of 0.10, so that all numbers show two digits.
         kinds: list[tuple[str, str, str, str, str, Callable[[Cell], float | None]]] = [
             ("best_test_accuracy", "best test accuracy", "The best at any evaluation of a run that trained.", ".2f",
              "viridis", lambda c: self.of(c, "best_test_accuracy")),
@@ -152,7 +152,7 @@ class _Report:
              "viridis_r", lambda c: self.of(c, "best_test_loss")),
             ("T_reach", "T_reach", "Steps to the target when warmup of the same slope starts at the critical learning "
              "rate, found at initialisation by forward passes.", ".0f", "cividis_r", lambda c: self.of(c, "T_reach")),
-            ("T_save", "T_save", "Warmup steps saved by that, less the search's forward passes, two to a step.", "z.0f",
+            ("T_save", "T_save", "Warmup steps saved by that, less the search's forward passes, two to a step.", ".0f",
              "cividis", lambda c: self.of(c, "T_save")),
         ]  # fmt: skip
         for file, title, note, form, colours, value in kinds:

@@ -49,6 +49,7 @@ def directional_curvatures(
     """
     params = list(hessian.params.values())
     g, u = _unit(hessian.gradient.to(hessian.dtype)), None
+    # The gradients may be clipped or accumulated, so they need not be along g even for plain SGD.
     update: Mapping[Tensor, Tensor] | None = {p: gradients[p] for p in params}
     if not _follows_gradient(optimizer):
         update = _next_update(optimizer, {p: gradients[p] for p in params}) if two_forms else None
@@ -58,6 +59,7 @@ def directional_curvatures(
         u = g
     elif not two_forms:
         u = None
+    # One block, because the two share every read of the weights.
     directions = [d for d in (g, None if u is g else u) if d is not None]
     sign = -1.0 if climbs(optimizer) else 1.0  # to climb is to descend minus the loss
     forms = (sign * hessian.form_rows(torch.stack(directions))).tolist() if directions else []

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import kernels
 from ..eigen import EigenResult, WarmLanczos
+from ..eigen.common import gram, lengths_of
 from ..eigen.state import check_state
 from ..kernels.precision import tf32_products
 
@@ -47,7 +47,7 @@ class Followed:
             result = self.solver.step(operator, extra, at_most)
         self.solves += 1
         if self.vectors is not None:
-            cosines = kernels.gram(result.eigenvectors, self.vectors)
+            cosines = gram(operator, result.eigenvectors, self.vectors)
             self.overlaps = tuple(torch.linalg.vector_norm(cosines, dim=1).clamp(max=1.0).tolist())
         self.eigenvalues = tuple(result.eigenvalues.tolist())
         self.vectors, self.error_bound = result.eigenvectors, float(result.error_bounds[0])
@@ -63,7 +63,7 @@ class Followed:
         exact = operator.matvec(self.vectors[0])
         with tf32_products():
             rounded = operator.matvec(self.vectors[0])
-        self.rounding = float(torch.linalg.vector_norm(rounded - exact)) / max(abs(self.value), _TINY)
+        self.rounding = float(lengths_of(operator, (rounded - exact)[None])[0]) / max(abs(self.value), _TINY)
         return 2
 
     def bound(self, operator: Any, step: int) -> None:

@@ -67,12 +67,14 @@ class Following:
             ratio: last value over the present threshold, if there is one.
             certify: a certificate is wanted, which is for a measured value.
         """
+        # Before ``every``: a certificate bounds a value of this step, and a first value there must be.
         if certify or deciding not in self.followed:
             return "measured"
         if (step - 1) % self.every:
             return "carried"
         if self.budget is None:
             return "measured"
+        # Times ``every``, because the steps between saved for this one too.
         last = self.followed[deciding]
         return self.budget.choose(own_seconds * self.every, last.drift(step), last.turned, ratio)
 

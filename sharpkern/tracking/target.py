@@ -10,12 +10,16 @@ from torch import Tensor, nn
 
 from ..curvature.chunked import ChunkedHessian, MicroBatches
 from ..curvature.dataset import DatasetHessian
+from ..curvature.distributed.choose import hessian_of
+from ..curvature.distributed.replicated import DataParallelHessian
+from ..curvature.distributed.sharded import ShardedHessian
 from ..curvature.negative import NegativeOperator
 from ..curvature.operators import HessianOperator
 from ..curvature.parameters import gradients_of, select_parameters
+from ..curvature.wrappers import kind_of
 from ..optimizers.held import check_held
 
-StepHessian = HessianOperator | ChunkedHessian
+StepHessian = HessianOperator | ChunkedHessian | DataParallelHessian | ShardedHessian
 Tracked = StepHessian | DatasetHessian
 
 
@@ -31,7 +35,11 @@ class Target:
         chunk: the most examples of a batch that are differentiated at a time; None for all.
         verify: compare programs with the eager model.
 
+    Raises:
+        ValueError: a kind of parallelism that is not supported, or an option that its operator does not have.
+
     Attributes:
+        kind: what the model is wrapped in, see ``kind_of``.
         hessian: of the step's batch, None before the first one.
         order: name and shape of each parameter in a vector, None before the first batch.
     """
@@ -48,6 +56,12 @@ class Target:
         verify: bool,
     ) -> None:
         self.model, self.loss_fn = model, loss_fn
+        self.kind = kind_of(model)
+        if self.kind != "plain" and not (loader is None and params is None and chunk is None):
+            raise ValueError(
+                "loader=, params= and chunk= are for a model that one process holds, and this one is wrapped for "
+                f"several ({self.kind}): leave them out."
+            )
         self.probe, self.loader, self.chunk, self.verify = probe, loader, chunk, verify
         # A generator of names would be empty the second time.
         self.params: Any = params if params is None or isinstance(params, Mapping | str) else list(params)
@@ -75,8 +89,8 @@ class Target:
         """
         if self.chunk is not None and not isinstance(batch, MicroBatches):
             batch = MicroBatches.split(batch, self.chunk)
-        kind = ChunkedHessian if isinstance(batch, MicroBatches) else HessianOperator
-        if isinstance(self.hessian, kind):
+        # A loop may change from one form to the other, as for its last, shorter batch.
+        if self.hessian is not None and isinstance(self.hessian, ChunkedHessian) == isinstance(batch, MicroBatches):
             self.hessian.refresh(batch, update_buffers=training)
         else:
             self.hessian = self._operator(batch, update_buffers=training)
@@ -106,7 +120,7 @@ class Target:
         if self.probe is None and self.loader is None:
             return self.hessian
         # These are kept from step to step, as their export and recordings are.
-        if isinstance(self._instead, HessianOperator | ChunkedHessian):
+        if self._instead is not None and not isinstance(self._instead, DatasetHessian):
             self._instead.refresh()
         elif self._instead is None and self.loader is not None:
             self._instead = DatasetHessian(
@@ -118,6 +132,11 @@ class Target:
         return self._instead
 
     def _operator(self, batch: Any, *, update_buffers: bool) -> StepHessian:
+        if self.kind != "plain":
+            # Processes weigh alike, as DDP and FSDP average gradients: the curvature is that of the loss descended.
+            return hessian_of(
+                self.model, self.loss_fn, batch, update_buffers=update_buffers, verify=self.verify, weighting="ranks"
+            )
         kind: Any = ChunkedHessian if isinstance(batch, MicroBatches) else HessianOperator
         operator: StepHessian = kind(
             self.model, self.loss_fn, batch, params=self.params, update_buffers=update_buffers, verify=self.verify
@@ -138,6 +157,7 @@ class Target:
         order = [(name, p.shape) for name, p in params.items()]
         fits = self.order is None or order == self.order
         if not fits:
+            # The probe's operator holds the old parameters, and would go on with them without a word.
             self._instead = None
         self.order = order
         return fits

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..curvature.losses import NonFiniteLossError
 from ..curvature.preconditioned import PreconditionedOperator
+from ..curvature.wrappers import Kind
 from ..eigen.state import check_state
 from ..optimizers.preconditioner import Preconditioner, is_adaptive, threshold_preconditioner
 from ..optimizers.rules import learning_rate
@@ -41,7 +42,9 @@ class SharpnessTracker:
     Both find the sharpness by ``WarmLanczos`` (docs/tracking.md).
 
     Args:
-        model: a module; one that ``torch.compile`` has wrapped is looked into.
+        model: a module; one that ``torch.compile`` has wrapped is looked into. Under ``DistributedDataParallel`` or
+            ``fully_shard`` every process calls the tracker on its own batch; loss, gradients and sharpness are those of
+            all batches, each process weighing the same (docs/distributed.md).
         loss_fn: ``(output, targets) -> scalar``.
         optimizer: read for learning rate, threshold and, if adaptive, the diagonal preconditioner.
         tol: relative residual at which a solve stops. The eigenvalue's error is of second order in it.
@@ -70,7 +73,8 @@ class SharpnessTracker:
             the batch sharpness, and for the update curvature too where the update is along the gradient.
 
     Raises:
-        ValueError: an argument out of range, probe and loader together, tf32 with tol below 0.005, or neither products
+        ValueError: an argument out of range, one that a model over several processes does not have, probe and loader
+            together, tf32 with tol below 0.005, or neither products
             nor directions.
 
     Cost per measured step: a gradient and 2 to 10 Hessian-vector products; twice that for adaptive optimizers and for
@@ -116,6 +120,7 @@ class SharpnessTracker:
         self.tol, self.every, self.max_matvecs, self.k = tol, every, max_matvecs, k
         self.tf32, self.products, self.directions = tf32, products, directions
         self._target = Target(model, loss_fn, probe=probe, loader=loader, params=params, chunk=chunk, verify=verify)
+        _check_kind(self._target.kind, budget=budget, directions=directions or not products)
         self._steps = 0
         self._following = Following(k=k, tol=tol, every=every, max_matvecs=max_matvecs, budget=budget, tf32=tf32)
         self._left_at: float | None = None  # clock at the end of the last call
@@ -151,6 +156,7 @@ class SharpnessTracker:
                 the tracker was made for a part of the parameters.
         """
         start = time.perf_counter()
+        # Before anything runs: a step that set some gradients and left stale ones elsewhere would train on both.
         if not self._target.whole_model():
             raise ValueError(
                 "step() sets the gradient of every trainable parameter, but params= names a part of them: use "
@@ -196,6 +202,7 @@ class SharpnessTracker:
         if status == "carried" and not self.directions:
             self._steps += 1
             return self._left(self._record(math.nan, math.nan, status))
+        # The program draws the dropout masks that the eager model would, so it moves the generators as far.
         with kept_random_states({p.device for p in self.model.parameters()}):
             batch_gradients = self._differentiate(batch, training=False)
         stepped = gradients_to_step_with(batch_gradients, gradients)
@@ -214,6 +221,7 @@ class SharpnessTracker:
         if status in ("bounded", "carried") and self._decisive() not in self._following.followed:
             status = "measured"  # parameters were replaced since the choice, so there is nothing to carry
         along = self._measures_directions(status)
+        # Made once: the preconditioned operator and the norm of the update are about the same P.
         P = None
         if self._decisive() != "sharpness" and (along or status in ("measured", "bounded")):
             P = threshold_preconditioner(self.optimizer, gradients)
@@ -371,3 +379,14 @@ class SharpnessTracker:
         check_state("SharpnessTracker", state, ("steps", "followed", "budget"), _VERSION)
         self._steps = state["steps"]
         self._following.load_state_dict({name: state[name] for name in ("followed", "budget")})
+
+
+def _check_kind(kind: Kind, *, budget: float | None, directions: bool) -> None:
+    """Raise a ValueError for options that a model over several processes does not have."""
+    if kind != "plain" and budget is not None:
+        raise ValueError(
+            "budget= goes by the clock, which differs between processes, so that some would measure and others not: "
+            "use every=."
+        )
+    if kind == "fsdp2" and directions:
+        raise ValueError("directions=True and products=False need whole vectors, and fully_shard's are sharded.")

@@ -8,10 +8,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import tomllib
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 # The limit is written down twice: importing the tracker for it would import torch, for which --help would wait.
 TF32_TOL = 0.005  # the tracker's own limit: below it TF32's rounding would be most of a residual
@@ -247,13 +252,21 @@ def from_toml(text: str, source: str = "the configuration") -> TrainConfig:
     Raises:
         ValueError: no TOML, an unknown option, a value of the wrong type, or one that ``validate`` refuses.
     """
-    try:
-        tables = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{source}: not TOML: {error}.") from error
-    result: TrainConfig = build(TrainConfig, tables, source)
+    result: TrainConfig = build(TrainConfig, parse_toml(text, source), source)
     result.validate()
     return result
+
+
+def parse_toml(text: str, source: str) -> dict[str, Any]:
+    """Parse TOML into nested dictionaries; ``source`` names the text in the error.
+
+    Raises:
+        ValueError: no TOML.
+    """
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{source}: not TOML: {error}.") from error
 
 
 def build(cls: Any, values: dict[str, Any], where: str) -> Any:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from ..curvature.losses import LossModule, NonFiniteLossError
-from ..curvature.parameters import trainable, unwrapped
+from ..curvature.parameters import trainable
+from ..curvature.wrappers import check_one_process, unwrapped
 from ..optimizers.next_update import next_update
 from ..optimizers.rules import learning_rate, rule_of
 
@@ -197,6 +198,7 @@ class _Line:
     def __init__(
         self, model: nn.Module, loss_fn: Callable[..., Tensor], batch: Any, optimizer: torch.optim.Optimizer
     ) -> None:
+        check_one_process(model)  # each process would find a rate of its own
         self.module, self.batch = LossModule(unwrapped(model), loss_fn), batch
         self.buffers = dict(self.module.named_buffers())
         held = {p for group in optimizer.param_groups for p in group["params"]}
@@ -263,6 +265,7 @@ def probe_loss(model: nn.Module, loss_fn: Callable[..., Tensor], batch: Any) -> 
 
     Cost: one forward pass.
     """
+    check_one_process(model)
     module = LossModule(unwrapped(model), loss_fn)
     buffers = {name: b.clone() for name, b in module.named_buffers()}
     devices = sorted({p.device.index for p in module.parameters() if p.device.type == "cuda"})

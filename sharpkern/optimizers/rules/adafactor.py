@@ -43,9 +43,9 @@ def _torch_adafactor(step: Step) -> Tensor:
     For a matrix ``V = r c / mean(r)``, with r and c the running means of g^2 over rows and columns. The cap
     ``lr <= 1 / sqrt(t)`` is part of P, so that lr P^-1 is what multiplies g.
     """
-    g = step.coming_gradient().reshape(step.parameter.shape)
+    g = step.coming_gradient().reshape(step.matrix().shape)
     smallest, floor = step.group["eps"]
-    smallest = torch.finfo(step.parameter.dtype).eps if smallest is None else float(smallest)
+    smallest = torch.finfo(step.matrix().dtype).eps if smallest is None else float(smallest)
     weight = step.t ** float(step.group["beta2_decay"])
     if g.ndim > 1:
         rows = _moment(step, "row_var", (g**2).mean(-1, keepdim=True), weight)
@@ -55,7 +55,7 @@ def _torch_adafactor(step: Step) -> Tensor:
         v = _moment(step, "variance", g**2, weight)
     # Not lr / min(lr, 1 / sqrt(t)), as lr may be 0.
     cap = max(1.0, learning_rate(step.group) * math.sqrt(step.t))
-    scale = max(float(floor), _rms(step.parameter.detach()))
+    scale = max(float(floor), _rms(step.matrix().detach()))
     return _clipped(v.clamp(min=smallest**2).sqrt(), g, float(step.group["d"]), scale / cap)
 
 
@@ -86,7 +86,7 @@ def _hugging_face_adafactor(step: Step) -> Tensor:
     that of the update before it is averaged.
     """
     group, t = step.group, step.t
-    g = step.coming_gradient().reshape(step.parameter.shape)
+    g = step.coming_gradient().reshape(step.matrix().shape)
     weight = t ** float(group["decay_rate"])
     squares = g**2 + float(group["eps"][0])
     if g.ndim > 1:
@@ -98,7 +98,7 @@ def _hugging_face_adafactor(step: Step) -> Tensor:
         root = _moment(step, "exp_avg_sq", squares, weight).sqrt()
     rate = _relative_rate(group, t) if group["relative_step"] else 1.0
     if group["scale_parameter"]:
-        rate *= max(float(group["eps"][1]), _rms(step.parameter.detach()))
+        rate *= max(float(group["eps"][1]), _rms(step.matrix().detach()))
     return _clipped(root, g, float(group["clip_threshold"]), rate)
 
 

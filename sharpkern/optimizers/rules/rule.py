@@ -10,6 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ..parts import is_spread, local_part
+
 Group = dict[str, Any]
 Optimizer = torch.optim.Optimizer
 Geometry = Literal["diagonal", "sign", "spectral"]
@@ -76,9 +78,22 @@ class Step:
             )
         return self.gradient
 
+    def matrix(self) -> Tensor:
+        """Return the parameter, for rules that look at its rows and columns.
+
+        Raises:
+            TypeError: this process may hold a part of it only.
+        """
+        if is_spread(self.parameter):
+            raise TypeError(
+                f"{type(self.optimizer).__name__} looks at rows and columns, and this parameter is sharded: its P is "
+                "known for parameters that a process holds whole."
+            )
+        return self.parameter
+
     def kept(self, key: str) -> Tensor:
-        """Return an entry of the state, flat ``[n]``."""
-        tensor: Tensor = self.state[key]
+        """Return an entry of the state, flat ``[n]``; this process's part of a DTensor."""
+        tensor = local_part(self.state[key])
         # reshape and not view: a moment has its parameter's strides, which may be those of channels_last
         return tensor.reshape(-1).to(self.dtype)
 

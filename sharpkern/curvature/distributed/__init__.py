@@ -1,0 +1,1 @@
+"""Curvature over several processes: averaged over data-parallel replicas, or with sharded parameters."""

@@ -1,0 +1,187 @@
+"""Data parallelism on 2 and 4 gloo processes: against dense matrices of the global batch, and DDP's own steps."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from problems import Problem, dense_hessian, double, loss_and_gradient, mlp
+from problems import relative as error
+from ranks import results
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import sharpkern as sk
+
+LIMIT = 60.0
+
+
+def my_part(batch: tuple[Tensor, Tensor], rank: int, world: int) -> tuple[Tensor, Tensor]:
+    """Cut a batch into unequal parts: the first rank gets what the others leave."""
+    x, y = batch
+    size = len(x) // (world + 1)
+    stops = [len(x) - (world - 1 - r) * size for r in range(world)]
+    start = 0 if rank == 0 else stops[rank - 1]
+    return x[start : stops[rank]], y[start : stops[rank]]
+
+
+def dense_ggn(problem: Problem) -> Tensor:
+    """J' (d2 loss / d output2) J by torch.func."""
+    params = dict(problem.model.named_parameters())
+    x, y = problem.batch
+
+    def output(p: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(problem.model, p, (x,))
+
+    z = output(params).detach()
+    J = torch.cat([j.reshape(z.numel(), -1) for j in torch.func.jacrev(output)(params).values()], 1).detach()
+    H = torch.func.hessian(lambda z: problem.loss_fn(z, y))(z).reshape(z.numel(), z.numel())
+    return J.T @ H @ J
+
+
+def operators_agree(rank: int, world: int) -> dict[str, Any]:
+    problem = double(mlp())
+    x, y = problem.batch
+    problem = problem._replace(batch=(torch.cat([x, x + 0.5]), torch.cat([y, y.flip(0)])))
+    dense, (loss, gradient) = dense_hessian(problem), loss_and_gradient(problem)
+    V = torch.randn(len(dense), 3, dtype=torch.float64)
+    mine = my_part(problem.batch, rank, world)
+    model = DistributedDataParallel(problem.model)
+    A = sk.hessian_of(model, problem.loss_fn, mine, time_limit=LIMIT)
+    G = sk.DataParallelGGN(model, problem.loss_fn, mine, time_limit=LIMIT)
+    ggn = dense_ggn(problem)
+    errors = {
+        "loss": abs(float(A.loss) - float(loss)),
+        "gradient": error(A.gradient, gradient.detach()),
+        "product": error(A @ V, dense @ V),
+        "form": error(A.quadratic_form(V), (V * (dense @ V)).sum(0)),
+        "ggn": error(G @ V, ggn @ V),
+        "dense": error(A.to_dense(), dense),
+        "trace": abs(sk.trace(A, 3 * len(dense)).value / float(dense.trace()) - 1),
+    }
+    top = float(torch.linalg.eigvalsh(dense)[-1])
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    P = sk.preconditioner(optimizer, gradients={p: g for p, g in zip(A.params.values(), _pieces(A), strict=True)})
+    s = P.inv_sqrt(list(A.params.values()))
+    warm = sk.eigen.WarmLanczos(tol=1e-6)
+    values = {
+        "lanczos": sk.lanczos(A, tol=1e-7).eigenvalues[0],
+        "lobpcg": sk.lobpcg(A, tol=1e-6).eigenvalues[0],
+        "power": sk.power_iteration(A, tol=1e-4, max_matvecs=2000).eigenvalues[0],
+        "warm": warm.step(A).eigenvalues[0],
+        "warm again": warm.step(A).eigenvalues[0],
+        # its seed is fresh, and another one on every process
+        "certified": torch.tensor(sk.certify(A).value),
+        "preconditioned": sk.lanczos(sk.PreconditionedOperator(A, P), tol=1e-7).eigenvalues[0],
+    }
+    tops = {**dict.fromkeys(values, top), "preconditioned": float(torch.linalg.eigvalsh(s[:, None] * dense * s)[-1])}
+    # The optimizer's step goes on as ever, and the operator notices it.
+    before = [p.clone() for p in A.params.values()]
+    model(mine[0]).square().mean().backward()
+    optimizer.step()
+    moved = any(not torch.equal(p, q) for p, q in zip(before, A.params.values(), strict=True))
+    stale = ""
+    try:
+        A @ V
+    except RuntimeError as e:
+        stale = str(e)
+    return {
+        "errors": errors,
+        "values": {name: abs(float(v) / tops[name] - 1) for name, v in values.items()},
+        "bits": [float(v).hex() for v in values.values()] + [float((A.gradient.double()).sum()).hex()],
+        "moved": moved,
+        "stale": stale,
+    }
+
+
+def _pieces(A: Any) -> list[Tensor]:
+    return [g.view(p.shape) for g, p in zip(A.gradient.split([p.numel() for p in A.params.values()]), A.params.values(),
+                                            strict=True)]  # fmt: skip
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_unequal_parts_of_a_batch_give_the_operator_of_the_whole(world: int, seed: int) -> None:
+    told = results(operators_agree, world, seed)
+    for own in told:
+        assert max(own["errors"].values()) <= 1e-12, own["errors"]
+        assert max(own["values"].values()) <= 1e-6, own["values"]
+        assert own["moved"]
+        assert "refresh" in own["stale"]
+    assert all(own["bits"] == told[0]["bits"] for own in told), "the processes' results must be equal to the last bit"
+
+
+def normed() -> nn.Module:
+    """Batch norm has buffers that training moves; dropout needs the training's own noise."""
+    layers = nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Dropout(0.2), nn.Linear(6, 3)
+    return nn.Sequential(*layers).double()
+
+
+def tracker_beside_ddp(rank: int, world: int) -> dict[str, Any]:
+    model = normed()
+    twin = copy.deepcopy(model)
+    tracked = DistributedDataParallel(model, static_graph=True)
+    plain = DistributedDataParallel(twin)
+    first, second = (torch.optim.AdamW(m.parameters(), lr=0.01) for m in (tracked, plain))
+    beside = sk.SharpnessTracker(plain, nn.functional.cross_entropy, second, tol=1e-5)
+    tracker = sk.SharpnessTracker(tracked, nn.functional.cross_entropy, first, tol=1e-5)
+    worst = {"grad": 0.0, "parameter": 0.0, "buffer": 0.0, "sharpness": 0.0, "beside": 0.0, "loss": 0.0}
+    bits = []
+    for step in range(4):
+        batch = torch.randn(4 * world, 5, dtype=torch.float64), torch.randint(0, 3, (4 * world,))
+        mine = tuple(t[4 * rank : 4 * rank + 4] for t in batch)
+        noise = torch.get_rng_state()  # the same on every process here, but dropout sees other rows
+        second.zero_grad()
+        loss = nn.functional.cross_entropy(plain(mine[0]), mine[1])
+        loss.backward()
+        torch.set_rng_state(noise)
+        rec = tracker.step(mine)
+        torch.set_rng_state(noise)
+        seen = beside.observe(mine)
+        grads = [torch.cat([p.grad.flatten() for p in m.parameters()]) for m in (tracked, plain)]
+        worst["grad"] = max(worst["grad"], error(*grads))
+        own = dense_hessian(Problem(_same_noise(model, noise), nn.functional.cross_entropy, mine))
+        torch.distributed.all_reduce(own)
+        top = float(torch.linalg.eigvalsh(own / world)[-1])
+        torch.distributed.all_reduce(loss.detach())
+        worst["sharpness"] = max(worst["sharpness"], abs(rec.sharpness / top - 1))
+        worst["beside"] = max(worst["beside"], abs(seen.sharpness / top - 1))
+        worst["loss"] = max(worst["loss"], abs(rec.loss - float(loss.detach()) / world))
+        bits.append((rec.sharpness, rec.preconditioned_sharpness, rec.ratio, rec.matvecs))
+        first.step()
+        second.step()
+        if step == 1:  # the wrapper's own pass between two tracked ones, first of all with a static graph
+            for ddp, optimizer in ((tracked, first), (plain, second)):
+                torch.set_rng_state(noise)
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(ddp(mine[0]), mine[1]).backward()
+                optimizer.step()
+    worst["parameter"] = max(error(p, q) for p, q in zip(tracked.parameters(), plain.parameters(), strict=True))
+    if rank == 0:  # the first process's are those that DDP keeps
+        worst["buffer"] = max(
+            error(a.double(), b.double()) for a, b in zip(model.buffers(), twin.buffers(), strict=True)
+        )
+    return {"worst": worst, "bits": bits}
+
+
+class _same_noise(nn.Module):  # noqa: N801  (a function in all but name)
+    """Run a module with a given random state; its buffers are those of the forward pass."""
+
+    def __init__(self, module: nn.Module, noise: Tensor) -> None:
+        super().__init__()
+        self.module, self.noise = module, noise
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.random.fork_rng([]):
+            torch.set_rng_state(self.noise)
+            return self.module(x)
+
+
+def test_tracker_beside_ddp_trains_as_ddp_does_and_measures_the_global_batch(seed: int) -> None:
+    told = results(tracker_beside_ddp, 2, seed)
+    for own in told:
+        worst = own["worst"]
+        assert max(worst["grad"], worst["parameter"], worst["buffer"], worst["loss"]) <= 1e-9, worst
+        assert max(worst["sharpness"], worst["beside"]) <= 1e-6, worst
+    assert told[0]["bits"] == told[1]["bits"]
