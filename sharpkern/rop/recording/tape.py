@@ -161,7 +161,7 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ARG002
         kwargs = kwargs or {}
-        if any(tag in func.tags for tag in _UNSIZED):
+        if _unsized(func, args):
             raise NotReplayableError(f"{func} depends on values")
         # Run as it is, and moved afterwards: nothing has to be known about the op, at the price of one copy.
         result = func(*args, **kwargs)
@@ -298,6 +298,14 @@ def _kind(x: Any) -> Any:
 
 def _copy_results(func: Any, args: Any, kwargs: Any, results: list[Tensor]) -> None:
     copy_all(_tensors(func(*args, **kwargs)), results)
+
+
+def _unsized(func: Any, args: Any) -> bool:
+    """Whether the shape of the result depends on values."""
+    # Indexing has the shape of its indices, unless one is a mask; torch's tag does not tell the two apart.
+    if func is aten.index.Tensor:
+        return any(t is not None and t.dtype in (torch.bool, torch.uint8) for t in args[1])
+    return any(tag in func.tags for tag in _UNSIZED)
 
 
 @cache
