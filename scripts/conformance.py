@@ -3,16 +3,20 @@
     python scripts/conformance.py [--samples 2] [--only NAME ...] [--every N] [--out docs/conformance.md]
 
 Each sample becomes a loss of its floating inputs; loss, gradient, Hv, a block of vectors and v'Hv are compared with
-autograd twice. A sample ends as ``rule``, ``fallback`` or ``autograd`` (right, by
-which way), ``refused`` (torch has no second derivative either), ``REFUSED`` (torch has), ``WRONG``, or ``CRASHED``.
+autograd twice. A module with parameters is a second sample for its generalised Gauss-Newton matrix, whose truth is made
+of the rows of J, one backward pass each, and of the loss's second derivative by the outputs.
+
+A sample ends as ``rule``, ``fallback`` or ``autograd`` (right, by which way), ``refused`` (torch has no second
+derivative either), ``REFUSED`` (torch has), ``WRONG``, or ``CRASHED``.
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,6 +41,7 @@ class Sample(NamedTuple):
     loss_fn: Callable[..., Tensor]
     module: nn.Module | None = None
     batch: Any = None
+    gauss_newton: bool = False
 
 
 class Result(NamedTuple):
@@ -104,9 +109,12 @@ def module_samples(most: int) -> Iterator[Sample]:
                     except Exception:
                         continue
                 params = {n: p for n, p in module.named_parameters() if p.requires_grad}
-                yield Sample(
+                one = Sample(
                     info.name, params, lambda out, _: weighted(out), _Bound(module, given), (given.args[:1], None)
                 )
+                yield one
+                if params:
+                    yield one._replace(name=f"{info.name}, GGN", gauss_newton=True)
 
 
 class _Bound(nn.Module):
@@ -142,7 +150,8 @@ def check(sample: Sample) -> Result:
     torch.manual_seed(1)
     v = torch.randn(sum(p.numel() for p in sample.params.values()), dtype=torch.float64)
     try:
-        truth = _truth(sample, v)
+        with _start(sample):
+            truth = _ggn_truth(sample, v) if sample.gauss_newton else _truth(sample, v)
     except Exception as error:
         truth = None
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -166,42 +175,80 @@ def check(sample: Sample) -> Result:
         )
 
 
-def _truth(sample: Sample, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, gradient and Hv by autograd twice, with the random numbers that the check sees."""
+@contextlib.contextmanager
+def _start(sample: Sample) -> Iterator[None]:
+    """Begin with the random numbers that the check sees, leave buffers as they are, and let attention be derived."""
     torch.manual_seed(2)
+    buffers = [] if sample.module is None else [(b, b.clone()) for b in sample.module.buffers()]
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        with torch.no_grad():
+            for b, before in buffers:
+                b.copy_(before)
+
+
+def _truth(sample: Sample, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, gradient and Hv by autograd twice."""
     params = (
         {n: p.detach().clone().requires_grad_() for n, p in sample.params.items()}
         if sample.module is None
         else sample.params
     )
     tensors = list(params.values())
-    buffers = [] if sample.module is None else [(b, b.clone()) for b in sample.module.buffers()]
-    with sdpa_kernel(SDPBackend.MATH):
-        if sample.module is None:
-            loss = sample.loss_fn(params, None)
-        else:
-            inputs, targets = sample.batch
-            loss = sample.loss_fn(sample.module(*inputs), targets)
-        parts = torch.autograd.grad(loss, tensors, create_graph=True, materialize_grads=True)
-        pieces = [p.view(t.shape) for p, t in zip(v.split([t.numel() for t in tensors]), tensors, strict=True)]
-        dot = sum((g * p).sum() for g, p in zip(parts, pieces, strict=True))
-        product = (
-            torch.autograd.grad(dot, tensors, materialize_grads=True)
-            if dot.requires_grad
-            else [torch.zeros_like(t) for t in tensors]
-        )
-    with torch.no_grad():
-        for b, before in buffers:
-            b.copy_(before)
-    flat = [torch.cat([t.detach().reshape(-1) for t in group]) for group in (parts, product)]
-    return loss.detach(), flat[0], flat[1]
+    if sample.module is None:
+        loss = sample.loss_fn(params, None)
+    else:
+        inputs, targets = sample.batch
+        loss = sample.loss_fn(sample.module(*inputs), targets)
+    parts = torch.autograd.grad(loss, tensors, create_graph=True, materialize_grads=True)
+    pieces = [p.view(t.shape) for p, t in zip(v.split([t.numel() for t in tensors]), tensors, strict=True)]
+    dot = sum((g * p).sum() for g, p in zip(parts, pieces, strict=True))
+    product = (
+        torch.autograd.grad(dot, tensors, materialize_grads=True)
+        if dot.requires_grad
+        else [torch.zeros_like(t) for t in tensors]
+    )
+    return loss.detach(), _flat(parts), _flat(product)
+
+
+def _ggn_truth(sample: Sample, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, gradient and ``J'(d2 loss) J v``: J row by row, the loss's second derivative by autograd twice."""
+    assert sample.module is not None
+    tensors = list(sample.params.values())
+    inputs, targets = sample.batch
+    leaves, spec = pytree.tree_flatten(sample.module(*inputs))
+    moving = [i for i, y in enumerate(leaves) if isinstance(y, Tensor) and y.requires_grad]
+    outputs = [leaves[i] for i in moving]
+    rows = [_back(y, tensors) for output in outputs for y in output.reshape(-1)]
+    J = torch.stack(rows)
+    # The loss as a function of outputs that are leaves of their own.
+    own = [y.detach().requires_grad_() for y in outputs]
+    for i, y in zip(moving, own, strict=True):
+        leaves[i] = y
+    loss = sample.loss_fn(pytree.tree_unflatten(leaves, spec), targets)
+    slopes = torch.autograd.grad(loss, own, create_graph=True, materialize_grads=True)
+    g, u = _flat(slopes), J @ v
+    dot = sum((a.reshape(-1) * b).sum() for a, b in zip(slopes, u.split([y.numel() for y in own]), strict=True))
+    curved = _flat(torch.autograd.grad(dot, own, materialize_grads=True))
+    return loss.detach(), J.t() @ g, J.t() @ curved
+
+
+def _back(y: Tensor, tensors: list[Tensor]) -> Tensor:
+    return _flat(torch.autograd.grad(y, tensors, retain_graph=True, materialize_grads=True))
+
+
+def _flat(tensors: Iterable[Tensor]) -> Tensor:
+    return torch.cat([t.detach().reshape(-1) for t in tensors])
 
 
 def _compare(sample: Sample, v: Tensor, truth: tuple[Tensor, Tensor, Tensor] | None) -> Result:
     if sample.module is None:
         H = sk.HessianOperator(None, sample.loss_fn, None, params=sample.params)
     else:
-        H = sk.HessianOperator(sample.module, sample.loss_fn, sample.batch)
+        operator = sk.GGNOperator if sample.gauss_newton else sk.HessianOperator
+        H = operator(sample.module, sample.loss_fn, sample.batch)
     v = v.to(H.dtype)
     product, gradient = H @ v, H.gradient
     block = H @ torch.stack([v, -2 * v, v.flip(0)], 1)
@@ -218,7 +265,7 @@ def _compare(sample: Sample, v: Tensor, truth: tuple[Tensor, Tensor, Tensor] | N
         size = max(size, float(hv.norm()))
         off += ["loss"] if not _near(H.loss, loss, float(loss.abs()), allowed) else []
         off += ["gradient"] if not _near(gradient, wanted, float(wanted.norm()), allowed) else []
-        off += ["Hv"] if not _near(product, hv, size, allowed) else []
+        off += ["Gv" if sample.gauss_newton else "Hv"] if not _near(product, hv, size, allowed) else []
     off += ["block"] if not _near(block[:, 1], -2 * product, 2 * size, allowed) else []
     off += ["form"] if not _near(form, v @ product, float(v.norm()) * size, allowed) else []
     if truth is None and not off:
@@ -269,7 +316,7 @@ def main() -> int:
     results = []
     samples = [*op_samples(given.samples), *module_samples(given.samples)]
     for sample in samples[:: given.every]:
-        if given.only and sample.name not in given.only:
+        if given.only and sample.name.removesuffix(", GGN") not in given.only:
             continue
         results.append(check(sample))
         if results[-1].status not in GOOD:

@@ -37,3 +37,23 @@ def test_a_wrong_product_would_be_seen(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, str(wrong)], capture_output=True, text=True, timeout=600)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "tanh: WRONG: Hv" in done.stdout
+
+
+def test_a_wrong_gauss_newton_product_would_be_seen(tmp_path: Path) -> None:
+    pytest.importorskip("expecttest")
+    wrong = tmp_path / "wrong.py"
+    wrong.write_text(
+        "import sys\n"
+        f"sys.path.insert(0, {str(SCRIPT.parent)!r})\n"
+        "import conformance\n"
+        "from sharpkern.rop import ReplayedProgram\n"
+        "right = ReplayedProgram.ggn\n"
+        "ReplayedProgram.ggn = lambda self, block: 1.001 * right(self, block)\n"
+        "conformance.op_samples = lambda most: []\n"
+        "sys.argv = ['conformance', '--samples', '1', '--only', 'nn.Bilinear']\n"
+        "sys.exit(conformance.main())\n"
+    )
+    done = subprocess.run([sys.executable, str(wrong)], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "nn.Bilinear, GGN: WRONG: Gv" in done.stdout
+    assert "nn.Bilinear: " not in done.stdout

@@ -10,6 +10,9 @@ import torch
 import torch.nn.functional as F
 from rule_truth import check, curved, double_backward
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from sharpkern.rop.decompositions import explicit_attention
 
 
 def weighted(y: Tensor) -> Tensor:
@@ -172,3 +175,16 @@ def test_products_and_running_products_with_zeros(n: int) -> None:
         lambda y: y.T.cumprod(-1),
     ):
         check({"x": x}, lambda q, _, f=f: weighted(f(shifted(q))), truth=double_backward, values=1)
+
+
+@pytest.mark.parametrize("hidden", ["query", "key"])
+def test_explicit_attention_does_not_hide_a_nan_behind_its_mask(hidden: str) -> None:
+    keep = torch.ones(3, 4, dtype=torch.bool)
+    keep[1], keep[:, 2] = False, False
+    q, k, v = (torch.randn(1, 2, n, 2, dtype=torch.float64) for n in (3, 4, 4))
+    (q[0, 1, 1] if hidden == "query" else k[0, 1, 2])[0] = torch.nan
+    with sdpa_kernel(SDPBackend.MATH):
+        want = F.scaled_dot_product_attention(q, k, v, attn_mask=keep)
+    got = explicit_attention(q, k, v, keep)
+    assert want.isnan().any()
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12, equal_nan=True)

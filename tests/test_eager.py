@@ -154,3 +154,23 @@ def test_a_buffer_bound_anew_is_updated() -> None:
 def test_losses_that_are_no_scalar_are_refused(loss_fn, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         sk.HessianOperator(net(), loss_fn, batch())
+
+
+@pytest.mark.parametrize("operator", [sk.HessianOperator, sk.GGNOperator])
+def test_sparse_gradients_of_an_embedding_go_to_autograd(operator: type[sk.HessianOperator]) -> None:
+    def model(sparse: bool) -> nn.Sequential:
+        return nn.Sequential(
+            nn.Embedding(7, 4, sparse=sparse), nn.Flatten(), nn.Tanh(), nn.Linear(12, 5), nn.Tanh(), nn.Linear(5, 3)
+        ).double()
+
+    sparse, dense = model(True), model(False)
+    dense.load_state_dict(sparse.state_dict())
+    data = torch.randint(0, 5, (5, 3)), torch.randint(0, 3, (5,))
+    with pytest.warns(UserWarning, match="sparse=True"):
+        H = operator(sparse, F.cross_entropy, data)
+    G = operator(dense, F.cross_entropy, data)
+    V = torch.randn(H.n, 2, dtype=torch.float64)
+    torch.testing.assert_close(H.gradient, G.gradient, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(H @ V, G @ V, rtol=1e-10, atol=1e-12)
+    if operator is sk.HessianOperator:
+        agrees(G, dense, F.cross_entropy, data)

@@ -111,3 +111,69 @@ def test_a_users_own_error_is_not_blamed_on_the_export() -> None:
         warnings.simplefilter("error")
         with pytest.raises(KeyError, match="labels"):
             sk.HessianOperator(net(), broken, batch())
+
+
+class _Counted:
+    """A loss that counts its runs on real tensors, not those of an export."""
+
+    def __init__(self) -> None:
+        self.runs, self.weight = 0, 0.5
+
+    def __call__(self, output: Tensor, targets: Tensor) -> Tensor:
+        self.runs += type(output) is Tensor
+        return F.cross_entropy(output, targets) + self.weight * output.square().mean()
+
+
+def test_a_changed_value_costs_one_eager_pass() -> None:
+    model, data, loss_fn = net(), batch(), _Counted()
+    H = sk.HessianOperator(model, loss_fn, data)
+    assert loss_fn.runs == 1
+    loss_fn.weight = 0.7
+    H.refresh()
+    assert loss_fn.runs == 2
+    assert isinstance(H.engine, ReplayedProgram)
+    agrees(H, model, loss_fn, data)
+
+
+def test_a_check_that_fails_costs_one_eager_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Hidden:
+        __slots__ = ("value",)
+
+    monkeypatch.setattr("sharpkern.curvature.engines.CHECK_EVERY", 3)
+    hidden, counted, model, data = Hidden(), _Counted(), net(), batch()
+    hidden.value = 1.0
+    loss_fn = lambda o, t: getattr(hidden, "".join(["val", "ue"])) * counted(o, t)  # noqa: E731
+    H = sk.HessianOperator(model, loss_fn, data)
+    hidden.value = 2.0
+    for _ in range(3):
+        H.refresh()
+    assert counted.runs == 2
+    agrees(H, model, loss_fn, data)
+
+
+def test_hooks_get_real_tensors_back_without_a_second_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, data, kept, gradients = net(), batch(), [], []
+    grad = torch.autograd.grad
+    monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: gradients.append(1) or grad(*a, **k))
+
+    def keep(_: nn.Module, __: object, output: Tensor) -> None:
+        output.retain_grad()
+        kept.append(output)
+
+    model[1].register_forward_hook(keep)
+    H = sk.HessianOperator(model, F.cross_entropy, data)
+    assert isinstance(H.engine, ReplayedProgram)
+    assert len(gradients) == 1
+    assert type(kept[-1]) is Tensor
+    torch.testing.assert_close(kept[-1].detach(), torch.tanh(model[0](data[0])).detach(), rtol=1e-12, atol=0)
+    assert kept[-1].requires_grad
+    with pytest.raises(Exception, match="hook"):  # the graph that the hook holds has kept no activations
+        kept[-1].sum().backward()
+
+
+def test_the_warning_points_at_the_line_outside_of_the_package() -> None:
+    model = net()
+    model[0].weight.register_hook(lambda g: g)
+    with pytest.warns(UserWarning, match="gradient hook") as caught:
+        sk.sharpness(model, F.cross_entropy, batch())
+    assert caught[0].filename == __file__

@@ -202,3 +202,79 @@ def test_rule_that_computes_outside_of_torch_is_not_recorded(monkeypatch: pytest
     for _ in range(3):
         agree(H, problem)
     assert not recordings(H)
+
+
+def test_an_overload_that_leaves_given_memory_unwritten_is_found_by_trying_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batch norm of a transposed input, in torch 2.13; the list of those that are known is empty here."""
+
+    def computation(x: Tensor, out: Tensor) -> None:
+        norm = torch.ops.aten._native_batch_norm_legit.no_stats
+        results = [norm(y, None, None, True, 0.1, 1e-5) for y in (x, x.t().contiguous().t())]
+        out.copy_(sum(z + mean + inverse for z, mean, inverse in results))
+
+    monkeypatch.setattr(tape, "_UNWRITTEN", set())
+    tape._out_variant.cache_clear()
+    try:
+        x, out = torch.randn(6, 4).double(), torch.empty(6, 4).double()
+        recording = tape.record(computation, [x], [out], Pool(), torch.device("cpu"))
+        for _ in range(3):
+            x, out, want = torch.randn(6, 4).double(), torch.empty(6, 4).double(), torch.empty(6, 4).double()
+            recording.replay([x], [out])
+            computation(x, want)
+            torch.testing.assert_close(out, want, rtol=1e-12, atol=1e-12)
+    finally:
+        tape._out_variant.cache_clear()
+
+
+def test_trying_overloads_draws_no_random_numbers() -> None:
+    def computation(x: Tensor, out: Tensor) -> None:
+        flags = torch.ops.aten.bernoulli.p(x, 0.5)  # a random op with a result of its own
+        out.copy_(x.sin() * flags + (x > 0))
+
+    x, out, want = torch.randn(5, 3), torch.empty(5, 3), torch.empty(5, 3)
+    torch.manual_seed(3)
+    computation(x, want)
+    after = torch.get_rng_state()
+    torch.manual_seed(3)
+    recording = tape.record(computation, [x], [out], Pool(), torch.device("cpu"))
+    assert torch.equal(out, want)
+    assert torch.equal(torch.get_rng_state(), after)
+    torch.manual_seed(3)
+    recording.replay([x], [out])
+    assert torch.equal(out, want)
+
+
+def test_noise_before_what_cannot_be_recorded_is_drawn_once() -> None:
+    class Counted(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.nn.functional.dropout(x, 0.5)
+            return x * torch.bincount(self.kinds, minlength=3).double()  # behind the noise, and not to be recorded
+
+    layer = Counted()
+    layer.register_buffer("kinds", torch.tensor([0, 2, 2, 1, 2]))
+    model = nn.Sequential(nn.Linear(4, 3), layer).double()
+    batch = torch.randn(6, 4, dtype=torch.float64), torch.randn(6, 3, dtype=torch.float64)
+    before = torch.get_rng_state()
+    H = sk.HessianOperator(model, nn.MSELoss(), batch)
+    assert isinstance(H.engine, replayed.ReplayedProgram) and not recordings(H)
+    torch.set_rng_state(before)
+    agree_once = nn.MSELoss()(model(batch[0]), batch[1])
+    assert float((H.loss - agree_once).abs()) <= 1e-12 * float(agree_once)
+
+
+def test_indexing_by_integers_is_recorded_and_by_a_mask_is_not() -> None:
+    class Picked(nn.Module):
+        def __init__(self, mask: bool) -> None:
+            super().__init__()
+            index = torch.tensor([True, False, True]) if mask else torch.tensor([2, 0, 2])
+            self.table = nn.Parameter(torch.randn(3, 4))
+            self.register_buffer("index", index)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.table[self.index].tanh().sum(0)
+
+    for mask in (False, True):
+        problem = double(Problem(Picked(mask), nn.MSELoss(), (torch.randn(5, 4), torch.randn(5))))
+        H = operator(problem)
+        agree(H, problem)
+        assert bool(getattr(H.engine, "_recordings", {})) is not mask

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sharpkern.curvature.losses import FunctionalLoss
 from sharpkern.rop import Program, export
+from sharpkern.rop.rule import RULES
 
 aten = torch.ops.aten
 
@@ -210,3 +211,20 @@ def test_casts_and_mixed_dtypes_keep_every_dtype(low: torch.dtype) -> None:
     params = {"a": torch.randn(3, 4), "b": torch.randn(4), "t": temperature}
     params = {name: p.double() for name, p in params.items()}
     check(params, loss, tolerance=1e-4 if low == torch.float32 else 0.15)
+
+
+@pytest.mark.parametrize("op", [aten.maximum.default, aten.minimum.default], ids=str)
+def test_infinite_derivatives_of_what_is_not_chosen_are_dropped(op: Any) -> None:
+    a, b = torch.tensor([1.0, 2.0, 3.0, -1.0]).double(), torch.tensor([2.0, 2.0, 0.5, -1.0]).double()
+    rule = RULES[op](op, (True, True))
+    rule.forward(a, b)
+    loses = a < b if op is aten.maximum.default else a > b
+    da = torch.where(loses, torch.inf, torch.randn(1, 4).double())
+    db = torch.where(loses | (a == b), torch.randn(1, 4).double(), -torch.inf)
+    want = torch.where(a == b, (da + db) / 2, torch.where(loses, db, da))
+    assert torch.equal(rule.tangent(da, db), want)
+    assert bool(want.isfinite().all())
+    leaves = [a.clone().requires_grad_(), b.clone().requires_grad_()]
+    g = torch.full((1, 4), torch.inf).double()
+    wanted = torch.autograd.grad(op(*leaves), leaves, g[0])
+    assert [r.tolist() for r in rule.backward(g)] == [[w.tolist()] for w in wanted]

@@ -136,3 +136,23 @@ def test_dropout_of_attention_keeps_its_mask() -> None:
 
     truth = (gradient(1) - gradient(-1)) / (2 * shift)
     assert float((H @ v - truth).norm() / truth.norm()) <= 1e-7
+
+
+@pytest.mark.parametrize("boolean", [True, False], ids=["boolean", "float"])
+@pytest.mark.parametrize("where", ["nowhere", "query", "hidden query", "hidden key", "hidden value", "infinite query"])
+def test_only_rows_that_the_mask_hides_become_zero_and_nan_stays_nan(where: str, boolean: bool) -> None:
+    keep = torch.rand(5, 6) > 0.4
+    keep[:, 0], keep[1], keep[:, 4] = True, False, False
+    mask = keep if boolean else torch.zeros(5, 6, dtype=torch.float64).masked_fill(~keep, -torch.inf)
+    q, k, v = (torch.randn(2, 3, n, 4, dtype=torch.float64) for n in (5, 6, 6))
+    tensor, row = {"query": (q, 0), "hidden query": (q, 1), "hidden key": (k, 4), "hidden value": (v, 4)}.get(
+        where, (q, 2)
+    )
+    if where != "nowhere":
+        tensor[0, 1, row, 2] = torch.inf if "infinite" in where else torch.nan
+    with sdpa_kernel(SDPBackend.MATH):
+        want = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    assert bool(want.isnan().any()) == (where != "nowhere")
+    assert torch.equal(want[1, 0, 1], torch.zeros(4, dtype=torch.float64))
+    rule = Attention(torch.ops.aten.scaled_dot_product_attention.default, (True, True, True))
+    torch.testing.assert_close(rule.forward(q, k, v, mask), want, rtol=1e-12, atol=1e-12, equal_nan=True)

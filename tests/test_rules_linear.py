@@ -142,3 +142,31 @@ def test_einsum(equation: str, shapes: tuple[Any, ...]) -> None:
 def test_bilinear_layer_is_right_on_the_fallback() -> None:
     fallback = ("aten._trilinear.default",)
     check_op(F.bilinear, (3, 2), (3, 4), (5, 2, 4), (5,), fallback=fallback, truth=double_backward)
+
+
+@pytest.mark.parametrize("active", SUBSETS, ids=str)
+@pytest.mark.parametrize(
+    ("f", "shapes"),
+    [
+        (torch.addmm, ((3, 2), (3, 4), (4, 2))),
+        (torch.addmm, ((2,), (3, 4), (4, 2))),
+        (torch.baddbmm, ((2, 3, 2), (2, 3, 4), (2, 4, 2))),
+        (torch.addmv, ((3,), (3, 4), (4,))),
+    ],
+    ids=["addmm", "addmm of a row", "baddbmm", "addmv"],
+)
+def test_a_nan_in_what_beta_zero_ignores_stays_there(f: Any, shapes: Any, active: tuple[int, ...]) -> None:
+    def ignoring(c: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return f(c + torch.nan, a, b, beta=0, alpha=0.7)
+
+    check_op(fixed(ignoring, shapes, active), *(shapes[i] for i in active), rule=AddMM, truth=double_backward)
+
+
+def test_beta_zero_drops_infinite_tangents_and_cotangents_of_what_it_ignores() -> None:
+    rule = AddMM(aten.addmm.default, (True, True, True))
+    c, a, b = torch.randn(3, 2), torch.randn(3, 4), torch.randn(4, 2)
+    rule.forward(c, a, b, 0, 1)
+    infinite = torch.full((1, 3, 2), torch.inf)
+    da = torch.randn(1, 3, 4)
+    torch.testing.assert_close(rule.tangent(infinite, da, None), da @ b)
+    assert torch.equal(rule.backward(infinite)[0], torch.zeros(1, 3, 2))

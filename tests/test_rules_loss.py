@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from sharpkern.rop.rules.loss import MSE, BinaryCrossEntropy, CrossEntropy
 from sharpkern.rop.rules.softmax import LogSoftmax, Softmax
 
+aten = torch.ops.aten
 TRUTH = {"truth": double_backward}
 SHAPES = {"[N, C]": (6, 4), "[C]": (4,), "[N, C, d]": (2, 4, 3), "[N, C, d, e]": (2, 4, 2, 3)}
 
@@ -109,3 +111,21 @@ def test_losses_made_of_other_rules(loss) -> None:
 def test_softmax_and_log_softmax(shape: tuple[int, ...], dim: int) -> None:
     check_op(lambda x: torch.softmax(x, dim), shape, rule=Softmax, **TRUTH)
     check_op(lambda x: torch.log_softmax(x, dim), shape, rule=LogSoftmax, **TRUTH)
+
+
+@pytest.mark.parametrize("cls", [MSE, BinaryCrossEntropy])
+def test_mean_over_many_float16_rows_is_torchs_where_their_sum_is_infinite(cls: Any) -> None:
+    op, f = {
+        MSE: (aten.mse_loss.default, F.mse_loss),
+        BinaryCrossEntropy: (aten.binary_cross_entropy_with_logits.default, F.binary_cross_entropy_with_logits),
+    }[cls]
+    x, t, d = 1 + torch.rand(70_000).half(), torch.zeros(70_000).half(), 1 + torch.rand(1, 70_000).half()
+    needs = (True, False, False, False)[: sum("Tensor" in str(a.type) for a in op._schema.arguments)]
+    rule = cls(op, needs)
+    want = f(x, t)
+    assert float((t + 1).sum()) == torch.inf
+    torch.testing.assert_close(rule.forward(x, t), want, rtol=2e-3, atol=0)
+    _, dwant = torch.func.jvp(lambda x: f(x, t.double()), (x.double(),), (d[0].double(),))
+    got = rule.tangent(d, *[None] * (len(needs) - 1))
+    assert got.dtype == torch.float16
+    torch.testing.assert_close(got[0].double(), dwant, rtol=3e-3, atol=0)

@@ -93,3 +93,12 @@ def test_batch_norm_without_running_statistics() -> None:
 def test_instance_norm(affine: bool) -> None:
     shapes = ((2, 3, 5), (3,), (3,)) if affine else ((2, 3, 5),)
     check_op(lambda x, *wb: F.instance_norm(x, None, None, *wb), *shapes, **TRUTH)
+
+
+def test_batch_norm_in_16_bits_keeps_statistics_in_32() -> None:
+    x = 40 + torch.randn(64, 3, 5).bfloat16()
+    rule = BatchNorm(torch.ops.aten._native_batch_norm_legit.no_stats, (True, False, False))
+    rule.forward(x, None, None, True, 0.1, 1e-5)
+    rows = x.double().transpose(0, 1).reshape(3, -1)
+    want = (rows - rows.mean(1, keepdim=True)) / (rows.var(1, correction=0, keepdim=True) + 1e-5).sqrt()
+    torch.testing.assert_close(rule.s.xhat.double(), want, rtol=1e-5, atol=1e-4)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from rule_truth import check, check_op, double_backward, positive
 from torch import Tensor
 
-from sharpkern.rop.rules.reduce import Extremum, Norm, PiecewiseLinearNorm, Ranked, Variance
+from sharpkern.rop.rules.reduce import Extremum, Norm, PiecewiseLinearNorm, Ranked, Sum, Variance
 
 aten = torch.ops.aten
 
@@ -166,3 +166,24 @@ def test_extremum_shares_a_tie_evenly() -> None:
     rule = Extremum(aten.amax.default, (True,))
     rule.forward(torch.tensor([1.0, 3.0, 3.0]), [0], False)
     assert rule.backward(torch.ones(1))[0].tolist() == [[0.0, 0.5, 0.5]]
+
+
+@pytest.mark.parametrize("op", [aten.mean.default, aten.mean.dim], ids=str)
+def test_mean_of_many_float16_is_torchs_where_their_sum_is_infinite(op: Any) -> None:
+    x = torch.rand(2, 70_000).half() + 1
+    options = () if op is aten.mean.default else ([1], False)
+    rule = Sum(op, (True,))
+    assert torch.equal(rule.forward(x, *options, None), op(x, *options))
+    d = torch.rand(3, 2, 70_000).half() + 1
+    want = torch.stack([op(row, *options) for row in d])
+    assert bool(want.isfinite().all())
+    assert torch.equal(rule.tangent(d), want)
+    leaf = x.requires_grad_()
+    y = op(leaf, *options)
+    g = 50_000 * torch.rand(1, *y.shape).half()
+    (gx,) = torch.autograd.grad(y, leaf, g[0])
+    torch.testing.assert_close(rule.backward(g)[0][0], gx, rtol=1e-3, atol=0)
+
+
+def test_mean_of_nothing_is_nan_as_in_torch() -> None:
+    assert Sum(aten.mean.default, (True,)).forward(torch.empty(0), None).isnan()

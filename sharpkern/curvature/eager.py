@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,9 +66,27 @@ def run_eagerly(
         # Not ``backward()``, which would add to ``p.grad``. Unused parameters have no gradient, which is no error in
         # eager training.
         gradients = torch.autograd.grad(loss, tensors, allow_unused=True)
+        # An embedding with ``sparse=True`` has a sparse one.
+        dense: list[Tensor | None] = [g if g is None or g.layout is torch.strided else g.to_dense() for g in gradients]
         # Inside the block, after which the module has its old buffers back.
         buffers = {name: b.detach().clone() for name, b in module.named_buffers()}
-    return EagerPass(loss.detach(), list(gradients), buffers, list(dict.fromkeys(unseen)), draws)
+    return EagerPass(loss.detach(), dense, buffers, list(dict.fromkeys(unseen)), draws)
+
+
+def run_forward(module: nn.Module, batch: Any, params: Mapping[str, Tensor], others: Sequence[nn.Module] = ()) -> None:
+    """Run ``module(batch)`` alone, for what its forward hooks keep; arguments and traces left as in ``run_eagerly``."""
+    tensors = list(params.values())
+    with ExitStack() as stack:
+        stack.enter_context(without_trace([module, *others], {t.device for t in tensors}))
+        # With gradients, for a hook may call ``retain_grad``. But a tensor that it keeps would hold the graph, and this
+        # all activations: the graph saves none.
+        stack.enter_context(requiring_grad(tensors))
+        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(_forget, _forget))
+        module(batch)
+
+
+def _forget(_: Any) -> Any:
+    return None
 
 
 def check_loss(loss: Any) -> Tensor:

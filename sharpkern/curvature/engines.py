@@ -8,9 +8,13 @@ refreshes.
 from __future__ import annotations
 
 import math
+import os
+import sys
+import traceback
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,12 +25,13 @@ from torch.utils import _pytree as pytree
 from ..rop import Program, ReplayedProgram, UnsupportedModelError, UnsupportedOpError, export
 from ..rop.double_backward import DoubleBackward
 from ..rop.sandbox import restored_buffers, without_trace
-from .eager import EagerPass, run_eagerly
+from .eager import EagerPass, run_eagerly, run_forward
 from .gate import compare
 from .losses import FunctionalLoss, LossModule, NonFiniteLossError
 from .watch import Snapshot, changes
 
-CHECK_EVERY = 200  # refreshes between comparisons with the eager model: one gradient in two hundred
+CHECK_EVERY = 500  # refreshes between comparisons with the eager model, which then cost less than 1% of the refreshes
+_PACKAGE = str(Path(__file__).parents[1]) + os.sep
 _MOST_ENGINES = 8  # kept, least recently used first to go
 _MOST_EXPORTS = 3  # for changed Python values, within _RECENT refreshes; what changes more often is not for an export
 _RECENT = 100
@@ -129,14 +134,12 @@ class Engines:
 
     def _made(self, leaves: list[Any], spec: pytree.TreeSpec, structure: Any, values: dict[str, Any]) -> Engine:
         """Make an engine; where only Python values have changed, first ask whether they play a part."""
-        before = self._values.get(structure)
-        if before is None:
-            return self._built(leaves, spec)
-        names = list(changes(before, values))
-        latest = self._latest[structure]
+        before, latest = self._values.get(structure), self._latest.get(structure)
         if isinstance(latest, DoubleBackward):
             return latest
         eager = self._eager(leaves, spec)
+        if before is None or latest is None:
+            return self._built(leaves, spec, eager)
         if not eager.unseen:
             verdict = compare(latest, self.module, leaves, spec, self.params, eager)
             usual = max(_SAME * latest.program.graph.rounding, _NOISE * self._noise.get(id(latest), 0.0))
@@ -145,15 +148,15 @@ class Engines:
         self._exports = 1 + (self._exports if self._refreshes - self._last_export <= _RECENT else 0)
         self._last_export = self._refreshes
         if self._exports > _MOST_EXPORTS:
+            names = list(changes(before, values))
             self._eager_only = (
                 f"a Python value that it reads changes from step to step ({', '.join(names[:3])}): make it a 0-d "
                 "tensor that is changed in place, or pass it in the batch as a tensor"
             )
-        return self._built(leaves, spec)
+        return self._built(leaves, spec, eager)
 
-    def _built(self, leaves: list[Any], spec: pytree.TreeSpec) -> Engine:
+    def _built(self, leaves: list[Any], spec: pytree.TreeSpec, eager: EagerPass) -> Engine:
         """Export and check, or say why not and take double backward."""
-        eager = self._eager(leaves, spec)
         if self.keep_outputs and isinstance(self.module, LossModule):
             with without_trace([self.module], {t.device for t in self.params.values()}):
                 self.module.check_outputs(pytree.tree_unflatten(leaves, spec))
@@ -196,15 +199,14 @@ class Engines:
         eager = self._eager(leaves, spec)
         if not eager.unseen and compare(engine, self.module, leaves, spec, self.params, eager).agrees:
             return engine
-        return self._built(leaves, spec)
+        return self._built(leaves, spec, eager)
 
     def _second_engine(self, spec: pytree.TreeSpec, reason: str) -> DoubleBackward:
         if reason not in self._warned:
             self._warned.add(reason)
-            warnings.warn(
+            _warn(
                 f"sharpkern: this model does not export to a program, products go through autograd (slower, and with "
-                f"the memory of its graph): {reason}.",
-                stacklevel=_outside(),
+                f"the memory of its graph): {reason}."
             )
         assert self._snapshot is not None
         return DoubleBackward(self.module, spec, self.params, self._snapshot.others, keep_outputs=self.keep_outputs)
@@ -221,7 +223,10 @@ class Engines:
     def _clear_up(self, leaves: list[Any], spec: pytree.TreeSpec) -> None:
         """Run forward hooks on real tensors again: what they keep would otherwise be the export's fake ones."""
         if any(m._forward_hooks or m._forward_pre_hooks for m in self.module.modules()):
-            self._eager(leaves, spec)
+            assert self._snapshot is not None
+            batch = pytree.tree_unflatten(leaves, spec)
+            run_forward(self.module, batch, self.params, self._snapshot.others)
+            self._snapshot = Snapshot(self.module)  # a hook may have left new values behind
 
 
 def _comparable(leaf: Any) -> Any:
@@ -235,11 +240,11 @@ def _hashable(values: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple((name, value if value.__hash__ is not None else repr(value)) for name, value in values.items())
 
 
-def _outside() -> int:
-    """Return the stack level of the first frame outside this package, for warnings."""
-    import sys
-
-    level, frame = 1, sys._getframe(1)
-    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "sharpkern":
-        level, frame = level + 1, frame.f_back  # type: ignore[assignment]
-    return level
+def _warn(message: str) -> None:
+    """Warn at the line outside of this package that led here."""
+    if sys.version_info >= (3, 12):
+        warnings.warn(message, skip_file_prefixes=(_PACKAGE,))
+    else:
+        frames = enumerate(traceback.walk_stack(sys._getframe()), 1)
+        level = next((i for i, (f, _) in frames if not f.f_code.co_filename.startswith(_PACKAGE)), 1)
+        warnings.warn(message, stacklevel=level)

@@ -73,7 +73,7 @@ class LossCurvature(ParameterOperator):
 
         The model is exported again for a batch of new shapes, another mode (train, eval, autocast), parameters that
         were frozen, unfrozen or replaced, and for a Python value that its code reads and that has changed; up to 8
-        programs are kept. Every 200 refreshes the program is compared with the eager model again
+        programs are kept. Every 500 refreshes the program is compared with the eager model again
         (docs/correctness.md).
 
         Args:
@@ -157,7 +157,7 @@ class HessianOperator(LossCurvature):
         params: which parameters: names, tensors, or a dict; None for all with ``requires_grad``.
         update_buffers: let the forward pass change the model's buffers.
         verify: compare loss, gradient and buffers of the exported program with one eager forward and backward pass, at
-            the first batch and every 200 refreshes; where they differ, double backward takes over, with a warning.
+            the first batch and every 500 refreshes; where they differ, double backward takes over, with a warning.
             False trusts the export.
 
     Attributes:

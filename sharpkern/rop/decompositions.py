@@ -194,8 +194,9 @@ def explicit_attention(
         ones = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device)
         scores = scores.masked_fill(ones.triu(1), -math.inf)
     if attn_mask is not None and attn_mask.dtype == torch.bool:
-        scores = scores.masked_fill(~attn_mask, -math.inf)
-    elif attn_mask is not None:
+        # Added and not filled in, as torch does: a NaN stays one, also where it is hidden.
+        attn_mask = torch.zeros_like(attn_mask, dtype=scores.dtype).masked_fill(~attn_mask, -math.inf)
+    if attn_mask is not None:
         scores = scores + attn_mask
     dead = (scores == -math.inf).all(-1, keepdim=True)  # a row that may attend to nothing gives zero
     # Filled in front as well as behind: softmax of -inf alone is NaN, and so would its derivative be.

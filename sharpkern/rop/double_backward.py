@@ -66,7 +66,7 @@ class DoubleBackward:
             # ``allow_unused``: the loss need not depend on every parameter. The derivative is zero there.
             parts = torch.autograd.grad(loss, self.layout.tensors, create_graph=True, allow_unused=True)
         # A part without a graph is constant in the parameters: its derivative is zero.
-        self.parts = [None if g is None or not g.requires_grad else g for g in parts]
+        self.parts = [None if g is None or not g.requires_grad else _dense(g) for g in parts]
         # Detached, or who keeps a gradient would keep the graph.
         self._gradient = self._flat([None if g is None else g.detach() for g in parts])
         return loss.detach()
@@ -88,7 +88,7 @@ class DoubleBackward:
 
     def _flat(self, parts: Sequence[Tensor | None]) -> Tensor:
         filled = [torch.zeros_like(p) if g is None else g for g, p in zip(parts, self.layout.tensors, strict=True)]
-        return torch.cat([t.reshape(-1) for t in filled]).to(self.layout.dtype)
+        return torch.cat([_dense(t).reshape(-1) for t in filled]).to(self.layout.dtype)
 
     def backward(self) -> None:
         """Nothing: ``forward`` has done it."""
@@ -134,7 +134,7 @@ class DoubleBackward:
         # Any u would do, for J'u is linear in it; but torch's way to it may have a kink at zero, as in the fallback.
         dummies = [torch.ones_like(z, requires_grad=True) for z in self.outputs]
         pulled = torch.autograd.grad(self.outputs, self.layout.tensors, dummies, create_graph=True, allow_unused=True)
-        pairs = [(g, t) for g, t in zip(pulled, v, strict=True) if g is not None]
+        pairs = [(_dense(g), t) for g, t in zip(pulled, v, strict=True) if g is not None]
         gs, ts = zip(*pairs, strict=True)
         along = torch.autograd.grad(gs, dummies, ts, materialize_grads=True)
         curved = self._loss_curvature(along)
@@ -152,6 +152,11 @@ class DoubleBackward:
         ys, cotangents = zip(*pairs, strict=True)
         # The graph stays: the next product runs through it again.
         return torch.autograd.grad(ys, self.layout.tensors, cotangents, retain_graph=True, allow_unused=True)
+
+
+def _dense(g: Tensor) -> Tensor:
+    # An embedding with ``sparse=True`` has sparse gradients.
+    return g if g.layout is torch.strided else g.to_dense()
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import logging
 import operator
@@ -52,7 +53,7 @@ class Graph:
     outputs: list[fx.Node]  # the model's outputs
     mutations: dict[str, fx.Node]  # qualified buffer name -> its value after the forward pass
 
-    @property
+    @functools.cached_property
     def rounding(self) -> float:
         """Machine epsilon of the coarsest floating dtype that the model computes in; its own casts count."""
         values = [t for node in self.nodes for t in pytree.tree_leaves(node.meta.get("val")) if isinstance(t, Tensor)]

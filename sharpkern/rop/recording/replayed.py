@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...kernels.precision import within_tf32_products
 from ..program import Program
+from ..sandbox import random_state, set_random_state
 from .common import NotReplayableError, Recording
 from .pool import Pool
 from .tape import record
@@ -119,6 +120,7 @@ class ReplayedProgram:
         if recording is not None:
             recording.replay(inputs, results)
             return
+        before = random_state()
         try:
             recording = record(sweep, inputs, results, self._memory, self.program.layout.device, self._known)
         except NotReplayableError:
@@ -126,6 +128,9 @@ class ReplayedProgram:
             # for tensors keep their part of the pool alive.
             self._live = False
             self._forget()
+            # What was run before it failed may have drawn noise: the sweep must draw the same again, or a seed would
+            # not give the masks that it gives the eager model.
+            set_random_state(before)
             sweep(*inputs, *results)
             return
         if len(self._recordings) >= _MAX_RECORDINGS:

@@ -7,6 +7,7 @@ where it is: parameters, buffers, a copy of the batch. Only the vectors and resu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, NamedTuple
@@ -25,11 +26,12 @@ from .pool import Pool
 aten = torch.ops.aten
 _MAX_BYTES = 1 << 30  # of a pool; above that, calls are long enough not to need it
 _LARGE = 1 << 20  # bytes of vectors and results from which pointing all calls at them costs less than copying them
-# Ops whose overload for given memory leaves results unwritten in torch 2.13: batch norm those of an input that is not
-# contiguous, the losses in more cases. A replay would read what the memory held before.
+# Known in torch 2.13 to leave results unwritten when given memory: batch norm those of an input that is not contiguous,
+# the losses in more cases. ``_writes_all`` finds them too, but trying the losses makes torch print a warning.
 _UNWRITTEN = {
     "aten::_native_batch_norm_legit", "aten::native_batch_norm", "aten::binary_cross_entropy", "aten::_ctc_loss",
 }  # fmt: skip
+_COPIES = (aten.clone.default, aten._to_copy.default)
 _UNSIZED = (torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output)
 
 
@@ -155,10 +157,11 @@ class _Recorder(TorchDispatchMode):
         self._pool = pool
         self._known = {t.untyped_storage().data_ptr() for t in known}
         self._stand_ins: dict[Any, Tensor] = {}
+        self._writes: dict[Any, bool] = {}  # a call's kind -> its overload for given memory writes all results
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ARG002
         kwargs = kwargs or {}
-        if any(tag in func.tags for tag in _UNSIZED):
+        if _unsized(func, args):
             raise NotReplayableError(f"{func} depends on values")
         # Run as it is, and moved afterwards: nothing has to be known about the op, at the price of one copy.
         result = func(*args, **kwargs)
@@ -172,9 +175,21 @@ class _Recorder(TorchDispatchMode):
         result = pytree.tree_map_only(Tensor, self._moved_to_pool, result)
         # Memory without values: its place is all that matters.
         if not func._schema.name.startswith(("aten::empty", "aten::new_empty")):
+            into = self._into(func, args, kwargs, _tensors(result))
             args, kwargs = self._held(args, kwargs)
-            self._add(func, args, kwargs, [self._stand_in(t) for t in _tensors(result)])
+            self._add(func, args, kwargs, [self._stand_in(t) for t in _tensors(result)], into)
         return result
+
+    def _into(self, func: Any, args: Any, kwargs: Any, results: list[Tensor]) -> tuple[Any, list[str]] | None:
+        """Return the overload for given memory if this kind of call can be trusted to it."""
+        into = _out_variant(func)
+        if into is None or func in _COPIES or len(into[1]) != len(results):  # fewer: some results are None
+            return None
+        leaves, spec = pytree.tree_flatten((args, kwargs, results))
+        kind = (func, spec, *(_kind(x) for x in leaves))
+        if kind not in self._writes:
+            self._writes[kind] = _writes_all(func, *into, args, kwargs, results)
+        return into if self._writes[kind] else None
 
     def add_native(self, function: Any, addresses: tuple[Any, ...], arguments: tuple[Any, ...]) -> None:
         """Write down a call of a compiled kernel."""
@@ -188,12 +203,13 @@ class _Recorder(TorchDispatchMode):
                 self._kept.append(t)
         self.calls.append((function, addresses, {}))
 
-    def _add(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], results: list[Tensor]) -> None:
-        into = _out_variant(func)
+    def _add(
+        self, func: Any, args: Any, kwargs: Any, results: list[Tensor], into: tuple[Any, list[str]] | None
+    ) -> None:
         # One copy; their ``out`` variants make a tensor of their own first, and copy that.
-        if func in (aten.clone.default, aten._to_copy.default):
+        if func in _COPIES:
             self.calls.append((results[0].copy_, args[:1], {}))
-        elif into is None or len(into[1]) != len(results):  # fewer: some results are None
+        elif into is None:
             self.calls.append((_copy_results, (func, args, kwargs, results), {}))
         else:
             op, names = into
@@ -247,8 +263,49 @@ def _tensors(result: Any) -> list[Tensor]:
     return [t for t in pytree.tree_leaves(result) if isinstance(t, Tensor)]
 
 
+def _writes_all(func: Any, op: Any, names: list[str], args: Any, kwargs: Any, results: list[Tensor]) -> bool:
+    """Run the overload for given memory on memory that holds something else, and compare.
+
+    One that leaves a result unwritten raises nothing, and a replay would read what the memory held before.
+    """
+    # Not tried: it would draw other numbers, and move the random state.
+    if torch.Tag.nondeterministic_seeded in func.tags:
+        return False
+    given = {name: _unlike(t) for name, t in zip(names, results, strict=True)}
+    try:
+        op(*args, **_accepted(op, kwargs), **given)
+    except RuntimeError:  # it does not take memory of these strides
+        return False
+    return all(_same(given[name], t) for name, t in zip(names, results, strict=True))
+
+
+def _unlike(t: Tensor) -> Tensor:
+    """Return a tensor of the same shape, strides and dtype that differs from t in every entry."""
+    other = torch.empty_strided(t.size(), t.stride(), dtype=t.dtype, device=t.device)
+    if t.dtype.is_floating_point or t.dtype.is_complex:
+        return other.fill_(math.nan).masked_fill_(t.isnan(), 0)
+    return other.copy_(t.bitwise_not())
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    # To the bit but for NaNs, whose own bits carry nothing: it is the same computation on the same numbers.
+    return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
+
+
+def _kind(x: Any) -> Any:
+    return (x.dtype, x.size(), x.stride()) if isinstance(x, Tensor) else str(x)
+
+
 def _copy_results(func: Any, args: Any, kwargs: Any, results: list[Tensor]) -> None:
     copy_all(_tensors(func(*args, **kwargs)), results)
+
+
+def _unsized(func: Any, args: Any) -> bool:
+    """Whether the shape of the result depends on values."""
+    # Indexing has the shape of its indices, unless one is a mask; torch's tag does not tell the two apart.
+    if func is aten.index.Tensor:
+        return any(t is not None and t.dtype in (torch.bool, torch.uint8) for t in args[1])
+    return any(tag in func.tags for tag in _UNSIZED)
 
 
 @cache

@@ -108,6 +108,13 @@ def _small(q: Tensor, k: Tensor, causal: bool) -> bool:
     return not q.is_cuda and scores <= limit and heads * scores <= MAX_KEPT
 
 
+def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return what a mask adds to the scores: 0 or -inf for a boolean one."""
+    if mask.dtype != torch.bool:
+        return mask
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -math.inf)
+
+
 class Kept:
     """Keeps P, dP and ``gP - <P, gP>``, ``[..., T, S]``: the fewest operations, and most memory."""
 
@@ -124,13 +131,15 @@ class Kept:
         if causal:
             keep = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
             scores.masked_fill_(~keep, -math.inf)
-        if mask is not None:
-            scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
-        P = torch.softmax(scores, -1)
-        if mask is not None:
-            # Without a mask every query sees at least one key, also in causal attention.
-            P = torch.nan_to_num(P, nan=0.0)  # a row that may attend to nothing gives zero
-        self.P = P
+        if mask is None:
+            # Every query sees at least one key, also in causal attention.
+            self.P = P = torch.softmax(scores, -1)
+        else:
+            # Added and not filled in, as torch does: a NaN stays one, also where it is hidden.
+            scores = scores + _added(mask, q.dtype)
+            # A row that may attend to nothing gives zero. One with a NaN is no such row: its maximum is NaN.
+            hidden = scores.amax(-1, keepdim=True) == -math.inf
+            self.P = P = torch.softmax(scores, -1).masked_fill_(hidden, 0)
         self.D = None
         if dropout > 0.0:
             # Drawn as torch's own attention draws it, so that one seed gives both the same mask.
@@ -243,8 +252,7 @@ class Blocked:
 
     def _mask(self, mask: Tensor, dtype: torch.dtype) -> Tensor:
         """Return a float mask ``[B or 1, T or 1, S or 1]``; one that varies over some batch dimensions is copied."""
-        if mask.dtype == torch.bool:
-            mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -math.inf)
+        mask = _added(mask, dtype)
         if math.prod(mask.shape[:-2]) == 1:
             # One mask for all heads is not copied B times.
             return mask.reshape(1, *mask.shape[-2:])

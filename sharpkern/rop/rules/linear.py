@@ -202,14 +202,18 @@ class MatMul(Selective):
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         """Save both factors, as matrices."""
+        self.save(a, b)
+        y: Tensor = self.op(a, b)
+        return y
+
+    def save(self, a: Tensor, b: Tensor) -> None:
+        """Do all of ``forward`` but the product."""
         # A vector on the left is a row, on the right a column, as in NumPy; its dimension leaves the result again.
         self.vector = a.ndim == 1, b.ndim == 1
         self.shapes = a.shape, b.shape
-        y: Tensor = self.op(a, b)
         self.a, self.b = (a[None] if a.ndim == 1 else a), (b[:, None] if b.ndim == 1 else b)
         # Tangents are aligned to it, since k would else meet a batch dimension.
         self.rank = max(self.a.ndim, self.b.ndim)
-        return y
 
     def _left(self, da: Tensor) -> Tensor:
         return align(da[:, None] if self.vector[0] else da, self.rank)
@@ -271,7 +275,7 @@ class MatMul(Selective):
 
 @rule(aten.addmm.default, aten.baddbmm.default, aten.addmv.default)
 class AddMM(Rule):
-    """``y = beta c + alpha a b``."""
+    """``y = beta c + alpha a b``; with ``beta = 0`` torch ignores c, its NaNs and infinities included."""
 
     def __init__(self, op: Any, needs: tuple[Any, ...]) -> None:
         super().__init__(op, needs)
@@ -285,10 +289,15 @@ class AddMM(Rule):
     def forward(self, c: Tensor, a: Tensor, b: Tensor, beta: float = 1, alpha: float = 1) -> Tensor:
         """Save the factors and the scalars."""
         self.c_shape, self.beta, self.alpha = c.shape, beta, alpha
-        y: Tensor = beta * c + alpha * self.product.forward(a, b)
+        self.product.save(a, b)
+        y: Tensor = self.op(c, a, b, beta=beta, alpha=alpha)
         self.rank = y.ndim
         self.y_shape = y.shape
         return y
+
+    def _scaled(self, d: Tensor) -> Tensor:
+        # Times zero, an infinite number would be NaN.
+        return self.beta * d if self.beta else torch.zeros_like(d)
 
     def tangent(self, dc: Tensor | None, da: Tensor | None, db: Tensor | None) -> Tensor:
         """Return ``beta dc + alpha (da b + a db)``."""
@@ -297,12 +306,12 @@ class AddMM(Rule):
         if dc is None:
             assert y is not None
             return y
-        dc = self.beta * align(dc, self.rank)
+        dc = self._scaled(align(dc, self.rank))
         return dc.expand(dc.shape[0], *self.y_shape) if y is None else y + dc
 
     def backward(self, g: Tensor) -> tuple[Tensor | None, ...]:
         """Return ``beta g, alpha g b', alpha a' g``."""
-        gc = reduce_to(self.beta * g, self.c_shape) if self.needs[0] else None
+        gc = reduce_to(self._scaled(g), self.c_shape) if self.needs[0] else None
         return gc, *self.product.backward(self.alpha * g)
 
     def backward_tangent(self, dg: Tensor, g: Tensor) -> tuple[Tensor | None, ...]:
@@ -310,7 +319,7 @@ class AddMM(Rule):
         # Only c moves, so that the product has saved no tangents.
         if not self.bilinear:
             return self.backward(dg)
-        dgc = reduce_to(self.beta * dg, self.c_shape) if self.needs[0] else None
+        dgc = reduce_to(self._scaled(dg), self.c_shape) if self.needs[0] else None
         # alpha scales the cotangents: the product sees its own result's.
         return dgc, *self.product.backward_tangent(self.alpha * dg, self.alpha * g)
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...kernels.precision import wide
 from ...kernels.softmax import softmax_jacobian
 from ..rule import Rule, align, reduce_to, rule
 from .fallback import UnsupportedOpError
@@ -30,12 +31,15 @@ class _Reduced(Rule):
     def _reduce(self, loss: Tensor) -> Tensor:
         if self.reduction == NONE:
             return loss
-        return loss.sum() / self.count if self.reduction == MEAN else loss.sum()
+        return self._scaled(wide(loss).sum()).to(loss.dtype)
 
     def _reduce_tangent(self, d: Tensor) -> Tensor:
         if self.reduction == NONE:
             return d
-        total = d.reshape(d.shape[0], -1).sum(1)
+        return self._scaled(wide(d).reshape(d.shape[0], -1).sum(1)).to(d.dtype)
+
+    def _scaled(self, total: Tensor) -> Tensor:
+        # Of a sum that is still wide: in float16 the sum of many rows is infinite, where their mean is not.
         return total / self.count if self.reduction == MEAN else total
 
     def _spread(self, g: Tensor) -> Tensor:
@@ -94,7 +98,7 @@ class CrossEntropy(_Reduced):
             self.index = torch.where(kept, index, 0)
             self.hard = kept.to(rows.dtype) if weight is None else kept * weight[self.index]
             # A weighted mean: by the weights of the targets that count. Smoothing does not change it.
-            self.count = self.hard.sum()
+            self.count = wide(self.hard).sum()
             loss = -(self.hard * log_p.gather(1, self.index)).sum(1)
             self.mass, self.t = self.hard, None
             if smoothing:

@@ -170,14 +170,19 @@ class BatchNorm(_Norm):
         c = x.shape[1]
         # A channel's numbers lie in N places, so this is a copy. In exchange all norms share their kernels.
         rows = wide(x.transpose(0, 1).reshape(c, -1))
-        if training:
-            # Biased, as torch standardises; only its running variance is not.
-            var, mean = torch.var_mean(rows, 1, correction=0)
+        if training and result[1].dtype == rows.dtype:
+            # The op's own: to form them again takes longer than the op itself.
+            _, mean, r, *_ = result
+        else:
+            if training:
+                # The op's have been rounded to 16 bits. Biased, as torch standardises; its running variance is not.
+                var, mean = torch.var_mean(rows, 1, correction=0)
+            assert var is not None
+            r = torch.rsqrt(wide(var) + eps)
         assert mean is not None
-        assert var is not None
         # With running statistics no number of xhat depends on the others: J is r times the identity.
         mode = CENTRED if training else FIXED
-        s = _standardised(rows, wide(mean), torch.rsqrt(wide(var) + eps), c, rows.shape[1], mode)
+        s = _standardised(rows, wide(mean), r, c, rows.shape[1], mode)
         self._save(x, w, s)
         return result
 

@@ -65,22 +65,25 @@ class Sum(Reduction, LinearInArgs):
         """Save the shape and which dimensions go."""
         named = _named(self.op, options)
         self.before = x.dtype
+        self.is_mean = self.op._schema.name == "aten::mean"
         x = self._start(x, named.get("dim"), bool(named.get("keepdim", False)))
-        self.weight = 1 / self.count if self.op._schema.name == "aten::mean" and self.count else 1
-        y = torch.sum(x, self.dims, keepdim=True, dtype=named.get("dtype"))
+        y = self._reduced(x, self.dims, True, named.get("dtype"))
         self.after = y.dtype
-        return self._primal(y if self.weight == 1 else y * self.weight)
+        return self._primal(y)
+
+    def _reduced(self, x: Tensor, dims: list[int], keep: bool, dtype: torch.dtype | None) -> Tensor:
+        # Torch's own mean and not a scaled sum: in float16 the sum of a large tensor is infinite, its mean is not.
+        return (torch.mean if self.is_mean else torch.sum)(x, dims, keepdim=keep, dtype=dtype)
 
     def tangent(self, dx: Tensor) -> Tensor:
         """Return the sum or mean of dx."""
         keep = self.keep and not self.scalar
         # In the dtype of the result: the op may have been told to add up in a wider one.
-        y = torch.sum(self._enter(dx), self.dims_after_k, keepdim=keep, dtype=self.after)
-        return y if self.weight == 1 else y * self.weight
+        return self._reduced(self._enter(dx), self.dims_after_k, keep, self.after)
 
     def backward(self, g: Tensor) -> tuple[Tensor]:
-        """Return g at every entry that was added up, times the weight."""
-        g = (g if self.weight == 1 else g * self.weight).to(self.before)
+        """Return g at every entry that was added up, divided by their number for a mean."""
+        g = (g / self.count if self.is_mean else g).to(self.before)
         # Expanded: a sum's cotangent is never written out.
         return (self._leave(self._restore(g)).expand(g.shape[0], *self.shape),)
 

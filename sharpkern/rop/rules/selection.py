@@ -19,7 +19,7 @@ aten = torch.ops.aten
 
 
 class Select(LinearInArgs):
-    """A mask of what is dropped for each tensor argument; None: the argument has no derivative."""
+    """A mask of what is dropped for each tensor argument, or its shares; None: the argument has no derivative."""
 
     def _start(self, y: Tensor, args: list[Any], drop: list[Tensor | None]) -> Tensor:
         tensors = [i for i, a in enumerate(self.op._schema.arguments) if "Tensor" in str(a.type)]
@@ -29,7 +29,10 @@ class Select(LinearInArgs):
         return y
 
     def _keep(self, d: Tensor, drop: Tensor) -> Tensor:
-        return d.masked_fill(drop, 0)
+        if drop.dtype == torch.bool:
+            return d.masked_fill(drop, 0)
+        # A share of zero drops: times zero, an infinite number would be NaN.
+        return (d * drop).masked_fill_(drop == 0, 0)
 
     def tangent(self, *dargs: Tensor | None) -> Tensor:
         """Sum what is kept of each tangent."""
@@ -86,11 +89,8 @@ class Extreme(Select):
         y: Tensor = self.op(a, b)
         wins = a > b if self.op is aten.maximum.default else a < b
         # A share instead of a mask, since a tie gives half to each.
-        share = wins.to(y.dtype).add_(a == b, alpha=0.5)
+        share = _share(wins, a == b, torch.ones_like(y))
         return self._start(y, [a, b], [share, 1 - share])
-
-    def _keep(self, d: Tensor, drop: Tensor) -> Tensor:
-        return d * drop
 
 
 @rule(aten.clamp.Tensor)
@@ -119,12 +119,6 @@ class Clamp(Select):
         raised = x if low is None else torch.maximum(x, low)
         of_raised = one if high is None else _share(raised < high, raised == high, one)
         return [of_x * of_raised, (1 - of_x) * of_raised, 1 - of_raised]
-
-    def _keep(self, d: Tensor, drop: Tensor) -> Tensor:
-        if drop.dtype == torch.bool:
-            return super()._keep(d, drop)
-        # A share of zero drops: times zero, an infinite number would be NaN.
-        return (d * drop).masked_fill_(drop == 0, 0)
 
 
 def _share(wins: Tensor, ties: Tensor, one: Tensor) -> Tensor:
