@@ -9,7 +9,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 NATIVE := setup.py $(shell find csrc -type f)
 
-.PHONY: demo test test-matrix test-newest lint bench conformance clean
+.PHONY: demo test test-slow test-matrix test-newest lint bench conformance clean
 
 demo: .venv/installed
 	$(BIN)/sharpkern train --preset demo
@@ -17,6 +17,10 @@ demo: .venv/installed
 test: .venv/installed lint
 	$(PYTEST)
 	TRITON_INTERPRET=1 $(PYTEST) tests/kernels_triton
+
+# More processes, models and memory: about five minutes.
+test-slow: .venv/installed
+	$(PYTEST) -m slow
 
 # Other versions of Python and torch; the pairs are listed in the script.
 test-matrix:

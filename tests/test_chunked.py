@@ -152,6 +152,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_one_micro_batch() -> None:
     resource = pytest.importorskip("resource")  # not on Windows
     assert resource

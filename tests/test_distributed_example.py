@@ -46,6 +46,7 @@ def alone() -> list[float]:
     return [*found, sk.sharpness(model, nn.functional.cross_entropy, batch, tol=1e-4).value]
 
 
+@pytest.mark.slow
 def test_example_prints_what_one_process_finds() -> None:
     want = alone()
     for options in ([], ["--shard"]):

@@ -192,6 +192,7 @@ def test_a_rank_that_is_late_is_an_error_everywhere(seed: int) -> None:
         assert seconds < 30
 
 
+@pytest.mark.slow
 def test_a_rank_that_fails_or_strays_between_gathers_is_an_error_everywhere(seed: int) -> None:
     first, second = results(fails_between_gathers, 2, seed)
     assert "a bug in the loss" in first[0], first

@@ -101,7 +101,7 @@ def _pieces(A: Any) -> list[Tensor]:
                                             strict=True)]  # fmt: skip
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_unequal_parts_of_a_batch_give_the_operator_of_the_whole(world: int, seed: int) -> None:
     told = results(operators_agree, world, seed)
     for own in told:

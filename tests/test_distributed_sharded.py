@@ -108,7 +108,7 @@ def operators_agree(rank: int, world: int) -> dict[str, Any]:
     return {"errors": errors, "values": values, "bits": bits}
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_uneven_shards_give_the_operator_of_one_process(world: int, seed: int) -> None:
     told = results(operators_agree, world, seed)
     for own in told:
@@ -255,6 +255,7 @@ def peak_of_a_solve(rank: int, world: int) -> list[float]:
     return [own / size, counted.peak / size]
 
 
+@pytest.mark.slow
 def test_memory_of_parameters_and_vectors_falls_with_the_processes(seed: int) -> None:
     (alone,), four = results(peak_of_a_solve, 1, seed), results(peak_of_a_solve, 4, seed)
     print("peak of one process:", alone, "of four:", four)

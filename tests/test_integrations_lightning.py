@@ -63,7 +63,9 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-@pytest.mark.parametrize("clip", [None, "norm", "value"])
+@pytest.mark.parametrize(
+    "clip", [pytest.param(None, marks=pytest.mark.slow), "norm", pytest.param("value", marks=pytest.mark.slow)]
+)
 def test_training_is_the_same_and_gradients_are_the_optimizers(clip: str | None, tmp_path: Path) -> None:
     model, loader = Network(dropout=0.3), loader_of()
     twin = copy.deepcopy(model)

@@ -114,7 +114,11 @@ class Truth(transformers.TrainerCallback):
             self.dense = flat_hessian(total, params)
 
 
-@pytest.mark.parametrize("name", MODELS)
+FAST = ("llama", "vit")  # the others go the same ways
+MARKED = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in MODELS]
+
+
+@pytest.mark.parametrize("name", MARKED)
 def test_training_is_the_same_and_values_are_true(name: str, tmp_path: Path) -> None:
     make, data_of = MODELS[name]
     model, data = make(), data_of(12)
@@ -163,6 +167,7 @@ def test_dropout_masks_and_moments_are_the_steps_own(tmp_path: Path) -> None:
     assert [row["grad_norm"] for row in rows_of(tmp_path / "with" / "sharpness.jsonl")] == pytest.approx(seen, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_mixed_precision_logs_to_tensorboard_and_resumes_its_file(tmp_path: Path) -> None:
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     model, data = llama(), text(8)
