@@ -103,6 +103,8 @@ class Target:
 
     def whole_model(self) -> bool:
         """Whether every trainable parameter is differentiated by, so that its gradient can be set."""
+        if self.params is None:  # asked at every step, where a walk over the modules would be felt
+            return True
         chosen = {id(p) for p in select_parameters(self.model, self.params).values()}
         return all(id(p) in chosen for p in self.model.parameters() if p.requires_grad)
 
