@@ -26,7 +26,7 @@ from ..rop import Program, ReplayedProgram, UnsupportedModelError, UnsupportedOp
 from ..rop.double_backward import DoubleBackward
 from ..rop.sandbox import restored_buffers, without_trace
 from .eager import EagerPass, run_eagerly, run_forward
-from .gate import compare
+from .gate import Verdict, compare
 from .losses import FunctionalLoss, LossModule, NonFiniteLossError
 from .watch import Snapshot, changes
 
@@ -67,6 +67,7 @@ class Engines:
         self._eager_only = ""  # why no program is made any more
         self._uses: dict[int, int] = {}  # id of a program -> refreshes since it was compared
         self._warned: set[str] = set()
+        self._compared: tuple[Engine, Tensor | None] | None = None  # in this call, on the batch as it is; and its loss
 
     @property
     def others(self) -> list[nn.Module]:
@@ -93,6 +94,7 @@ class Engines:
             Exception: whatever the user's own code raises.
         """
         self._refreshes += 1
+        self._compared = None
         signature = [(x.shape, x.dtype) if isinstance(x, Tensor) else _comparable(x) for x in leaves]
         if self._snapshot is None or not self._holds:
             self._snapshot = Snapshot(self.module)
@@ -109,6 +111,13 @@ class Engines:
         self._keep((structure, _hashable(values)), structure, values, engine)
         self._last = spec, signature, engine
         return engine
+
+    def loss_of(self, engine: Engine) -> Tensor | None:
+        """Return the loss if the comparison has just run the engine's primal sweeps, which need not run again then.
+
+        None where they must: nothing was compared, or the forward pass draws noise or changes buffers.
+        """
+        return self._compared[1] if self._compared is not None and self._compared[0] is engine else None
 
     def _due(self, engine: Engine) -> bool:
         """Count a use, and say whether it is time to compare: each program by itself, for batches may alternate."""
@@ -141,7 +150,7 @@ class Engines:
         if before is None or latest is None:
             return self._built(leaves, spec, eager)
         if not eager.unseen:
-            verdict = compare(latest, self.module, leaves, spec, self.params, eager)
+            verdict = self._compare(latest, leaves, spec, eager)
             usual = max(_SAME * latest.program.graph.rounding, _NOISE * self._noise.get(id(latest), 0.0))
             if verdict.agrees and verdict.difference <= usual:
                 return latest
@@ -176,7 +185,7 @@ class Engines:
         self._clear_up(leaves, spec)
         self._uses[id(engine)] = 0
         if self.verify:
-            verdict = compare(engine, self.module, leaves, spec, self.params, eager)
+            verdict = self._compare(engine, leaves, spec, eager)
             if not verdict.agrees:
                 raise UnsupportedModelError(f"the exported program differs from the eager model in {verdict.what}")
             self._noise[id(engine)] = verdict.difference
@@ -197,9 +206,15 @@ class Engines:
         """Compare an engine in use again; make a new one if it no longer agrees."""
         self._uses[id(engine)] = 0
         eager = self._eager(leaves, spec)
-        if not eager.unseen and compare(engine, self.module, leaves, spec, self.params, eager).agrees:
+        if not eager.unseen and self._compare(engine, leaves, spec, eager).agrees:
             return engine
         return self._built(leaves, spec, eager)
+
+    def _compare(self, engine: ReplayedProgram, leaves: list[Any], spec: pytree.TreeSpec, eager: EagerPass) -> Verdict:
+        verdict = compare(engine, self.module, leaves, spec, self.params, eager)
+        if not eager.draws and not engine.program.new_buffers():
+            self._compared = engine, verdict.loss
+        return verdict
 
     def _second_engine(self, spec: pytree.TreeSpec, reason: str) -> DoubleBackward:
         if reason not in self._warned:

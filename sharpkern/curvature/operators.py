@@ -91,11 +91,15 @@ class LossCurvature(ParameterOperator):
             self._follow_parameters()
         check_batch(self._inputs, self.device)
         self._engine = self._engines.for_batch(leaves, spec)
-        self.loss: Tensor = self._engine.forward(self.module, leaves, update_buffers=update_buffers)
+        loss = self._engines.loss_of(self._engine)
+        self.loss: Tensor = (
+            self._engine.forward(self.module, leaves, update_buffers=update_buffers) if loss is None else loss
+        )
         value = float(self.loss)
         if not math.isfinite(value):
             raise NonFiniteLossError(value)
-        self._engine.backward()
+        if loss is None:
+            self._engine.backward()
         self._gradient: Tensor | None = None
         self._freshness.renew(self._inputs)
 
