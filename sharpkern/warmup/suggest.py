@@ -62,6 +62,7 @@ def suggest_warmup(
     lr_target: float | None = None,
     probe_steps: int = 64,
     batches: int = 4,
+    on_run: Callable[[str], None] | None = None,
 ) -> WarmupSuggestion:
     """Measure a model at its present state, and recommend where to start, how long to warm up and how far to go.
 
@@ -85,6 +86,7 @@ def suggest_warmup(
         lr_target: the target that you want; None recommends the one that learnt most.
         probe_steps: longest warmup tried; a run has a quarter more steps. Longer training may fail later.
         batches: how many batches lambda_0 and eta_c are measured on.
+        on_run: called after each of the 6 to 16 short runs with a few words about it, to show progress.
 
     Returns:
         A ``WarmupSuggestion``.
@@ -111,6 +113,7 @@ def suggest_warmup(
     # Short runs draw dropout masks and orders of batches; training afterwards must draw what it would have drawn.
     with torch.random.fork_rng(devices):
         probe = Probe(model, loss_fn, batches_of(data), optimizer, probe_steps)
+        probe.on_run = on_run or probe.on_run
         sharpness, gi_adam = probe.sharpness(batches)
         if sharpness <= 0:
             raise ValueError(f"the sharpness is {sharpness:.4g}, not positive: train a few steps first.")

@@ -64,6 +64,7 @@ class Probe:
         seen: batches that ``sharpness`` was measured on.
         ratios: of each parameter group's learning rate to the first group's.
         width: steps over which losses are averaged: 5 for several batches, 1 for a single one.
+        on_run: called after each short run with a few words about it.
 
     Raises:
         ValueError: the first group's lr is 0 and another's is not.
@@ -78,6 +79,7 @@ class Probe:
     gradients: int = 0
     matvecs: int = 0
     seen: int = 0
+    on_run: Callable[[str], None] = lambda _: None
     ratios: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -168,6 +170,7 @@ class Probe:
             schedule.step()
         self.gradients += len(records)
         self.matvecs += sum(r.matvecs for r in records)
+        self.on_run(f"warmup to {top:.3g}, its sharpness tracked")
         adaptive = is_adaptive(optimizer)
         curvature = [r.preconditioned_sharpness if adaptive else r.sharpness for r in records]
         return classify_regime(curvature, [r.lr for r in records], kappa, smooth=self.width)
@@ -210,6 +213,11 @@ class Probe:
             target, start: learning rates of the first group; the others keep their ratio to it.
             warmup: steps until the target is reached; 1 is no warmup.
         """
+        trial = self._run(target, start, warmup)
+        self.on_run(f"warmup of {warmup} steps to {target:.3g}")
+        return trial
+
+    def _run(self, target: float, start: float, warmup: int) -> Trial:
         model, optimizer = copy.deepcopy((self.model, self.optimizer))
         module, params = LossModule(model, self.loss_fn), list(trainable(model).values())
         losses: list[float] = []
