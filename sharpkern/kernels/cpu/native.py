@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -23,6 +24,9 @@ try:
 except ImportError as error:
     _C = None
     REASON: str | None = f"the compiled module is missing ({error}): reinstall with a C++ compiler present"
+    # Once, as a module is imported once, and not where that is what was asked for.
+    if os.environ.get("SHARPKERN_BACKEND") != "reference":
+        warnings.warn(f"CPU kernels run in plain torch, right but slower: {REASON}.", RuntimeWarning, stacklevel=2)
 else:
     REASON = None
 
