@@ -9,6 +9,7 @@ from typer import Option
 from ..train.config import TrainConfig
 from .exits import OK
 from .options import PROBLEM, TASK_HELP, with_run_options
+from .progress import progress
 
 DESCRIPTION = f"""Measure a model with its loss, data and optimizer, try short runs on copies, and recommend
 initial and target learning rate and warmup length.
@@ -34,6 +35,7 @@ def run(
     from ..train.build import build_optimizer, build_task
     from ..train.moments import draw_second_moment
     from ..warmup.suggest import suggest_warmup
+    from ..warmup.trials import most_runs
 
     task = build_task(config)
     # One epoch, as a list: short runs go through it again and again, each from its start.
@@ -41,7 +43,10 @@ def run(
     optimizer = build_optimizer(config, task.model)
     # RI-Adam's v_0 is drawn once, so that all short runs begin from one state.
     draw_second_moment(task.model, task.loss_fn, batches[0], optimizer)
-    found = suggest_warmup(task.model, task.loss_fn, batches, optimizer, lr_target=lr_target, probe_steps=probe_steps)
+    with progress(most_runs(probe_steps), "run", at_most="at most ") as advance:
+        found = suggest_warmup(
+            task.model, task.loss_fn, batches, optimizer, lr_target=lr_target, probe_steps=probe_steps, on_run=advance
+        )
     print(found)
     print(
         f"To train so: the same options with --optimizer.lr {found.lr_target:.4g} --optimizer.lr-init "

@@ -202,9 +202,7 @@ class Probe:
         """
         if start >= target:
             return [self.run(target, target, 1)]
-        # By factors of 4, as each length costs a whole run.
-        lengths = [4**k for k in range(20) if 4**k < self.steps]
-        return [self.run(target, start, length) for length in (*lengths, self.steps)]
+        return [self.run(target, start, length) for length in _lengths(self.steps)]
 
     def run(self, target: float, start: float, warmup: int) -> Trial:
         """Train a copy with a linear warmup to a target, for a quarter more steps than the longest warmup.
@@ -239,6 +237,20 @@ class Probe:
         means = [statistics.fmean(losses[i : i + self.width]) for i in range(len(losses) - self.width + 1)]
         last = statistics.fmean(losses[-max(self.width, self.steps // 8) :])
         return Trial(target, start, warmup, max(means) / means[0], 1 - last / means[0])
+
+
+def most_runs(steps: int) -> int:
+    """Return how many short runs a suggestion takes at most: the trend, targets, warmups.
+
+    Args:
+        steps: of the longest warmup.
+    """
+    return 1 + (2 + _DOUBLINGS) + len(_lengths(steps))
+
+
+def _lengths(steps: int) -> list[int]:
+    """Return lengths of warmups to try, by factors of 4 because each costs a whole run."""
+    return [*(4**k for k in range(20) if 4**k < steps), steps]
 
 
 def batches_of(data: Any) -> Iterable[Any]:
