@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -70,7 +69,7 @@ def _reached(program: Any, parameters: set[Any]) -> set[fx.Node]:
 @functools.cache
 def _table(*, explicit: bool = False) -> DecompositionTable:
     """Return the table; with ``explicit`` attention is taken apart too."""
-    table: dict[Any, Callable[..., Any]] = {
+    table: dict[Any, Any] = {
         op: f for op, f in torch.export.default_decompositions().items() if op not in RULES and op not in _KEEP
     }
     table[aten._weight_norm.default] = weight_norm
