@@ -14,7 +14,7 @@ from .progress import progress
 DESCRIPTION = f"""Measure a model with its loss, data and optimizer, try short runs on copies, and recommend
 initial and target learning rate and warmup length.
 
-A full batch makes every step of 6 to 16 short runs cost a full pass: use --data.limit or --batch-size
+A full batch makes every step of 7 to 20 short runs cost a full pass: use --data.limit or --batch-size
 for a first look.
 Other options of sharpkern train are taken and not used, so that one command line serves for both.
 

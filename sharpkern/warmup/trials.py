@@ -30,7 +30,9 @@ from .schedule import WarmupLR, set_rates
 
 # A model that holds 4096 eta_c is not limited by its learning rate: the search for a limit ends.
 _DOUBLINGS = 12
+_HALVINGS = 6
 _SPIKE = 2.0  # a run holds only if its loss stays below so many times the first
+_LEARNS = 0.8  # and falls at least so many times the best run's fall
 _HOPELESS = 100.0  # a loss so many times the first ends a run
 
 
@@ -176,22 +178,29 @@ class Probe:
         return classify_regime(curvature, [r.lr for r in records], kappa, smooth=self.width)
 
     def targets(self, critical: float) -> list[Trial]:
-        """Try targets around eta_c, the first at eta_c without a warmup: doubled while they hold, else halved."""
+        """Try targets around eta_c, first eta_c without a warmup: doubled while they hold, halved while that helps.
+
+        A run holds only in comparison with the best one, so the halves go on until two runs hold.
+        """
         trials = [self.run(critical, critical, 1)]
         recovers = bool(holding(trials))
         # Training at eta_c from the first step on did not hold: a long warmup to the same rate tells whether the jump
         # was at fault, or the rate.
         if not recovers:
             trials.append(self.run(critical, critical / 10, self.steps))
-        if trials[-1] in holding(trials):
-            while trials[-1] in holding(trials) and trials[-1].lr_target < 2**_DOUBLINGS * critical:
-                target = 2 * trials[-1].lr_target
-                trials.append(self.run(target, critical if recovers else target / 10, self.steps))
-            return trials
-        # Two, because a run holds only in comparison with the best one: a single calm one always does.
-        while len(holding(trials)) < 2 and trials[-1].lr_target > critical / 64:
-            target = trials[-1].lr_target / 2
-            trials.append(self.run(target, target / 10, self.steps))
+        while trials[-1] in holding(trials) and trials[-1].lr_target < 2**_DOUBLINGS * critical:
+            target = 2 * trials[-1].lr_target
+            trials.append(self.run(target, critical if recovers else target / 10, self.steps))
+        # eta_c says what the first step can bear. What training learns most at may lie far below. Two in a row, for
+        # one may be worse by the noise of its batches.
+        misses = 0
+        for target in (critical / 2**i for i in range(1, _HALVINGS + 1)):
+            best = max(t.fall for t in trials)
+            # A short warmup: a long one would leave too few steps at a rate that is slow already.
+            trials.append(self.run(target, target, 1) if recovers else self.run(target, target / 10, self.steps // 4))
+            misses = 0 if trials[-1].fall > best else misses + 1
+            if misses > 1 and len(holding(trials)) > 1:
+                break
         return trials
 
     def warmups(self, target: float, start: float) -> list[Trial]:
@@ -245,7 +254,7 @@ def most_runs(steps: int) -> int:
     Args:
         steps: of the longest warmup.
     """
-    return 1 + (2 + _DOUBLINGS) + len(_lengths(steps))
+    return 1 + (2 + _DOUBLINGS + _HALVINGS) + len(_lengths(steps))
 
 
 def _lengths(steps: int) -> list[int]:
@@ -278,10 +287,10 @@ def _endless(data: Iterable[Any]) -> Iterator[Any]:
 
 
 def holding(trials: list[Trial]) -> list[Trial]:
-    """Return the runs without a spike whose loss fell at least half as much as in the best of them.
+    """Return the runs without a spike whose loss fell at least 0.8 times as much as in the best of them.
 
     Without a spike: the loss stayed at or below twice the first.
     """
     calm = [t for t in trials if t.peak <= _SPIKE and t.fall > 0]
-    # Half of the best fall: a rate so small that the loss hardly moves is calm as well.
-    return [t for t in calm if t.fall >= 0.5 * max(c.fall for c in calm)]
+    # A part of the best fall: where weights are scale-invariant, as before batch norm, no rate makes the loss rise.
+    return [t for t in calm if t.fall >= _LEARNS * max(c.fall for c in calm)]
