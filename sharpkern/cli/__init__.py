@@ -10,6 +10,7 @@ import sys
 from argparse import Namespace
 from importlib import import_module
 
+from ..train.signals import ended_like_ctrl_c
 from .exits import INTERRUPTED, OK, USER_ERROR, Parser, complain
 
 COMMANDS = {
@@ -30,8 +31,9 @@ def main(argv: list[str] | None = None) -> int:
         argv: command and options; None for the process's own.
 
     Returns:
-        0; 1 if an audit failed or cells of a sweep have no result; 2 after a user's error, in one line; 3 if the loss
-        was not finite; 130 after Ctrl-C.
+        0; 1 if an audit failed or cells of a sweep have no result; 2 after a user's error, in one line, and where a
+        run's folder is in use, was removed or is on a full disk; 3 if the loss was not finite; 130 after Ctrl-C,
+        SIGTERM or SIGHUP.
     """
     arguments = sys.argv[1:] if argv is None else argv
     try:
@@ -39,7 +41,8 @@ def main(argv: list[str] | None = None) -> int:
         given = _parse(arguments or ["--help"])
         if given is None:
             return OK if arguments else USER_ERROR
-        code: int = given.run(given)
+        with ended_like_ctrl_c():
+            code: int = given.run(given)
         return code
     # What the package raises for a user's mistake. Anything else is a bug, and keeps its traceback.
     except (ValueError, OSError, TypeError, RuntimeError) as error:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from ..train.config import PRESETS, TrainConfig, from_toml
+from ..train.config import PRESETS, TrainConfig, from_toml, read_toml
 
 PROBLEM = ("task", "model", "data", "loss", "batch_size", "seed", "threads")
 EVERYTHING = tuple(f.name for f in dataclasses.fields(TrainConfig))
@@ -87,7 +87,7 @@ def read_run_options(given: argparse.Namespace) -> TrainConfig:
         raise FileNotFoundError(f"{path}: no such configuration file.")
     config = PRESETS[given.preset] if given.preset else TrainConfig()
     if path is not None:
-        config = from_toml(path.read_text(encoding="utf-8"), str(path))
+        config = from_toml(read_toml(path), str(path))
     for key, value in flags.items():
         config = _with(config, key, value)
     # Once, when all is put together: a flag may mend what another option made impossible.
