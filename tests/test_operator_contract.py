@@ -128,9 +128,7 @@ OPERATORS: dict[type[BaseOperator], Case] = {
         lambda p: BlockOperator(sk.HessianOperator(*p), ["2.bias", "0.weight"]),
         lambda t: t.hessian()[(i := [*range(12), *range(32, 36)])][:, i],
     ),
-    ChunkedHessian: Case(
-        lambda p: ChunkedHessian(p.model, p.loss_fn, MicroBatches.split(p.batch, 4)), Truth.hessian
-    ),
+    ChunkedHessian: Case(lambda p: ChunkedHessian(p.model, p.loss_fn, MicroBatches.split(p.batch, 4)), Truth.hessian),
     sk.DatasetHessian: Case(
         lambda p: sk.DatasetHessian(p.model, p.loss_fn, [tuple(t[i : i + 4] for t in p.batch) for i in (0, 4)]),
         Truth.hessian,
