@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from cuda_on_cpu import emulate
-from kernel_shapes import CASES, check, given, registered, tensors
+from kernel_shapes import CASES, FAMILIES, check, given, registered, tensors
 
 from sharpkern.kernels import dispatch, reference
 from sharpkern.kernels.cpu import native
@@ -46,6 +46,30 @@ def test_sums_over_nothing_are_zero(kernel: str) -> None:
             sizes = (2, 0, 3) if kernel != "gram" else (2, 3, 0)
             args, keywords, _ = make(*sizes, **option)
             assert all(bool((t == 0).all()) for t in tensors(getattr(reference, kernel)(*args, **keywords)))
+
+
+# Operands that the rules pass as they come, transposed or expanded; the others are contiguous by the kernels' contract.
+MAY_HAVE_GAPS = {
+    "norm_tangent": (2, 3, 4), "norm_backward_tangent": (2, 5, 6), "slope_product": (1, 3), "activation_slope": (1, 2),
+    "activation_curvature": (1, 2), "softmax_jacobian": (1,), "softmax_backward_tangent": (1, 3),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=compiled)])
+@pytest.mark.parametrize("kernel", MAY_HAVE_GAPS)
+def test_operands_with_gaps(backend: str, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHARPKERN_BACKEND", backend)
+    public = next(getattr(f, kernel) for f in FAMILIES if callable(getattr(f, kernel, None)))
+    make, options = CASES[kernel]
+    sizes = (9,) if kernel.startswith("activation") else (2, 50) if kernel == "slope_product" else (2, 3, 20)
+    for option in options:
+        args, _, _ = make(*sizes, **option)
+        want = tensors(getattr(reference, kernel)(*args))
+        for at in (i for i in MAY_HAVE_GAPS[kernel] if i < len(args)):
+            gapped = torch.stack([args[at], args[at].new_full((), float("nan")).expand_as(args[at])], -1)[..., 0]
+            got = tensors(public(*args[:at], gapped, *args[at + 1 :]))
+            for a, b in zip(got, want, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
 @compiled

@@ -12,12 +12,13 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from test_train_loop import config, finish, rows_without_time
 
-from sharpkern.train import checkpoint, metrics
+from sharpkern.train import checkpoint, loop, metrics
 from sharpkern.train.config import to_toml
 from sharpkern.train.loop import Run
 from sharpkern.train.signals import ended_like_ctrl_c
@@ -81,6 +82,22 @@ def test_folder_is_held_by_one_run_of_a_process(tmp_path: Path) -> None:
     del run
     finish(Run(config(tmp_path / "run"), resume=True))
     finish(Run(config(tmp_path / "run", steps=9), resume=True))  # a finished run is none either
+
+
+def test_run_that_was_begun_meanwhile_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the look into the folder and its lock lies the building of the task, which takes seconds."""
+    other = tmp_path / "run" / "metrics.jsonl"
+
+    def slow(*arguments: Any, **keywords: Any) -> Any:
+        other.parent.mkdir()
+        other.write_text('{"step": 1}\n')
+        return build(*arguments, **keywords)
+
+    build = loop.build_task
+    monkeypatch.setattr(loop, "build_task", slow)
+    with pytest.raises(ValueError, match="holds a run already"):
+        Run(config(tmp_path / "run"))
+    assert other.read_text() == '{"step": 1}\n'
 
 
 def test_failed_start_leaves_no_lock(tmp_path: Path) -> None:
