@@ -9,7 +9,7 @@ struct SlopeProduct {
   const char* refusal() const {
     if (k < 0 || n < 0) return "a size is negative";
     if (k == 0 || n == 0) return nullptr;
-    return slope && d && out && !curvature == !dz ? nullptr : "an operand is missing";
+    return slope && d && out && (!curvature || dz) ? nullptr : "an operand is missing";
   }
 };
 

@@ -110,6 +110,11 @@ def test_compiled_kernels_refuse_what_they_cannot_take(suffix: str) -> None:
         with pytest.raises(TypeError):  # an address is not below zero
             call(kernel, **dict.fromkeys(sizes, -1))()
         call(kernel, **dict.fromkeys(sizes, 0))()
+    V = torch.ones(3, dtype=torch.float32 if suffix == "f32" else torch.float64)
+    product = {"k": 1, "n": 3, "slope": V.data_ptr(), "d": V.data_ptr(), "out": V.data_ptr()}
+    with pytest.raises(ValueError, match="an operand is missing"):
+        call("slope_product", **product, curvature=V.data_ptr())()
+    call("slope_product", **product, dz=V.data_ptr())()  # it meets a curvature of zero
     V = torch.ones(2, 3, dtype=torch.float32 if suffix == "f32" else torch.float64)
     out = torch.empty(2, 2, dtype=torch.float64)
     gram = getattr(native._C, f"gram_{suffix}")

@@ -28,9 +28,9 @@ def poison_free(pool: Pool) -> None:
 
 @contextmanager
 def nan_memory() -> Iterator[None]:
-    """Within the block: torch's new tensors (``empty``, ``new_empty``, ``empty_like``, what its ops ask for by these),
-    a pool's new slabs, its blocks that are free again; before a replay the recording's results and, but for backward and
-    gradient, all that is free of its pool.
+    """Within the block these are NaN: torch's new tensors (``empty``, ``empty_like`` and the like, what its ops ask for
+    by these); a pool's new slabs, and its blocks that are free again; before a replay the recording's own results, and,
+    but for backward and gradient, all that is free of its pool.
     """
     give, run = Pool._give, ReplayedProgram._run
 
