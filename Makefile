@@ -9,7 +9,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 NATIVE := setup.py $(shell find csrc -type f)
 
-.PHONY: demo test test-slow test-matrix test-newest lint bench conformance wheels clean
+.PHONY: demo test test-slow test-matrix test-newest lint bench conformance fuzz wheels clean
 
 demo: .venv/installed
 	$(BIN)/sharpkern train --preset demo
@@ -44,6 +44,10 @@ conformance: .venv/installed
 # The sdist and wheels for the oldest and the newest Python here, each installed and run where there is no compiler.
 wheels:
 	$(PYTHON) scripts/wheels.py
+
+# Damaged files, 12,000 of each of ten kinds: about five minutes.
+fuzz: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/fuzz.py --inputs 12000
 
 .venv/torch:
 	$(PYTHON) -m venv .venv

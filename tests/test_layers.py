@@ -27,7 +27,8 @@ LAYERS = {
     "dynamics": "",
     "tracking": "budget record followed gradients target following directions tracker",
     "warmup": "formulas critical schedule persistent trials suggest_text suggest",
-    "train": "cifar idx text config metrics models batched checkpoint data moments plots summary losses own build loop",
+    "train": "cifar idx text config metrics lock signals models batched checkpoint data moments plots summary losses "
+    "own build loop",
     "integrations": "observer lightning transformers",
     "sweep": "grid collect diagrams run report stacked groups executors",
     "cli": "exits progress options train suggest sweep report audit bench doctor __main__",

@@ -66,6 +66,15 @@ def test_each_precision_has_its_own_recording() -> None:
     assert {("hvp", 1), ("hvp, TF32", 1)} <= recordings(H).keys()
 
 
+def test_recordings_of_block_sizes_seen_long_ago_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replayed, "_MAX_RECORDINGS", 5)
+    problem = double(PROBLEMS["mlp"]())
+    H = operator(problem)
+    for k in (1, 2, 3, 4, 1):
+        agree(H, problem, k=k)
+    assert recordings(H).keys() == {"forward", "backward", "gradient", ("hvp", 4), ("hvp", 1)}
+
+
 def test_parameters_that_move_in_memory_are_noticed() -> None:
     problem = double(PROBLEMS["mlp"]())
     H = operator(problem)

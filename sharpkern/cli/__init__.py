@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from .. import __version__
+from ..train.signals import ended_like_ctrl_c
 from .exits import EXIT_CODES, OK, USER_ERROR, complain
 
 if TYPE_CHECKING:
@@ -42,8 +43,9 @@ def main(argv: list[str] | None = None) -> int:
         argv: command and options; None for the process's own.
 
     Returns:
-        0; 1 if an audit failed or cells of a sweep have no result; 2 after a user's error, in one line; 3 if the loss
-        was not finite; 130 after Ctrl-C.
+        0; 1 if an audit failed or cells of a sweep have no result; 2 after a user's error, in one line, and where a
+        run's folder is in use, was removed or is on a full disk; 3 if the loss was not finite; 130 after Ctrl-C,
+        SIGTERM or SIGHUP.
     """
     arguments = sys.argv[1:] if argv is None else argv
     # These two do without typer, whose import would take most of their time.
@@ -57,7 +59,8 @@ def main(argv: list[str] | None = None) -> int:
     import typer
 
     try:
-        code: int = _command(arguments[0]).main(arguments, prog_name="sharpkern", standalone_mode=False)
+        with ended_like_ctrl_c():
+            code: int = _command(arguments[0]).main(arguments, prog_name="sharpkern", standalone_mode=False)
         return code
     except typer.TyperException as error:
         # No context: an option without its value, of the command that was named.

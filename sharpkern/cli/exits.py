@@ -9,9 +9,9 @@ OK, FAILED, USER_ERROR, DIVERGED, INTERRUPTED = 0, 1, 2, 3, 130
 EXIT_CODES = """exit codes:
   0    done
   1    an audit failed, or cells of a sweep have no result
-  2    a wrong option, value or file, in one sentence
+  2    a wrong option, value or file, or a run folder that cannot be used, in one sentence
   3    the loss was not finite; the run folder keeps what was done
-  130  interrupted by Ctrl-C"""
+  130  interrupted by Ctrl-C, SIGTERM or SIGHUP"""
 
 
 def complain(message: str, code: int = USER_ERROR) -> int:

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import typer
 
-from ..train.config import PRESETS, TrainConfig, from_toml
+from ..train.config import PRESETS, TrainConfig, from_toml, read_toml
 
 PROBLEM = ("task", "model", "data", "loss", "batch_size", "seed", "threads")
 EVERYTHING = tuple(f.name for f in dataclasses.fields(TrainConfig))
@@ -90,7 +90,7 @@ def read_run_options(
         raise FileNotFoundError(f"{config}: no such configuration file.")
     run = PRESETS[preset] if preset else TrainConfig()
     if config is not None:
-        run = from_toml(config.read_text(encoding="utf-8"), str(config))
+        run = from_toml(read_toml(config), str(config))
     for key, value in flags.items():
         run = _with(run, key, value)
     # Once, when all is put together: a flag may mend what another option made impossible.

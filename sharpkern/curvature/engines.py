@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 
 from ..rop import Program, ReplayedProgram, UnsupportedModelError, UnsupportedOpError, export
 from ..rop.double_backward import DoubleBackward
-from ..rop.sandbox import restored_buffers, without_trace
+from ..rop.sandbox import restored_buffers, user_code, without_trace
 from .eager import EagerPass, run_eagerly, run_forward
 from .gate import Verdict, compare
 from .losses import FunctionalLoss, LossModule, NonFiniteLossError
@@ -93,6 +93,10 @@ class Engines:
             NonFiniteLossError: the eager loss is NaN or infinite.
             Exception: whatever the user's own code raises.
         """
+        with user_code:
+            return self._for_batch(leaves, spec)
+
+    def _for_batch(self, leaves: list[Any], spec: pytree.TreeSpec) -> Engine:
         self._refreshes += 1
         self._compared = None
         signature = [(x.shape, x.dtype) if isinstance(x, Tensor) else _comparable(x) for x in leaves]

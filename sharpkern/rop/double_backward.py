@@ -23,7 +23,7 @@ from .decompositions import pairwise_distances, weight_norm, weight_norm_interfa
 from .export import tensors_of
 from .layout import Layout
 from .rules.fallback import UnsupportedOpError
-from .sandbox import buffers_on_copies, differentiable_checkpoints, kept_random_states, requiring_grad
+from .sandbox import buffers_on_copies, differentiable_checkpoints, kept_random_states, requiring_grad, user_code
 
 
 class DoubleBackward:
@@ -57,6 +57,7 @@ class DoubleBackward:
         batch = pytree.tree_unflatten(list(batch_leaves), self.spec)
         with ExitStack() as stack:
             for context in (
+                user_code,
                 requiring_grad(self.layout.tensors),
                 buffers_on_copies([module, *self.others], updated=module if update_buffers else None),
                 twice_differentiable(),
@@ -113,7 +114,7 @@ class DoubleBackward:
     def _columns(self, product: Callable[[list[Tensor]], Tensor], block: Tensor) -> Tensor:
         tensors = self.layout.tensors
         try:
-            with requiring_grad(tensors):
+            with user_code, requiring_grad(tensors):
                 # One after the other: batched cotangents are an experiment of torch, without a rule for some ops, and
                 # the unusual ops are those that end here.
                 columns = zip(*self.layout.views(block), strict=True)

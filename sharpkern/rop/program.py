@@ -368,6 +368,7 @@ def _unique(tensors: Iterable[Tensor]) -> list[Tensor]:
 
 
 def _floating_slots(nodes: list[fx.Node], slot_of: Mapping[str, Any]) -> set[int]:
+    # But for empty ones, of which no derivative is anything but zero: no rule has to know what it does without numbers.
     floating = set()
     for node in nodes:
         value = node.meta.get("val")
@@ -377,6 +378,6 @@ def _floating_slots(nodes: list[fx.Node], slot_of: Mapping[str, Any]) -> set[int
             else None
         )
         for slot, val in entries or [(slot_of.get(node.name), value)]:
-            if isinstance(val, Tensor) and val.dtype.is_floating_point and isinstance(slot, int):
+            if isinstance(val, Tensor) and val.dtype.is_floating_point and 0 not in val.shape and isinstance(slot, int):
                 floating.add(slot)
     return floating
