@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 DESCRIPTION = f"""Train a model and track its sharpness at every step.
 
-The run folder gets config.toml, metrics.jsonl (one row a step), checkpoint.pt, summary.txt and sharpness.png.
+The run folder gets config.toml, metrics.jsonl (one row a step), checkpoint.pt, summary.txt and sharpness.png; run.lock
+in it names the process that trains.
 
 Options are named as in config.toml: --optimizer.lr is lr in its table [optimizer].
 
