@@ -66,6 +66,8 @@ class SharpnessTracker:
             because ``step`` sets every gradient.
         chunk: differentiate at most so many examples at a time, so that a product needs the memory of a micro-batch;
             see ``ChunkedHessian`` for the cost.
+        recompute: keep only a part of the forward pass and compute the rest again in each product: less memory, for
+            twice a product's time; see docs/cost.md.
         products: False spends no Hessian-vector product: only ``Record.batch_sharpness`` and
             ``Record.update_curvature`` are measured, at every step, and ``Record.sharpness`` is NaN.
         directions: True: measure these two as well, at every step, for about half a product each. False: neither.
@@ -99,6 +101,7 @@ class SharpnessTracker:
         verify: bool = True,
         params: Mapping[str, Tensor] | Iterable[str] | Iterable[Tensor] | None = None,
         chunk: int | None = None,
+        recompute: bool = False,
         products: bool = True,
         directions: bool | None = None,
     ) -> None:
@@ -119,7 +122,9 @@ class SharpnessTracker:
         self.model, self.loss_fn, self.optimizer = model, loss_fn, optimizer
         self.tol, self.every, self.max_matvecs, self.k = tol, every, max_matvecs, k
         self.tf32, self.products, self.directions = tf32, products, directions
-        self._target = Target(model, loss_fn, probe=probe, loader=loader, params=params, chunk=chunk, verify=verify)
+        self._target = Target(
+            model, loss_fn, probe=probe, loader=loader, params=params, chunk=chunk, verify=verify, recompute=recompute
+        )
         _check_kind(self._target.kind, budget=budget, directions=directions or not products)
         self._steps = 0
         self._following = Following(k=k, tol=tol, every=every, max_matvecs=max_matvecs, budget=budget, tf32=tf32)
