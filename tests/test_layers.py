@@ -21,11 +21,11 @@ LAYERS = {
     "optimizers": "parts held gi_adam rules.rule rules.sgd rules.adam rules.squares rules.adafactor rules.table norms "
     "threshold preconditioner next_update unit_ball geometry",
     "curvature": "losses parameters wrappers watch eager gate engines freshness base operators fisher dataset chunked "
-    "negative preconditioned distributed.group distributed.shards distributed.blocks distributed.skeleton "
+    "memory negative preconditioned distributed.group distributed.shards distributed.blocks distributed.skeleton "
     "distributed.replicated distributed.sharded distributed.choose sharpness audit",
     "spectrum": "probes trace diagonal density layers",
     "dynamics": "",
-    "tracking": "budget record followed gradients target following directions tracker",
+    "tracking": "budget record followed gradients target following directions cost tracker",
     "warmup": "formulas critical schedule persistent trials suggest_text suggest",
     "train": "cifar idx text config metrics models batched checkpoint data moments plots summary losses own build loop",
     "integrations": "observer lightning transformers",

@@ -36,6 +36,7 @@ class Program:
 
     def __init__(self, graph: Graph, params: Mapping[str, Tensor], *, keep_outputs: bool = True) -> None:
         self.graph = graph
+        self._made_from = dict(params), keep_outputs
         self.layout = Layout(params)
         self.steps: list[Step] = []
         self._build(graph)
@@ -44,6 +45,11 @@ class Program:
             self.output_slots.clear()
             self.steps = fuse_head(self.steps, self.loss_slot, self._shapes)
         self._mark_live()
+
+    def anew(self) -> Program:
+        """Return a program of the same graph that has run nothing."""
+        params, keep_outputs = self._made_from
+        return type(self)(self.graph, params, keep_outputs=keep_outputs)
 
     # -- building -----------------------------------------------------------------------------------------------
 

@@ -99,6 +99,31 @@ class Target:
         fits = self._follow(self.hessian.params, optimizer, sets_gradients=training)
         return gradients_of(self.hessian), fits
 
+    def anew(self) -> Target:
+        """Return a target of the same options that has run nothing."""
+        return Target(
+            self.model,
+            self.loss_fn,
+            probe=self.probe,
+            loader=self.loader,
+            params=self.params,
+            chunk=self.chunk,
+            verify=self.verify,
+            recompute=self.recompute,
+        )
+
+    def plain_hessian(self, batch: Any) -> HessianOperator:
+        """Return the Hessian of a batch as a whole, of a model that one process holds; nothing is kept."""
+        options: dict[str, Any] = {"params": self.params, "verify": self.verify, "recompute": self.recompute}
+        return HessianOperator(self.model, self.loss_fn, batch, **options)
+
+    def operators(self, batch: Any) -> tuple[StepHessian, Tracked]:
+        """Return the Hessian of a batch, and the operator that is tracked; no buffer changes."""
+        if self.chunk is not None and not isinstance(batch, MicroBatches):
+            batch = MicroBatches.split(batch, self.chunk)
+        self.hessian = self._operator(batch, update_buffers=False)
+        return self.hessian, self._tracked()
+
     def __getstate__(self) -> dict[str, Any]:
         # Programs are made anew where the copy goes on: they hold views of this model's parameters.
         return {**vars(self), "hessian": None, "_instead": None, "_present": []}
