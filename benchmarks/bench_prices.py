@@ -2,9 +2,10 @@
 
     python benchmarks/bench_prices.py [--steps 110] [--full-batch-steps 80]
 
-Writes results/prices.json and the table of docs/cost.md. Every contender trains a copy of its own in turn, step by step,
-beside one without a tracker. The truth at every tenth step is a Lanczos solve of a float64 copy to a residual of 1e-6,
-from the last truth's vector and two random ones. Not timed, like the first ten steps.
+Writes results/prices.json and the table of docs/cost.md. Every contender trains a copy of its own in turn, step by
+step, beside one without a tracker. The truth at every tenth step is a Lanczos solve of a float64 copy to a residual of
+1e-6, from the last truth's vector and two random ones; not timed, like the first ten steps. Times are those of the
+processor, of one thread: other programs on the machine do not count.
 """
 
 from __future__ import annotations
@@ -61,20 +62,20 @@ class Contender:
 
     def measure(self, batch: tuple[Tensor, Tensor]) -> float:
         """Find loss, gradient and sharpness; return the seconds."""
-        start = time.perf_counter()
+        start = time.process_time()
         if self.tracker is None:
             self.optimizer.zero_grad()
             F.mse_loss(self.model(batch[0]), batch[1]).backward()
         else:
             self.tracker._left_at = None  # the other contenders' time is none of this run's own
             self.record = self.tracker.step(batch)
-        return time.perf_counter() - start
+        return time.process_time() - start
 
     def update(self) -> float:
         """Take the step; return the seconds."""
-        start = time.perf_counter()
+        start = time.process_time()
         self.optimizer.step()
-        seconds = time.perf_counter() - start
+        seconds = time.process_time() - start
         self.schedule.step()
         return seconds
 
@@ -177,7 +178,8 @@ def table(result: dict[str, Any]) -> str:
     counts = ", ".join(f"{len(e['without'])} of {e['run']}" for e in result["entries"])
     errors = len(result["entries"][0]["settings"][0]["errors"])
     return "\n".join([
-        *lines, "", f"FCN-4-256 (0.4 million parameters) on Fashion-MNIST, mean squares, {where}; steps timed: {counts}; "
+        *lines, "",
+        f"FCN-4-256 (0.4 million parameters) on Fashion-MNIST, mean squares, {where}; steps timed: {counts}; "
         f"errors at every tenth (at least {errors}). `benchmarks/bench_prices.py`.", "",
     ])  # fmt: skip
 

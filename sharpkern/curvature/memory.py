@@ -84,41 +84,44 @@ def _watched(peaks: dict[str, int], name: str, held: _Held) -> Iterator[None]:
 
 
 def memory_of(hessian: HessianOperator | ChunkedHessian) -> Memory:
-    """Measure the memory at an operator's present batch and parameters, by running everything once.
+    """Measure the memory at an operator's batch and the present parameters, by running everything once.
 
     Args:
-        hessian: nothing of it changes but, of micro-batches, which one's values it holds.
+        hessian: one that nobody else uses: it may be left with other noise, or at another micro-batch.
 
     Cost: two gradients, two products, a form and a block, run slowly; and their memory besides the operator's own.
     """
-    operator = hessian
-    if isinstance(hessian, ChunkedHessian):
-        operator = hessian.part
-    assert isinstance(operator, HessianOperator)
-    batch = hessian.batch.batches[0] if isinstance(hessian, ChunkedHessian) else hessian.batch
-    leaves = pytree.tree_leaves(batch)
+    operator, batch = hessian, hessian.batch
+    with kept_random_states({hessian.device}):
+        if isinstance(hessian, ChunkedHessian):
+            operator, batch = hessian.part, hessian.batch.batches[0]
+            operator.refresh(batch)  # it may hold the last one, which may be smaller
+        assert isinstance(operator, HessianOperator)
+        return _measured(operator, batch)
+
+
+def _measured(operator: HessianOperator, batch: Any) -> Memory:
     engine, peaks, held = operator.engine, dict[str, int](), _Held()
     if isinstance(engine, ReplayedProgram):
         engine = ReplayedProgram(engine.program.anew())  # which holds nothing yet
-    vectors = torch.randn(BLOCK, operator.n, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+    vectors = torch.randn(BLOCK, operator.n, generator=torch.Generator().manual_seed(0))
     vectors = vectors.to(operator.device, operator.dtype)
-    with kept_random_states({operator.device}):
-        with without_trace([operator.module, *operator.others], {operator.device}):
-            with requiring_grad(operator.params.values()), _watched(peaks, "gradient", held):
-                gradient_of(operator, batch)
-        with _watched(peaks, "primal", held):
-            engine.forward(operator.module, leaves)
-            engine.backward()
-            engine.gradient()
-        # From the least to the most, for what a recording needs is kept for the next.
-        calls: dict[str, Callable[[], object]] = {
-            "form": lambda: engine.quadratic_form(vectors[:1]),
-            "product": lambda: engine.hvp(vectors[:1]),
-            "block": lambda: engine.hvp(vectors),
-        }
-        for name, call in calls.items():
-            with _watched(peaks, name, held):
-                call()
+    quiet = without_trace([operator.module, *operator.others], {operator.device})
+    with quiet, requiring_grad(operator.params.values()), _watched(peaks, "gradient", held):
+        gradient_of(operator, batch)
+    with _watched(peaks, "primal", held):
+        engine.forward(operator.module, pytree.tree_leaves(batch))
+        engine.backward()
+        engine.gradient()
+    # From the least to the most, for what a recording needs is kept for the next.
+    calls: dict[str, Callable[[], object]] = {
+        "form": lambda: engine.quadratic_form(vectors[:1]),
+        "product": lambda: engine.hvp(vectors[:1]),
+        "block": lambda: engine.hvp(vectors),
+    }
+    for name, call in calls.items():
+        with _watched(peaks, name, held):
+            call()
     return Memory(**peaks)
 
 
