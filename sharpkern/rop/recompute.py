@@ -28,7 +28,7 @@ from .sweeps import run_backward, run_forward, run_gradient, run_reverse, run_ta
 
 _MOST_SEGMENTS = 64
 _CROSSING = 2.0  # what crosses a cut is kept as a value and a tangent
-_WITHIN = 4.0  # and what lies within a segment as these, and as what rules make of them
+_WITHIN = 3.0  # and what lies within a segment as these, and as what rules make of them
 
 
 @dataclass
@@ -181,7 +181,7 @@ class RecomputedProgram(Program):
 def cuts(steps: list[Step], live: list[Step], slot_bytes: Mapping[int, int]) -> list[int]:
     """Choose where to cut a program, so that a product's memory is least.
 
-    That is twice what crosses the cuts, and four times the results within the largest segment.
+    That is twice what crosses the cuts, and three times the results within the largest segment.
 
     Args:
         steps: of the program, in order.
