@@ -77,7 +77,8 @@ def table(result: dict[str, Any]) -> str:
     m, v = result["machine"], result["versions"]
     where = f"{m['cpu']}, {m['threads']} thread, torch {v['torch']}, commit {v['commit']}, {result['date']}"
     return "\n".join([
-        *lines, "", "All in units of the model's own forward and backward pass; of two numbers the second is recomputed. "
+        *lines, "",
+        "All in units of the model's own forward and backward pass; of two numbers the second is recomputed. "
         f"Medians on {where}; `benchmarks/bench_memory.py`.", "",
     ])  # fmt: skip
 
