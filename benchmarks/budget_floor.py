@@ -1,4 +1,4 @@
-"""What any tracker could do with 30% of the steps' time at batch 128: ``python benchmarks/budget_floor.py [--steps 200]``.
+"""What a tracker could do with 30% of the steps' time at batch 128: ``python benchmarks/budget_floor.py [--steps 200]``.
 
 FCN-4-512 on real images, mean squares, SGD through warmup and its first catapult. At every step the sharpness of fixed
 probes of several sizes is found; then values are bought from these series, for what a value costs: the probe's primal
