@@ -1,8 +1,8 @@
-"""What a tracker could do with 30% of the steps' time at batch 128: ``python benchmarks/budget_floor.py [--steps 200]``.
+"""What a tracker could do with 30% of the time at batch 128: ``python benchmarks/budget_floor.py [--steps 110]``.
 
-FCN-4-512 on real images, mean squares, SGD through warmup and its first catapult. At every step the sharpness of fixed
-probes of several sizes is found; then values are bought from these series, for what a value costs: the probe's primal
-sweeps and two products (what an oracle needs that knows when to stop). Between them the last value is carried.
+FCN-4-512 on real images, mean squares, SGD through warmup and its first catapult. At every step the sharpness of
+fixed probes of several sizes is found; then values are bought from these series, for what a value costs: the probe's
+primal sweeps and two products (what an oracle needs that knows when to stop). Between them the last value is carried.
 
 - oracle: the steps that are measured are chosen in hindsight, so that the sum of errors (each at most 1) is least.
 - evenly: every so many steps.
@@ -33,7 +33,7 @@ from sharpkern.train.config import DataConfig
 from sharpkern.train.data import load
 from sharpkern.train.models import FCN
 
-BATCH, FRACTION, PRODUCTS, SIZES = 128, 0.3, 2, (8, 16, 32, 64, 128)
+BATCH, FRACTION, PRODUCTS, SIZES = 128, 0.3, 2, (16, 64, 128)
 ALARM, DEBT = 0.3, 10
 ROOT = Path(__file__).parents[1]
 
@@ -148,7 +148,7 @@ def rows(found: dict[str, Any]) -> list[list[Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=110)
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)

@@ -77,6 +77,8 @@ class RecomputedProgram(Program):
                 self._base[slot] = self._base[slot].clone()
             values = self._base.copy()
             for segment in self.segments:
+                segment.inputs = {}  # the last refresh's, all of which would live beside the new ones
+            for segment in self.segments:
                 segment.inputs = {slot: values[slot] for slot in segment.reads}
                 segment.state = random_state()
                 with self._holding(segment):
