@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..rop import Program, ReplayedProgram, UnsupportedModelError, UnsupportedOpError, export
+from ..rop import Program, RecomputedProgram, ReplayedProgram, UnsupportedModelError, UnsupportedOpError, export
 from ..rop.double_backward import DoubleBackward
 from ..rop.sandbox import restored_buffers, user_code, without_trace
 from .eager import EagerPass, run_eagerly, run_forward
@@ -49,12 +49,20 @@ class Engines:
         params: name -> parameter.
         keep_outputs: for products with the generalised Gauss-Newton matrix.
         verify: compare programs with the eager model; False trusts every export.
+        recompute: keep little between a program's sweeps, and compute it again.
     """
 
     def __init__(
-        self, module: LossModule | FunctionalLoss, params: Mapping[str, Tensor], *, keep_outputs: bool, verify: bool
+        self,
+        module: LossModule | FunctionalLoss,
+        params: Mapping[str, Tensor],
+        *,
+        keep_outputs: bool,
+        verify: bool,
+        recompute: bool = False,
     ) -> None:
         self.module, self.params, self.keep_outputs, self.verify = module, params, keep_outputs, verify
+        self._kind = RecomputedProgram if recompute else Program
         self._kept: OrderedDict[Any, Engine] = OrderedDict()
         self._snapshot: Snapshot | None = None
         self._holds = False  # what the last look at the snapshot has shown
@@ -185,7 +193,7 @@ class Engines:
         assert self._snapshot is not None
         with torch.random.fork_rng([]), restored_buffers(self._snapshot.others):
             graph = export(self.module, pytree.tree_unflatten(leaves, spec))
-            engine = ReplayedProgram(Program(graph, self.params, keep_outputs=self.keep_outputs))
+            engine = ReplayedProgram(self._kind(graph, self.params, keep_outputs=self.keep_outputs))
         self._clear_up(leaves, spec)
         self._uses[id(engine)] = 0
         if self.verify:

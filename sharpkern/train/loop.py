@@ -175,8 +175,7 @@ class Run:
         """
         self.schedule.step()
         self.done = record.step
-        # ``measured`` is a property of the record, so it is not among its fields.
-        row = vars(record) | {"measured": record.measured} | figures | {"seconds": seconds}
+        row = record.row() | figures | {"seconds": seconds}
         self.metrics.write(row)
         return row
 
