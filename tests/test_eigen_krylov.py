@@ -39,15 +39,15 @@ def test_both_ends_of_the_spectrum(name: str, k: int) -> None:
 
 
 @pytest.mark.parametrize("which", ["largest", "smallest", "both"])
-def test_error_estimates_hold_and_are_sharper_across_a_gap(which: str) -> None:
+def test_gap_estimates_hold_and_are_sharper_across_a_gap(which: str) -> None:
     op = Dense(prescribed(torch.cat([torch.tensor([3.0, 2.0, -2.0, -3.0], dtype=F64), bulk(60)])))
     values, vectors = torch.linalg.eigh(op.A)
     near = vectors[:, [0, 1, -2, -1]].T + 0.01 * torch.randn(4, 64, dtype=F64)  # the neighbours are in the basis
     result = lanczos(op, 1, tol=0.05, which=which, v0=near)
     errors = (result.eigenvalues[:, None] - values).abs().min(1).values
     assert result.converged
-    assert bool((errors <= result.error_estimates).all())
-    assert bool((result.error_estimates <= 0.3 * result.error_bounds).all())
+    assert bool((errors <= result.gap_estimates).all())
+    assert bool((result.gap_estimates <= 0.3 * result.error_bounds).all())
 
 
 def test_a_random_start_seldom_stops_below_the_top_of_a_cluster() -> None:
