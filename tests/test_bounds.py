@@ -20,7 +20,7 @@ COLD = [lanczos, lobpcg, power_iteration]
 
 @settings(max_examples=300, derandomize=True, deadline=None, database=None, phases=[Phase.generate],
           suppress_health_check=list(HealthCheck))  # fmt: skip
-@given(cases(largest=40, most=40))
+@given(cases(largest=40, most=25))
 def test_error_bounds_hold_for_random_operators_and_starts(case: Case) -> None:
     """The short form of scripts/bounds_campaign.py."""
     op, truth, start = case.build()
