@@ -56,7 +56,8 @@ def test_results_scale_as_the_operator_does(
         assert got.matvecs == want.matvecs
         for name in ("eigenvalues", "residual_norms", "error_bounds", "gap_estimates"):
             assert torch.allclose(getattr(got, name), 2.0**exponent * getattr(want, name), rtol=1e-5, atol=0), name
-        assert torch.allclose(got.eigenvectors, want.eigenvectors, atol=1e-5)
+        cosines = (got.eigenvectors * want.eigenvectors).double().sum(1).abs()  # LAPACK leaves the signs open
+        assert cosines.tolist() == pytest.approx([1.0, 1.0], abs=1e-5)
 
 
 @pytest.mark.parametrize("k", [1, 2])

@@ -40,7 +40,10 @@ class Space(Protocol):
 
 
 class SymmetricOperator(Protocol):
-    """What a solver needs; an attribute ``space`` besides, where several processes work on the same vectors."""
+    """What a solver needs; an attribute ``space`` besides, where several processes work on the same vectors.
+
+    And ``product_rounding``, where products round more than their dtype does: relative, of a product's norm.
+    """
 
     n: int
     dtype: torch.dtype
@@ -197,8 +200,9 @@ def rounding_level(op: SymmetricOperator, size: float) -> float:
             error of a product is relative to that norm, so a small Ritz value gets the largest one's rounding.
     """
     finfo = torch.finfo(op.dtype)
+    relative = max(10 * finfo.eps, getattr(op, "product_rounding", 0.0))
     # Below the normal numbers the error of each element is absolute.
-    return 10 * finfo.eps * size + 10 * dimension(op) ** 0.5 * finfo.eps * finfo.smallest_normal
+    return relative * size + 10 * dimension(op) ** 0.5 * finfo.eps * finfo.smallest_normal
 
 
 def start_rows(op: SymmetricOperator, k: int, v0: Tensor | None, generator: torch.Generator) -> Tensor:
