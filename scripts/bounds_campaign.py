@@ -26,7 +26,7 @@ from random_operators import SOLVERS, Case, bounded_above, cases, judge, refused
 
 COLUMNS = (
     "cases", "error bound holds", "gap estimate holds", "converged", "converged below an eigenvalue asked for",
-    "slowest, s"
+    "the same, from random starts", "slowest, s"
 )  # fmt: skip
 
 
@@ -63,6 +63,8 @@ class Campaign:
             self.slowest[name] = max(self.slowest[name], time.perf_counter() - began)
             verdict = judge(result, truth)
             self.counts[name].update(cases=1, **{key: int(value) for key, value in vars(verdict).items()})
+            if case.start in ("none", "random"):
+                self.counts[name].update(random=1, random_missed=int(verdict.missed))
             if not verdict.covered:
                 self.faults.append(f"{name}: bound does not hold: {case}")
         holds = bounded_above(case, op, truth)
@@ -74,7 +76,11 @@ class Campaign:
         """Return the rows behind COLUMNS, one for each solver."""
         rows = []
         for name, c in self.counts.items():
+            if name == "certify":  # no result but its bound
+                rows.append([name, str(c["cases"]), f"{c['covered'] / c['cases']:.2%}", *5 * [""]])
+                continue
             shares = [f"{c[key] / c['cases']:.2%}" for key in ("covered", "estimated", "converged", "missed")]
+            shares.append(f"{c['random_missed'] / max(c['random'], 1):.2%}")
             rows.append([name, str(c["cases"]), *shares, f"{self.slowest[name]:.2f}"])
         return rows
 

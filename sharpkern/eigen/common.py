@@ -141,7 +141,7 @@ def _in_range(op: SymmetricOperator, rows: Tensor) -> tuple[Tensor, Tensor]:
     """
     squares = _squares(op, rows)
     factors = range_factors(squares, rows.dtype)
-    if bool((factors != 1).any()):
+    if rows.dtype == torch.float64 and bool((factors != 1).any()):  # the dtype first: a GPU need not be waited for
         squares = _squares(op, rows * factors[:, None])
     return factors, squares
 

@@ -112,12 +112,9 @@ def power_iteration(
         elif k == 1 and shift == 0:
             V = following  # power_step has normalised it in the same pass
         else:
-            if not _SMALL < largest < _LARGE:  # squares of the products may under- or overflow
-                factor = _near_one(largest, op.dtype)
-                products, shifted = products * factor, shift * factor
-            else:
-                shifted = shift
-            V = _orthonormal_block(torch.add(products, V, alpha=shifted), op, generator)
+            if (factor := _near_one(largest, op.dtype)) != 1:
+                products = products * factor
+            V = _orthonormal_block(torch.add(products, V, alpha=shift * factor), op, generator)
     order = theta.argsort(descending=True)
     theta, norms, V = theta[order], norms[order], V[order.to(V.device)]
     reason = reason_of(done, norms, theta, tol, max_matvecs)
@@ -143,7 +140,9 @@ def _random_unit(op: SymmetricOperator, generator: torch.Generator) -> Tensor:
 
 
 def _near_one(size: float, dtype: torch.dtype) -> float:
-    """Return the power of two that brings numbers of this size near 1, as far as the dtype has it."""
+    """Return the power of two that brings numbers near 1 whose squares may under- or overflow; 1 for others."""
+    if _SMALL < size < _LARGE:
+        return 1.0
     most = 1000 if dtype == torch.float64 else 120
     return 2.0 ** min(max(-math.frexp(size)[1], -most), most)
 
