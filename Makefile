@@ -9,7 +9,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 NATIVE := setup.py $(shell find csrc -type f)
 
-.PHONY: demo test test-slow test-matrix test-newest lint bench conformance fuzz wheels clean
+.PHONY: demo test test-slow test-matrix test-newest mutants campaign-bounds fuzz lint bench conformance wheels clean
 
 demo: .venv/installed
 	$(BIN)/sharpkern train --preset demo
@@ -28,6 +28,14 @@ test-matrix:
 
 test-newest:
 	$(PYTHON) scripts/matrix.py --newest
+
+# Faults planted one at a time: do the tests that belong to them notice? make mutants MUTANTS="eigen --jobs 2"
+mutants: .venv/installed
+	$(BIN)/python scripts/mutants.py $(MUTANTS)
+
+# Every solver against 5,000 random operators: about ten minutes.
+campaign-bounds: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/bounds_campaign.py
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -97,6 +97,29 @@ def test_an_extra_vector_leads_out_of_the_wrong_eigenvector() -> None:
     assert float(solver.step(Dense(A), Q[:, 40][None]).eigenvalues[0]) == pytest.approx(2.2, rel=0.01)
 
 
+def test_a_top_that_no_vector_of_the_solver_sees_is_found_by_the_audit() -> None:
+    """Every 32 steps a random vector is multiplied and improved, whatever the residuals say."""
+    values = with_top(2.0, 1.5, 1.0, n=80)
+    Q = torch.linalg.qr(torch.randn(80, 80, dtype=F64))[0]
+    solver = WarmLanczos(tol=0.01)
+    solver.step(Dense(Q * values @ Q.T))
+    values[40] = 2.6
+    A = Q * values @ Q.T
+    found = [float(solver.step(Dense(A)).eigenvalues[0]) for _ in range(33)]
+    assert found[0] == pytest.approx(2.0, rel=0.01)
+    assert found[-1] == pytest.approx(2.6, rel=0.02)
+
+
+def test_a_negative_top_is_followed_without_a_power_step() -> None:
+    """One would turn the vector towards the lower end of the spectrum."""
+    A = prescribed(torch.cat([torch.tensor([-1.0], dtype=F64), -2 - 8 * torch.rand(40, dtype=F64)]))
+    solver = WarmLanczos(tol=0.05)
+    before = float(solver.step(Dense(A)).eigenvalues[0])
+    again = solver.step(Dense(A))
+    assert solver.start_value == pytest.approx(before, rel=1e-9)
+    assert again.converged
+
+
 def test_a_short_step_goes_on_where_the_last_one_stopped() -> None:
     A = prescribed(with_top(3.0, 2.0, 1.5, n=80))
     solver = WarmLanczos(tol=1e-6)

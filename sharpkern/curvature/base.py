@@ -68,6 +68,16 @@ class BaseOperator:
             "parameters. Keep model and batch, and make it again from them."
         )
 
+    @functools.cached_property
+    def product_rounding(self) -> float:
+        """Relative rounding of a product that its dtype does not tell: one of the narrowest parameters' numbers.
+
+        Products of bfloat16 parameters are float32 vectors of bfloat16's precision. 0 for float32 and wider.
+        """
+        # of an operator made of another one, that one's
+        params = getattr(getattr(self, "operator", self), "params", {})
+        return max((torch.finfo(p.dtype).eps for p in params.values() if p.dtype.itemsize < 4), default=0.0)
+
     @property
     def shape(self) -> tuple[int, int]:
         """``(n, n)``."""

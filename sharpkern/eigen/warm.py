@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import kernels
 from .basis import Basis, Workspace
-from .common import EigenResult, SymmetricOperator, dimension, gram, lengths_of, random_rows, rounding_level
+from .common import OF_PRODUCTS, EigenResult, SymmetricOperator, dimension, gram, lengths_of, random_rows
 from .state import check_state
 from .stopping import converged, reason_of
 
@@ -133,7 +133,7 @@ class WarmLanczos:
         while True:
             theta, Y = basis.ritz()
             residuals, norms = basis.residuals(theta[:k], Y[:, :k])
-            rounding = rounding_level(op, theta)
+            rounding = basis.rounding()
             if basis.size == n or basis.matvecs >= most:
                 break
             if not converged(norms, theta[:k], tol, rounding):
@@ -152,7 +152,7 @@ class WarmLanczos:
         reason = reason_of(within, norms, theta[:k], self.tol, most)
         result = basis.result(theta, Y, list(range(k)), norms, done=within, reason=reason, gaps=False)
         self._remember(basis, theta, Y, result.eigenvectors, sentinel=guards.sentinel)
-        return replace(result, error_bounds=self._bounds(basis, theta, Y, norms) + rounding)
+        return replace(result, error_bounds=self._bounds(basis, theta, Y, norms) + OF_PRODUCTS * rounding)
 
     def _begin(self, op: SymmetricOperator, extra: Tensor | None, *, first: bool, near: bool) -> Basis:
         """Multiply what every solve multiplies: the start, the next Ritz vector while it is near, and the caller's."""
@@ -243,7 +243,9 @@ class WarmLanczos:
         k = self.k
         products = basis.combination(Y[:, :k], basis.W)  # a power step, for which the product is known
         # Multiplied by a negative eigenvalue, a vector would turn its sign and a power step would favour the lower end.
-        block = torch.where((theta[:k, None] > 0).to(products.device), products, vectors)
+        # Nor by one of rounding size: its product may be zero.
+        positive = theta > basis.rounding()
+        block = torch.where(positive[:k, None].to(products.device), products, vectors)
         block = block / lengths_of(basis.op, block)[:, None]
         if self._block is None:
             self._change = torch.zeros_like(block)
@@ -262,7 +264,7 @@ class WarmLanczos:
         self._block, self._theta = block, float(theta[0])
         # A small basis that was not given the next vector cannot see it: its Ritz vector k + 1 is a chance direction.
         if basis.size > k and (sentinel or basis.size >= k + 3 or self._next is None):
-            row = basis.combination(Y[:, k : k + 1], basis.W if float(theta[k]) > 0 else basis.Q)[0]
+            row = basis.combination(Y[:, k : k + 1], basis.W if bool(positive[k]) else basis.Q)[0]
             self._next = row / lengths_of(basis.op, row[None])[0]
             self._gap = 1 - float(theta[k] / theta[k - 1]) if float(theta[k - 1]) > 0 else 0.0
 
