@@ -9,7 +9,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 NATIVE := setup.py $(shell find csrc -type f)
 
-.PHONY: demo test test-slow test-matrix test-newest lint bench conformance clean
+.PHONY: demo test test-slow test-matrix test-newest lint bench conformance models clean
 
 demo: .venv/installed
 	$(BIN)/sharpkern train --preset demo
@@ -40,6 +40,9 @@ bench: .venv/installed
 
 conformance: .venv/installed
 	$(BIN)/python scripts/conformance.py --samples 3 --out docs/conformance.md
+
+models: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/models.py --jobs 2 --out docs/models.md
 
 .venv/torch:
 	$(PYTHON) -m venv .venv
