@@ -199,3 +199,10 @@ def test_values_that_only_the_code_can_reach_are_followed() -> None:
             H.refresh()
         torch.testing.assert_close(H.loss, loss, rtol=1e-12, atol=0)
     agrees(H, model, loss_fn, data)
+
+
+def test_a_global_is_not_taken_for_an_attribute_or_a_local_of_its_name() -> None:
+    globals().update(h=0.0, config=0.0)
+    H = sk.HessianOperator(net(Reading(SimpleNamespace(slope=1.0))), F.cross_entropy, batch())
+    globals().update(h=1.0, config=1.0)
+    assert H._engines.unchanged()

@@ -115,7 +115,7 @@ class Reader:
             except ValueError:  # not filled yet
                 continue
             self.value(cell.cell_contents, f"{where}: {name}", names, depth + 1)
-        for name in names:
+        for name in globals_in_code(f.__code__):
             if name in f.__globals__:
                 self.reads.append((f.__globals__, name, f.__globals__[name]))
                 self.value(f.__globals__[name], f"{where}: {name}", names, depth + 1)
@@ -333,6 +333,18 @@ def names_in_code(code: types.CodeType) -> frozenset[str]:
             names.add(instruction.argval)  # a string constant too: getattr(self, "scale")
         elif isinstance(instruction.argval, types.CodeType):
             names |= names_in_code(instruction.argval)
+    return frozenset(names)
+
+
+@functools.cache
+def globals_in_code(code: types.CodeType) -> frozenset[str]:
+    """Return the globals that a piece of code reads: an attribute or a local variable may have a global's name."""
+    names: set[str] = set()
+    for instruction in dis.get_instructions(code):
+        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+            names.add(instruction.argval)
+        elif isinstance(instruction.argval, types.CodeType):
+            names |= globals_in_code(instruction.argval)
     return frozenset(names)
 
 
