@@ -9,7 +9,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 NATIVE := setup.py $(shell find csrc -type f)
 
-.PHONY: demo test test-slow test-matrix test-newest mutants campaign-bounds fuzz lint bench conformance wheels clean
+.PHONY: demo test test-slow test-matrix test-newest mutants campaign-bounds fuzz lint bench conformance models wheels clean
 
 demo: .venv/installed
 	$(BIN)/sharpkern train --preset demo
@@ -48,6 +48,9 @@ bench: .venv/installed
 
 conformance: .venv/installed
 	$(BIN)/python scripts/conformance.py --samples 3 --out docs/conformance.md
+
+models: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/models.py --jobs 2 --out docs/models.md
 
 # The sdist and wheels for the oldest and the newest Python here, each installed and run where there is no compiler.
 wheels:

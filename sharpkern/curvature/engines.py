@@ -14,6 +14,7 @@ import traceback
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from ..rop.sandbox import restored_buffers, user_code, without_trace
 from .eager import EagerPass, run_eagerly, run_forward
 from .gate import Verdict, compare
 from .losses import FunctionalLoss, LossModule, NonFiniteLossError
-from .watch import Snapshot, changes
+from .watch import Kept, Snapshot, changes
 
 CHECK_EVERY = 500  # refreshes between comparisons with the eager model, which then cost less than 1% of the refreshes
 _PACKAGE = str(Path(__file__).parents[1]) + os.sep
@@ -73,6 +74,7 @@ class Engines:
         self._values: dict[Any, dict[str, Any]] = {}  # structure -> values that the last engine was made with
         self._latest: dict[Any, Engine] = {}
         self._eager_only = ""  # why no program is made any more
+        self._moves = False  # the forward pass changes Python values
         self._uses: dict[int, int] = {}  # id of a program -> refreshes since it was compared
         self._warned: set[str] = set()
         self._compared: tuple[Engine, Tensor | None] | None = None  # in this call, on the batch as it is; and its loss
@@ -114,6 +116,9 @@ class Engines:
             return self._last[2]  # as at the refresh before: most are
         structure, values = self._state(leaves, spec)
         engine = self._kept.get((structure, _hashable(values)))
+        if self._snapshot.iterators:
+            # Before any eager pass: what that took from the iterator, the step itself would miss.
+            self._eager_only = self._eager_only or f"it reads an iterator ({self._snapshot.iterators[0]})"
         if engine is None:
             engine = self._made(leaves, spec, structure, values)
         elif isinstance(engine, ReplayedProgram) and self._due(engine):
@@ -127,7 +132,7 @@ class Engines:
     def loss_of(self, engine: Engine) -> Tensor | None:
         """Return the loss if the comparison has just run the engine's primal sweeps, which need not run again then.
 
-        None where they must: nothing was compared, or the forward pass draws noise or changes buffers.
+        None where they must: nothing was compared, or the forward pass draws noise or leaves something behind.
         """
         return self._compared[1] if self._compared is not None and self._compared[0] is engine else None
 
@@ -158,7 +163,11 @@ class Engines:
         before, latest = self._values.get(structure), self._latest.get(structure)
         if isinstance(latest, DoubleBackward):
             return latest
+        if self._eager_only:
+            return self._second_engine(spec, self._eager_only)
         eager = self._eager(leaves, spec)
+        if eager.moves:
+            self._moves, self._eager_only = True, "; ".join(f"it uses {what}" for what in eager.unseen)
         if before is None or latest is None:
             return self._built(leaves, spec, eager)
         if not eager.unseen:
@@ -179,8 +188,10 @@ class Engines:
     def _built(self, leaves: list[Any], spec: pytree.TreeSpec, eager: EagerPass) -> Engine:
         """Export and check, or say why not and take double backward."""
         if self.keep_outputs and isinstance(self.module, LossModule):
+            kept = Kept(self.module)
             with without_trace([self.module], {t.device for t in self.params.values()}):
                 self.module.check_outputs(pytree.tree_unflatten(leaves, spec))
+            kept.put_back()
         reason = self._eager_only or "; ".join(f"it uses {what}" for what in eager.unseen)
         if not reason:
             try:
@@ -192,7 +203,10 @@ class Engines:
     def _program(self, leaves: list[Any], spec: pytree.TreeSpec, eager: EagerPass) -> ReplayedProgram:
         assert self._snapshot is not None
         with torch.random.fork_rng([]), restored_buffers(self._snapshot.others):
-            graph = export(self.module, pytree.tree_unflatten(leaves, spec))
+            try:
+                graph = export(self.module, pytree.tree_unflatten(leaves, spec))
+            finally:
+                self._snapshot.put_back()  # what the trace has left behind are tensors without numbers
             engine = ReplayedProgram(self._kind(graph, self.params, keep_outputs=self.keep_outputs))
         self._clear_up(leaves, spec)
         self._uses[id(engine)] = 0
@@ -218,13 +232,14 @@ class Engines:
         """Compare an engine in use again; make a new one if it no longer agrees."""
         self._uses[id(engine)] = 0
         eager = self._eager(leaves, spec)
+        self._moves = self._moves or eager.moves
         if not eager.unseen and self._compare(engine, leaves, spec, eager).agrees:
             return engine
         return self._built(leaves, spec, eager)
 
     def _compare(self, engine: ReplayedProgram, leaves: list[Any], spec: pytree.TreeSpec, eager: EagerPass) -> Verdict:
         verdict = compare(engine, self.module, leaves, spec, self.params, eager)
-        if not eager.draws and not engine.program.new_buffers():
+        if not (eager.draws or eager.moves or engine.program.new_buffers()):
             self._compared = engine, verdict.loss
         return verdict
 
@@ -236,7 +251,26 @@ class Engines:
                 f"the memory of its graph): {reason}."
             )
         assert self._snapshot is not None
-        return DoubleBackward(self.module, spec, self.params, self._snapshot.others, keep_outputs=self.keep_outputs)
+        return DoubleBackward(
+            self.module,
+            spec,
+            self.params,
+            self._snapshot.others,
+            keep_outputs=self.keep_outputs,
+            kept=self._values_kept,
+        )
+
+    @contextmanager
+    def _values_kept(self) -> Iterator[None]:
+        """Put back what the forward pass changes of Python's values within the block, if it changes any."""
+        if not self._moves:
+            yield
+            return
+        kept = Kept(self.module)
+        try:
+            yield
+        finally:
+            kept.put_back()
 
     def _eager(self, leaves: list[Any], spec: pytree.TreeSpec) -> EagerPass:
         assert self._snapshot is not None
