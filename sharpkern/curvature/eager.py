@@ -114,7 +114,8 @@ def _moved(
 
 
 def _is_tensor(name: str, first: Snapshot, second: Snapshot) -> bool:
-    return all(isinstance(s.values.get(name), tuple) for s in (first, second))
+    # Also one more in a list that a hook fills.
+    return all(isinstance(s.values[name], tuple) for s in (first, second) if name in s.values)
 
 
 def run_forward(module: nn.Module, batch: Any, params: Mapping[str, Tensor], others: Sequence[nn.Module] = ()) -> None:
