@@ -119,7 +119,7 @@ def test_diverging_run_exits_with_3_and_keeps_its_data(tmp_path: Path, capsys: p
         (["train", "--data.name", "mnist", "--data-dir", "nowhere"], "train-images-idx3-ubyte: missing"),
         (["train", "--data-dir=nowhere", "--data.name=cifar-10"], "data_batch_1.bin: missing"),
         (["train", "--model.kind", "gpt", "--data.name", "text", "--text-file", "nowhere"], "no such text file"),
-        (["train", "--config", "binary.toml"], "can't decode byte 0xff"),
+        (["train", "--config", "binary.toml"], "not TOML: no UTF-8 at byte 0"),
         (["train", *SMALL, "--out", "binary.toml"], "binary.toml: File exists."),
         (["train", *SMALL, "--out", "binary.toml/run"], "binary.toml/run: Not a directory."),
         (["train", "--optimizer.lr", "-1"], "optimizer.lr must be positive and finite, got -1.0"),

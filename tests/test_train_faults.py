@@ -178,6 +178,14 @@ def test_full_disk_leaves_no_part_of_a_checkpoint(tmp_path: Path, monkeypatch: p
     assert not list((tmp_path / "run").glob("*.tmp"))
 
 
+def test_checkpoint_brings_back_the_random_numbers_to_come(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path / "checkpoint.pt", {"step": 1})
+    wanted = torch.randn(5)
+    torch.randn(3)
+    checkpoint.load(tmp_path / "checkpoint.pt")
+    assert torch.equal(torch.randn(5), wanted)
+
+
 def test_flipped_bit_in_a_weight_is_noticed(tmp_path: Path) -> None:
     """torch reads such a file without a word."""
     path = tmp_path / "checkpoint.pt"
