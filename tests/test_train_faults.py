@@ -80,7 +80,8 @@ def test_folder_is_held_by_one_run_of_a_process(tmp_path: Path) -> None:
         Run(config(tmp_path / "run"), resume=True)
     run.cycle = run  # a dropped run is no holder, though only the collector can tell
     del run
-    finish(Run(config(tmp_path / "run"), resume=True))
+    finished = Run(config(tmp_path / "run"), resume=True)
+    finish(finished)
     finish(Run(config(tmp_path / "run", steps=9), resume=True))  # a finished run is none either
 
 
