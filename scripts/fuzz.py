@@ -112,8 +112,8 @@ _CELL = "cells/lr=1,warmup_steps=1"
 
 def _result(rng: random.Random) -> bytes:
     return json.dumps(
-        {"status": "trained", "steps": 70, "train_loss": rng.random(), "regime": "natural", "crossing_step": None,
-         "regime_is_sure": True}, indent=1,
+        {"status": "trained", "steps": 70, "train_loss": rng.random(), "regime": "C3", "trend": 1.2,
+         "crossing_step": None, "regime_is_sure": True}, indent=1,
     ).encode()  # fmt: skip
 
 

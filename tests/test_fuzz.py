@@ -45,10 +45,11 @@ def test_damaged_files_give_the_documented_error(kind: str, capsys: pytest.Captu
         ("metrics", b'{"step": true}\n', "line 1 is no metrics row"),
         ("sweep table: result.json", b"[]", "result.json is damaged: remove it"),
         ("sweep table: result.json", b'{"status": []}', "result.json is damaged"),
+        ("sweep table: result.json", b'{"status": "done"}', "result.json is damaged"),
         ("sweep table: result.json", b'{"status": "failed", "steps": "x"}', "result.json is damaged"),
         ("sweep table: cell.toml", b"\xff", "was declared with other settings"),
     ],
-    ids=[f"special {i}" for i in range(15)],
+    ids=[f"special {i}" for i in range(16)],
 )
 def test_special_inputs(kind: str, content: bytes, message: str, tmp_path: Path) -> None:
     files = fuzz.KINDS[kind].files(fuzz.random.Random(0))

@@ -47,8 +47,12 @@ def test_replays_follow_parameters_and_batches(name: str, large: int, monkeypatc
     assert {"forward", "backward", "gradient", ("hvp", 1), ("hvp", 3)} <= recordings(H).keys()
 
 
-def test_blocks_of_large_activations_are_multiplied_one_vector_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("large", [0, 1 << 40], ids=["used in place", "copied"])
+def test_blocks_of_large_activations_are_multiplied_one_vector_at_a_time(
+    large: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(replayed, "_CACHED", 1000)
+    monkeypatch.setattr(tape, "_LARGE", large)
     problem = double(PROBLEMS["mlp"]())
     H = operator(problem)
     agree(H, problem, k=3)

@@ -80,7 +80,8 @@ def test_folder_is_held_by_one_run_of_a_process(tmp_path: Path) -> None:
         Run(config(tmp_path / "run"), resume=True)
     run.cycle = run  # a dropped run is no holder, though only the collector can tell
     del run
-    finish(Run(config(tmp_path / "run"), resume=True))
+    finished = Run(config(tmp_path / "run"), resume=True)
+    finish(finished)
     finish(Run(config(tmp_path / "run", steps=9), resume=True))  # a finished run is none either
 
 
@@ -176,6 +177,14 @@ def test_full_disk_leaves_no_part_of_a_checkpoint(tmp_path: Path, monkeypatch: p
         next(steps)
     assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
     assert not list((tmp_path / "run").glob("*.tmp"))
+
+
+def test_checkpoint_brings_back_the_random_numbers_to_come(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path / "checkpoint.pt", {"step": 1})
+    wanted = torch.randn(5)
+    torch.randn(3)
+    checkpoint.load(tmp_path / "checkpoint.pt")
+    assert torch.equal(torch.randn(5), wanted)
 
 
 def test_flipped_bit_in_a_weight_is_noticed(tmp_path: Path) -> None:

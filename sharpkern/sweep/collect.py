@@ -16,7 +16,7 @@ from .grid import Cell, Sweep
 
 RESULT, DECLARED = "result.json", "cell.toml"
 _STATUSES = ("trained", "failed", "diverged")
-_WORDS = ("status", "regime", "trend")  # columns of a result that are no numbers
+_WORDS = ("status", "regime")  # columns of a result that are no numbers
 # A multiple of the first loss, for a loss has no scale of its own.
 _OUT_OF_BOUNDS = 1e5
 _SMOOTH = 10  # steps over which a mini-batch run is averaged before catapults and regimes are looked for
