@@ -99,13 +99,12 @@ def test_an_extra_vector_leads_out_of_the_wrong_eigenvector() -> None:
 
 def test_a_top_that_no_vector_of_the_solver_sees_is_found_by_the_audit() -> None:
     """Every 32 steps a random vector is multiplied and improved, whatever the residuals say."""
-    values = with_top(2.0, 1.5, 1.0, n=80)
-    Q = torch.linalg.qr(torch.randn(80, 80, dtype=F64))[0]
-    solver = WarmLanczos(tol=0.01)
-    solver.step(Dense(Q * values @ Q.T))
+    values, solver = with_top(2.0, 1.5, 1.0, n=80), WarmLanczos(tol=0.01)
+    solver.step(Dense(values.diag()))
+    for kept in (solver._block[0], solver._next):  # nothing of it in what the solver knows; axes mix by no rounding
+        kept[40] = 0.0
     values[40] = 2.6
-    A = Q * values @ Q.T
-    found = [float(solver.step(Dense(A)).eigenvalues[0]) for _ in range(33)]
+    found = [float(solver.step(Dense(values.diag())).eigenvalues[0]) for _ in range(33)]
     assert found[0] == pytest.approx(2.0, rel=0.01)
     assert found[-1] == pytest.approx(2.6, rel=0.02)
 
@@ -151,11 +150,11 @@ def test_state_continues_identically() -> None:
     whole = WarmLanczos(2, tol=0.01)
     results = [whole.step(Dense(A)) for A in matrices]
     first = WarmLanczos(2, tol=0.01)
-    for A in matrices[:37]:
+    for A in matrices[:20]:
         first.step(Dense(A))
     second = WarmLanczos(2, tol=0.01)
     second.load_state_dict(first.state_dict())
-    for A, want in zip(matrices[37:], results[37:], strict=True):
+    for A, want in zip(matrices[20:], results[20:], strict=True):
         got = second.step(Dense(A))
         assert torch.equal(got.eigenvalues, want.eigenvalues)
         assert torch.equal(got.eigenvectors, want.eigenvectors)
