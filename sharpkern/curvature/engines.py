@@ -77,7 +77,7 @@ class Engines:
         self._moves = False  # the forward pass changes Python values
         self._uses: dict[int, int] = {}  # id of a program -> refreshes since it was compared
         self._warned: set[str] = set()
-        self._compared: tuple[Engine, Tensor | None] | None = None  # in this call, on the batch as it is; and its loss
+        self._compared: tuple[Engine, Tensor] | None = None  # in this call, on the batch as it is; and its loss
 
     @property
     def others(self) -> list[nn.Module]:
@@ -239,7 +239,7 @@ class Engines:
 
     def _compare(self, engine: ReplayedProgram, leaves: list[Any], spec: pytree.TreeSpec, eager: EagerPass) -> Verdict:
         verdict = compare(engine, self.module, leaves, spec, self.params, eager)
-        if not (eager.draws or eager.moves or engine.program.new_buffers()):
+        if verdict.loss is not None and not (eager.draws or eager.moves or engine.program.new_buffers()):
             self._compared = engine, verdict.loss
         return verdict
 
