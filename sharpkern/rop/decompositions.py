@@ -66,11 +66,15 @@ def _reached(program: Any, parameters: set[Any]) -> set[fx.Node]:
     return reached
 
 
-@functools.cache
 def _table(*, explicit: bool = False) -> DecompositionTable:
-    """Return the table; with ``explicit`` attention is taken apart too."""
+    """Return the table for the rules that there are now; with ``explicit`` attention is taken apart too."""
+    return _table_beside(frozenset(RULES), explicit)
+
+
+@functools.lru_cache(maxsize=4)
+def _table_beside(rules: frozenset[Any], explicit: bool) -> DecompositionTable:
     table: dict[Any, Any] = {
-        op: f for op, f in torch.export.default_decompositions().items() if op not in RULES and op not in _KEEP
+        op: f for op, f in torch.export.default_decompositions().items() if op not in rules and op not in _KEEP
     }
     table[aten._weight_norm.default] = weight_norm
     table[aten._weight_norm_interface.default] = weight_norm_interface
@@ -84,7 +88,7 @@ def _table(*, explicit: bool = False) -> DecompositionTable:
         aten._embedding_bag_forward_only.default: embedding_bag,
         aten.grid_sampler_2d.default: decomposition_table[aten.grid_sampler_2d.default],
     }.items():
-        if op not in RULES:
+        if op not in rules:
             table[op] = f
     if explicit:
         table[aten.scaled_dot_product_attention.default] = explicit_attention
