@@ -68,6 +68,7 @@ if TYPE_CHECKING:
     from .spectrum.layers import layer_sharpness as layer_sharpness
     from .spectrum.probes import Estimate as Estimate
     from .spectrum.trace import trace as trace
+    from .tracking.cost import Cost as Cost
     from .tracking.record import Record as Record
     from .tracking.tracker import SharpnessTracker as SharpnessTracker
     from .warmup.critical import CriticalLR as CriticalLR
@@ -125,6 +126,7 @@ _HOME = {
     "spectrum.layers": ("BlockOperator", "layer_sharpness"),
     "spectrum.probes": ("Estimate",),
     "spectrum.trace": ("trace",),
+    "tracking.cost": ("Cost",),
     "tracking.record": ("Record",),
     "tracking.tracker": ("SharpnessTracker",),
     "optimizers.threshold": ("stability_threshold",),

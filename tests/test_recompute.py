@@ -152,3 +152,20 @@ def test_a_deep_network_is_cut_where_least_crosses() -> None:
     assert {len(segment.reads) for segment in segments[1:]} == {1}
     shapes = {tuple(value.shape) for segment in segments[1:] for value in segment.inputs.values()}
     assert shapes == {(32, 4)}
+
+
+@pytest.mark.parametrize("chunk", [None, 4])
+def test_tracking_and_sharpness_are_the_same(chunk: int | None, seed: int) -> None:
+    rows = []
+    for recompute in (False, True):
+        torch.manual_seed(seed)
+        model, loss_fn, batch = mlp()
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+        tracker = sk.SharpnessTracker(model, loss_fn, optimizer, chunk=chunk, recompute=recompute)
+        rows.append([])
+        for _ in range(3):
+            rows[-1].append(tracker.step(batch).row())
+            optimizer.step()
+        top = sk.sharpness(model, loss_fn, batch, recompute=recompute, generator=torch.Generator().manual_seed(0))
+        rows[-1].append(top.value)
+    assert rows[0] == rows[1]
