@@ -17,7 +17,8 @@ LAYERS = {
     "rules.indexing rules.linear rules.loss rules.norm rules.pointwise rules.pool rules.reduce rules.selection "
     "rules.softmax rules.views rules.head decompositions export liveness program conformance "
     "recording.common recording.cuda_graph recording.pool recording.tape recording.replayed double_backward",
-    "eigen": "common stopping state basis certificate krylov locally_optimal power warm",
+    "eigen": "common stopping state basis certificate krylov locally_optimal power chain "
+    "warm_start warm warm_block",
     "optimizers": "parts held gi_adam rules.rule rules.sgd rules.adam rules.squares rules.adafactor rules.table norms "
     "threshold preconditioner next_update unit_ball geometry",
     "curvature": "losses parameters wrappers watch eager gate engines freshness base operators fisher dataset chunked "
@@ -25,7 +26,7 @@ LAYERS = {
     "distributed.replicated distributed.sharded distributed.choose sharpness audit",
     "spectrum": "probes trace diagonal density layers",
     "dynamics": "",
-    "tracking": "budget record followed gradients target following directions tracker",
+    "tracking": "budget record popups block_width options failures followed gradients target following directions tracker",
     "warmup": "formulas critical schedule persistent trials suggest_text suggest",
     "train": "cifar idx text config metrics models batched checkpoint data moments plots summary losses own build loop",
     "integrations": "observer lightning transformers",
