@@ -26,7 +26,8 @@ LAYERS = {
     "distributed.replicated distributed.sharded distributed.choose sharpness audit",
     "spectrum": "probes trace diagonal density layers",
     "dynamics": "",
-    "tracking": "budget record popups block_width options failures followed gradients target following directions tracker",
+    "tracking": "budget record popups block_width options failures followed gradients target following "
+    "directions tracker",
     "warmup": "formulas critical schedule persistent trials suggest_text suggest",
     "train": "cifar idx text config metrics models batched checkpoint data moments plots summary losses own build loop",
     "integrations": "observer lightning transformers",

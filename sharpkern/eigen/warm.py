@@ -69,7 +69,7 @@ class WarmLanczos(WarmStart):
     ) -> None:
         super().__init__(k, tol, max_matvecs, generator)
         self._next: Tensor | None = None  # [n], Ritz vector k + 1
-        self._gap = 1.0  # relative, from Ritz value k to k + 1; rather too small
+        self._gap = 1.0  # relative, from Ritz value k to k + 1
         self._since_sentinel = self._since_audit = 0
 
     def step(self, op: SymmetricOperator, extra: Tensor | None = None, at_most: int | None = None) -> EigenResult:
@@ -183,14 +183,9 @@ class WarmLanczos(WarmStart):
         return random_rows(1, basis.op, self.generator)
 
     def _remember(self, basis: Basis, theta: Tensor, Y: Tensor, *, sentinel: bool) -> None:
-        """Keep the next Ritz vector of a basis that could see it, and how close it may be."""
+        """Keep the next Ritz vector of a basis that could see it."""
         k = self.k
         # A small basis that was not given the next vector cannot see it: its Ritz vector k + 1 is a chance direction.
         if basis.size > k and (sentinel or basis.size >= k + 3 or self._next is None):
             self._next = stepped(basis, theta[k : k + 1], Y[:, k : k + 1])[0]
-            residual = float(basis.residuals(theta[k : k + 1], Y[:, k : k + 1])[1][0])
-            self._gap = self._relative_gap(float(theta[k - 1]), float(theta[k]), residual)
-
-    def _relative_gap(self, last: float, following: float, residual: float) -> float:
-        # Half of the residual, because a Ritz value that has not converged lies below its eigenvalue.
-        return 1 - (following + residual / 2) / last if last > 0 else 0.0
+            self._gap = 1 - float(theta[k] / theta[k - 1]) if float(theta[k - 1]) > 0 else 0.0

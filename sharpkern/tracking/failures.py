@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 
-import torch
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from ..curvature.losses import NonFiniteLossError
 from ..curvature.wrappers import Kind
@@ -12,7 +12,7 @@ from ..eigen.common import NonFiniteProductError
 from ..optimizers.preconditioner import NonFinitePreconditionerError
 
 # The loss is that of a probe or of a loader: a step's own is raised before anything is measured.
-FAILURES = (NonFiniteProductError, NonFinitePreconditionerError, NonFiniteLossError, torch.linalg.LinAlgError)
+FAILURES = (NonFiniteProductError, NonFinitePreconditionerError, NonFiniteLossError, LinAlgError)
 
 
 class Failures:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from ..curvature.negative import NegativeOperator
 from ..curvature.preconditioned import PreconditionedOperator
@@ -110,12 +111,12 @@ class Following:
             certify: bound each largest eigenvalue from above by a solve from a random start.
 
         Raises:
-            NonFiniteProductError, torch.linalg.LinAlgError: nothing can be said of this step. What was followed before
+            NonFiniteProductError, LinAlgError: nothing can be said of this step. What was followed before
                 is as it was, and the next look may go on.
         """
         try:
             return self._look(status, operators, deciding, step, paid_from, gradient, certify=certify)
-        except (NonFiniteProductError, torch.linalg.LinAlgError):
+        except (NonFiniteProductError, LinAlgError):
             # What never was solved has nothing to carry: the next step must measure.
             self.followed = {name: followed for name, followed in self.followed.items() if followed.solves}
             if self.budget is not None and self.budget.started:
@@ -189,7 +190,8 @@ class Following:
         """Start to follow an operator. Its random numbers are its own: no other operator changes what is found."""
         generator = torch.Generator().manual_seed(0)
         options = self.k, self.tol, self.max_matvecs, generator
-        wide = self.width is not None and self.width > 1
+        assert self.width is not None
+        wide = self.width > 1
         return Followed(WarmBlockLanczos(*options, width=self.width) if wide else WarmLanczos(*options), self.tf32)
 
     def state_dict(self) -> dict[str, Any]:

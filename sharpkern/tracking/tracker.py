@@ -38,8 +38,8 @@ class SharpnessTracker:
     ``observe(batch)`` stands beside a loop of your own and changes nothing: call it before ``optimizer.step()``.
     ``step(batch)`` replaces the forward and backward pass, which saves one gradient: it sets ``p.grad`` for every
     trainable parameter (nothing is accumulated), and lets batch-norm statistics change as a training forward does.
-    Both find the sharpness by ``WarmLanczos``, or by ``WarmBlockLanczos`` with ``block`` (docs/tracking.md). A step that
-    cannot be measured, because a product is not finite, has a record with ``status="failed"``, and training goes on.
+    Both find the sharpness by ``WarmLanczos``, or by ``WarmBlockLanczos`` with ``block`` (docs/tracking.md). A step
+    that cannot be measured, as a product is not finite, has a record with ``status="failed"``, and training goes on.
 
     Args:
         model: a module; one that ``torch.compile`` has wrapped is looked into. Under ``DistributedDataParallel`` or
