@@ -17,8 +17,7 @@ LAYERS = {
     "rules.indexing rules.linear rules.loss rules.norm rules.pointwise rules.pool rules.reduce rules.selection "
     "rules.softmax rules.views rules.head decompositions export liveness program conformance "
     "recording.common recording.cuda_graph recording.pool recording.tape recording.replayed double_backward",
-    "eigen": "common stopping state basis certificate krylov locally_optimal power chain "
-    "warm_start warm warm_block",
+    "eigen": "common stopping state basis certificate krylov locally_optimal power chain warm_start warm warm_block",
     "optimizers": "parts held gi_adam rules.rule rules.sgd rules.adam rules.squares rules.adafactor rules.table norms "
     "threshold preconditioner next_update unit_ball geometry",
     "curvature": "losses parameters wrappers watch eager gate engines freshness base operators fisher dataset chunked "

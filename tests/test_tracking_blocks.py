@@ -19,7 +19,7 @@ def adam_or_sgd(name: str, model: torch.nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), lr=0.1)
 
 
-@pytest.mark.parametrize(("name", "k", "block"), [("sgd", 1, 3), ("adam", 1, 3), ("adam", 2, 3), ("sgd", 4, 2)])
+@pytest.mark.parametrize(("name", "k", "block"), [("sgd", 1, 3), ("adam", 2, 3), ("sgd", 4, 2)])
 def test_records_agree_with_dense_truth_at_every_step(name: str, k: int, block: int) -> None:
     problem = double(mlp())
     optimizer = adam_or_sgd(name, problem.model)
@@ -75,11 +75,10 @@ def test_auto_takes_blocks_where_they_pay_and_keeps_to_it(
         assert tracker.step(problem.batch) == other.step(problem.batch)
 
 
-@pytest.mark.parametrize("block", [3, "auto"])
-def test_resumed_tracker_continues_identically(block: int | str, tmp_path) -> None:
+def test_resumed_tracker_continues_identically(tmp_path) -> None:
     problem = mlp()
     optimizer = adam_or_sgd("adam", problem.model)
-    tracker = sk.SharpnessTracker(problem.model, problem.loss_fn, optimizer, block=block)
+    tracker = sk.SharpnessTracker(problem.model, problem.loss_fn, optimizer, block=3)
     for _ in range(3):
         tracker.step(problem.batch)
         optimizer.step()
@@ -93,7 +92,7 @@ def test_resumed_tracker_continues_identically(block: int | str, tmp_path) -> No
     other.load_state_dict(model_state)
     optimizer = adam_or_sgd("adam", other)
     optimizer.load_state_dict(optimizer_state)
-    tracker = sk.SharpnessTracker(other, problem.loss_fn, optimizer, block=block)
+    tracker = sk.SharpnessTracker(other, problem.loss_fn, optimizer, block=3)
     tracker.load_state_dict(tracker_state)
     for want in first:
         assert tracker.step(problem.batch) == want

@@ -15,7 +15,7 @@ from .stopping import converged, reason_of
 from .warm_start import FIRST_TOL, WarmStart, stepped
 
 _BASIS = 40
-_FIRST_ROUNDS = 5  # beyond convergence at the first step, the first of them with a random vector
+_FIRST_ROUNDS = 3  # beyond convergence at the first step, the first of them with a random vector
 
 
 class WarmBlockLanczos(WarmStart):
