@@ -103,11 +103,12 @@ class WarmBlockLanczos(WarmStart):
         first, asked = self._block is None, 0 if extra is None else len(extra)
         size = min(max(_BASIS, 4 * self.width), dimension(op))
         basis = Basis(op, size, self.generator, self._memory(op, first))
-        roomy = most >= max(self.width, self.k + asked + 1)
+        # With products for one block alone, the start's residuals are worth more than vectors of the last step.
+        roomy = most > max(self.width, self.k + asked)
         guard = self._chain.due(op, self.generator) if roomy and not first else None
         guards = [rows for rows in (extra, guard) if rows is not None]
         # Blocks are all of one width, as each width has a recording of its own: a guard takes the last one's place.
-        places = max(0, self.width - self.k - sum(len(rows) for rows in guards))
+        places = max(0, self.width - self.k - sum(len(rows) for rows in guards)) if roomy else 0
         rows = [self._start(op), *guards]
         if first:
             rows.insert(1, random_rows(places, op, self.generator))
