@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from .basis import Basis
-from .common import EigenResult, SymmetricOperator, dimension, random_rows, rounding_level
+from .common import EigenResult, SymmetricOperator, dimension, gram, random_rows, rounding_level
 from .stopping import converged, reason_of
-from .warm_start import FIRST_TOL, WarmStart, stepped
+from .warm_start import FIRST_TOL, WarmStart, reaches, stepped
 
 _FIRST_AUDIT, _AUDIT_EVERY, _AUDIT_DEPTH = 16, 32, 8
 _SENTINEL_EVERY = 8
@@ -31,8 +31,7 @@ class _Guards:
     """What one solve is to look at besides its own residuals.
 
     Attributes:
-        todo: "next", "random", "improve" or "follow" for each vector to multiply, last one first. The last is the
-            largest residual: a caller's vector may have a part along a larger eigenvalue, which only that tells.
+        todo: "next", "random" or "improve" for each vector to multiply, last one first.
         sentinel: the next Ritz vector is looked at in this solve.
         jumped: the start's Rayleigh quotient is far from the last value, and nothing has been done about it yet.
         thrown: it is so far that the order of the eigenvalues is open.
@@ -98,8 +97,7 @@ class WarmLanczos(WarmStart):
         basis = self._begin(op, extra, first=first, near=near)
         self.start_value = float(basis.T[0, 0])
         guards = self._guards(first=first, near=near)
-        if extra is not None:
-            guards.todo.append("follow")
+        hinted = extra is not None
         while True:
             theta, Y = basis.ritz()
             residuals, norms = basis.residuals(theta[:k], Y[:, :k])
@@ -111,6 +109,8 @@ class WarmLanczos(WarmStart):
                 direction = residuals[worst : worst + 1]
             elif guards.todo or self._suspects(guards, basis.size):
                 direction = self._look(guards.todo.pop(), basis, theta, Y)
+            elif hinted and (direction := self._reaching(basis, theta, Y)) is not None:
+                hinted = False
             else:
                 break
             if basis.size == basis.limit:
@@ -175,12 +175,20 @@ class WarmLanczos(WarmStart):
         k = self.k
         if what == "next" and self._next is not None:
             return self._next[None]
-        if what == "follow" and basis.size > k:
-            residuals, norms = basis.residuals(theta[k:], Y[:, k:])
-            return residuals[int(norms.argmax())][None]
         if what == "improve" and basis.size > k:
             return basis.residuals(theta[k : k + 1], Y[:, k : k + 1])[0]
         return random_rows(1, basis.op, self.generator)
+
+    def _reaching(self, basis: Basis, theta: Tensor, Y: Tensor) -> Tensor | None:
+        """Return the largest residual ``[1, n]`` if a pair beyond the wanted ones may hide the largest eigenvalue."""
+        products = basis.W[: basis.size]
+        # All norms from one small matrix, as |W'y|^2 - theta^2: all residuals would need as much memory as the basis.
+        squares = (Y * (gram(basis.op, products, products).cpu() @ Y)).sum(0) - theta.square()
+        norms = squares.clamp(min=0).sqrt()
+        worst = int(norms.argmax())
+        if not reaches(theta, norms, self.k):
+            return None
+        return basis.residuals(theta[worst : worst + 1], Y[:, worst : worst + 1])[0]
 
     def _remember(self, basis: Basis, theta: Tensor, Y: Tensor, *, sentinel: bool) -> None:
         """Keep the next Ritz vector of a basis that could see it."""

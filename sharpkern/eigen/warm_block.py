@@ -12,7 +12,7 @@ from .basis import Basis
 from .chain import Chain
 from .common import EigenResult, SymmetricOperator, dimension, random_rows, rounding_level
 from .stopping import converged, reason_of
-from .warm_start import FIRST_TOL, WarmStart, stepped
+from .warm_start import FIRST_TOL, WarmStart, reaches, stepped
 
 _BASIS = 40
 _FIRST_ROUNDS = 3  # beyond convergence at the first step, the first of them with a random vector
@@ -68,8 +68,7 @@ class WarmBlockLanczos(WarmStart):
         most = self.max_matvecs if at_most is None else at_most
         basis, product = self._begin(op, extra, min(most, n))
         self.start_value = float(basis.T[0, 0])
-        # A caller's vector may have a part along a larger eigenvalue, which not it but its residual tells: one round.
-        looks = _FIRST_ROUNDS if first else int(extra is not None)
+        looks, hinted = _FIRST_ROUNDS if first else 0, extra is not None
         while True:
             theta, Y = basis.ritz()
             pairs = min(self.width, basis.size)
@@ -79,11 +78,11 @@ class WarmBlockLanczos(WarmStart):
             if not room:
                 break
             if converged(norms[:k], theta[:k], tol, rounding):
-                if not looks:
+                if not looks and not (hinted and reaches(theta, norms, k)):
                     break
                 if looks == _FIRST_ROUNDS:
                     residuals = torch.cat([random_rows(1, op, self.generator), residuals[1:]])
-                looks -= 1
+                looks, hinted = max(looks - 1, 0), False
             rows = residuals[:room]
             if basis.size + len(rows) > basis.limit:
                 basis.restart(Y[:, : basis.limit // 2])

@@ -137,6 +137,15 @@ class WarmStart:
         self.generator.set_state(state["generator"])
 
 
+def reaches(theta: Tensor, norms: Tensor, k: int) -> bool:
+    """Say whether the residual interval of a Ritz pair beyond the first k reaches above the first.
+
+    A caller's vector may have a part along a larger eigenvalue, and the rest of it elsewhere: then its Ritz value is
+    small, and only its residual tells.
+    """
+    return bool((theta[k : len(norms)] + norms[k:] > theta[0]).any())
+
+
 def stepped(basis: Basis, theta: Tensor, Y: Tensor, vectors: Tensor | None = None) -> Tensor:
     """Return Ritz vectors after one power step, for which the products are known, as unit rows.
 
