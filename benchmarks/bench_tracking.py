@@ -32,7 +32,7 @@ class R(WarmLanczos):
 
 
 class ChainInstead(WarmLanczos):
-    """The chain of the block solver, with its residual once, in place of the audit of nine products."""
+    """The chain of the block solver, followed as a caller's vector is, in place of the audit of nine products."""
 
     def __init__(self, tol: float) -> None:
         super().__init__(tol=tol)

@@ -98,6 +98,7 @@ class WarmLanczos(WarmStart):
         self.start_value = float(basis.T[0, 0])
         guards = self._guards(first=first, near=near)
         hinted = extra is not None
+        direction: Tensor | None
         while True:
             theta, Y = basis.ritz()
             residuals, norms = basis.residuals(theta[:k], Y[:, :k])
