@@ -76,7 +76,8 @@ class WarmLanczos(WarmStart):
 
         Args:
             op: symmetric; like the last one in n, dtype and device.
-            extra: ``[m, n]``, vectors to multiply besides, for m products.
+            extra: ``[m, n]``, vectors to multiply besides, for m products, or one more where a residual interval of the
+                basis reaches above the first value.
             at_most: products, where this step may not have ``max_matvecs``.
 
         Returns:
