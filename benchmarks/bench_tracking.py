@@ -16,7 +16,17 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from tracking_runs import HELD_OUT_SEEDS, SPECS, TUNING_SEEDS, UNSEEN_SEEDS, UNSEEN_SPECS, Moment, replay, runs
+from tracking_runs import (
+    HELD_OUT_SEEDS,
+    SPECS,
+    TUNING_SEEDS,
+    UNSEEN_SEEDS,
+    UNSEEN_SPECS,
+    Moment,
+    Trajectory,
+    replay,
+    runs,
+)
 
 from sharpkern.eigen import EigenResult, SymmetricOperator, WarmBlockLanczos, WarmLanczos, lanczos, lobpcg
 from sharpkern.eigen.basis import Basis
@@ -150,10 +160,10 @@ class Series:
     seconds: float
 
 
-def measure(names: list[str], tol: float, which: str) -> dict[str, list[Series]]:
+def measure(names: list[str], tol: float, stored: list[Trajectory]) -> dict[str, list[Series]]:
     """Replay every run."""
     table: dict[str, list[Series]] = {name: [] for name in names}
-    for run in runs(*RUNS[which]):
+    for run in stored:
         for series in run.truth:
             solvers = {name: CONTENDERS[name](tol) for name in names}
             rows: dict[str, list[tuple[float, ...]]] = {name: [] for name in names}
@@ -220,16 +230,19 @@ def main() -> None:
         "--runs", choices=list(RUNS), default="held-out",
         help="held-out: seeds that no constant was chosen on; unseen: other kinds of runs; tuning: those it was",
     )  # fmt: skip
+    parser.add_argument("--seeds", type=int, nargs="*", help="instead of the group's own")
     parser.add_argument("--tol", type=float, nargs="*", default=[0.01])
     parser.add_argument("--only", nargs="*", default=list(CONTENDERS), help="names of contenders")
     parser.add_argument("--wall", action="store_true", help="add milliseconds a step")
     parser.add_argument("--per-run", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    seeds, specs = RUNS[options.runs]
     for tol in options.tol:
-        table = measure(options.only, tol, options.runs)
+        table = measure(options.only, tol, runs(tuple(options.seeds or seeds), specs))
         series = next(iter(table.values()))
-        print(f"\ntol = {tol}, {len(series)} series, {sum(len(s.error) for s in series)} steps, {options.runs} runs\n")
+        count, chosen = sum(len(s.error) for s in series), options.seeds or seeds
+        print(f"\ntol = {tol}, {len(series)} series, {count} steps, {options.runs} runs, seeds {chosen}\n")
         heads = [
             "solver",
             "products a step",
