@@ -9,7 +9,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 NATIVE := setup.py $(shell find csrc -type f)
 
-.PHONY: demo test test-slow test-matrix test-newest lint bench conformance clean
+.PHONY: demo test test-slow test-matrix test-newest mutants campaign-bounds fuzz lint bench conformance models wheels clean
 
 demo: .venv/installed
 	$(BIN)/sharpkern train --preset demo
@@ -29,6 +29,14 @@ test-matrix:
 test-newest:
 	$(PYTHON) scripts/matrix.py --newest
 
+# Faults planted one at a time: do the tests that belong to them notice? make mutants MUTANTS="eigen --jobs 2"
+mutants: .venv/installed
+	$(BIN)/python scripts/mutants.py $(MUTANTS)
+
+# Every solver against 5,000 random operators: about ten minutes.
+campaign-bounds: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/bounds_campaign.py
+
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -40,6 +48,17 @@ bench: .venv/installed
 
 conformance: .venv/installed
 	$(BIN)/python scripts/conformance.py --samples 3 --out docs/conformance.md
+
+models: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/models.py --jobs 2 --out docs/models.md
+
+# The sdist and wheels for the oldest and the newest Python here, each installed and run where there is no compiler.
+wheels:
+	$(PYTHON) scripts/wheels.py
+
+# Damaged files, 12,000 of each of ten kinds: about five minutes.
+fuzz: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/fuzz.py --inputs 12000
 
 .venv/torch:
 	$(PYTHON) -m venv .venv

@@ -1,7 +1,10 @@
 """Builds sharpkern._C: CPU kernels, once per x86-64 instruction level, and CUDA kernels; needs no torch headers.
 
+Without a C++ compiler the package is built without them: kernels run in plain torch then, right but slower.
+
 Environment:
     CXX: the C++17 compiler, g++ by default.
+    SHARPKERN_NO_NATIVE: 1 builds no module even where there is a compiler.
     SHARPKERN_CUDA: auto (default: with the CUDA kernels if nvcc is found), 1 (fail without nvcc), 0 (CPU only).
     CUDA_HOME: the CUDA toolkit, if its nvcc is not on PATH.
 """
@@ -13,7 +16,6 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import pybind11
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
@@ -88,8 +90,20 @@ def _library_folders(nvcc):
     return [word for word in shlex.split(line.partition("=")[2]) if word.startswith("-L")]
 
 
-setup(
-    ext_modules=[
+def _extensions():
+    if os.environ.get("SHARPKERN_NO_NATIVE", "0") == "1":
+        print("sharpkern: SHARPKERN_NO_NATIVE=1, building without compiled kernels", flush=True)
+        return []
+    compiler = shlex.split(os.environ.get("CXX", "g++"))[0]
+    if not shutil.which(compiler):
+        # Who asks for a compiler or for CUDA kernels wants to know that there are none.
+        if "CXX" in os.environ or os.environ.get("SHARPKERN_CUDA") == "1":
+            raise SystemExit(f"the C++ compiler {compiler} was not found; SHARPKERN_NO_NATIVE=1 builds without it.")
+        print(f"sharpkern: no {compiler} on PATH, building without compiled kernels", flush=True)
+        return []
+    import pybind11  # only where it is needed
+
+    return [
         Extension(
             "sharpkern._C",
             ["csrc/bindings.cpp"],
@@ -99,6 +113,7 @@ setup(
             extra_link_args=["-fopenmp"],
             language="c++",
         )
-    ],
-    cmdclass={"build_ext": BuildKernels},
-)
+    ]
+
+
+setup(ext_modules=_extensions(), cmdclass={"build_ext": BuildKernels})

@@ -131,7 +131,7 @@ def lightning(batch: Any, options: dict[str, Any] | None) -> Callable[[], float]
             trainer = Trainer(default_root_dir=folder, max_steps=STEPS + 2, callbacks=[*added, clock],
                               accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
                               enable_model_summary=False)  # fmt: skip
-            trainer.fit(Module(), [batch] * (STEPS + 2))
+            trainer.fit(Module(), torch.utils.data.DataLoader([batch] * (STEPS + 2), batch_size=None))
         return clock.seconds
 
     return train

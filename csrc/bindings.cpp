@@ -2,6 +2,9 @@
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
+#ifndef _WIN32
+#include <pthread.h>
+#endif
 
 #include <cstdlib>
 #include <cstring>
@@ -93,6 +96,9 @@ PYBIND11_MODULE(_C, m) {
   m.attr("activations") = activations();
   m.attr("norm_modes") = py::make_tuple(int64_t(FIXED), int64_t(RMS), int64_t(CENTRED));
   m.attr("fields") = py::dict();
+#ifndef _WIN32
+  pthread_atfork(nullptr, nullptr, [] { forked = true; });
+#endif
   bind_all<float>(m, "_f32", LEVEL.vectors.f32, LEVEL.norm.f32, LEVEL.rows.f32, LEVEL.activation.f32);
   bind_all<double>(m, "_f64", LEVEL.vectors.f64, LEVEL.norm.f64, LEVEL.rows.f64, LEVEL.activation.f64);
 #ifdef WITH_CUDA

@@ -16,20 +16,55 @@ using Address = std::uintptr_t;
 template <class Parameter>
 using Passed = std::conditional_t<std::is_pointer_v<Parameter>, Address, Parameter>;
 
+// Whether this process was forked. OpenMP's threads do not live on in it, and a parallel region would wait for them for
+// ever: its kernels run on the one thread that it has.
+inline bool forked = false;
+
+inline int usable(int threads) { return forked ? 1 : threads; }
+
 template <class Parameter>
 Parameter given(Passed<Parameter> value) {
   if constexpr (std::is_pointer_v<Parameter>) {
     return reinterpret_cast<Parameter>(value);
+  } else if constexpr (std::is_same_v<Parameter, int>) {  // sizes are int64_t
+    return usable(value);
   } else {
     return value;
   }
+}
+
+// A wrong call becomes a ValueError, where the kernel would end the process.
+inline void check(const std::string& kernel, const char* refusal) {
+  if (refusal) throw std::invalid_argument(kernel + ": " + refusal + ".");
+}
+
+// Of a kernel without a struct: no size is negative, and nothing that has numbers is at no address.
+template <class... Parameters>
+const char* refusal_of(Passed<Parameters>... values) {
+  bool negative = false, empty = false, missing = false;
+  const auto look = [&](auto* type, auto value) {
+    typedef std::remove_pointer_t<decltype(type)> Parameter;
+    if constexpr (std::is_same_v<Parameter, int64_t>) {
+      negative |= value < 0;
+      empty |= value == 0;
+    } else if constexpr (std::is_pointer_v<Parameter>) {
+      // A stream is a pointer too, and null is torch's default one.
+      missing |= std::is_arithmetic_v<std::remove_pointer_t<Parameter>> && !value;
+    }
+  };
+  (look(static_cast<Parameters*>(nullptr), values), ...);
+  return negative ? "a size is negative" : missing && !empty ? "an operand is missing" : nullptr;
 }
 
 // The interpreter lock is released: kernels touch no Python objects.
 template <class Result, class... Parameters>
 void expose(py::module_& m, const std::string& name, Result (*kernel)(Parameters...)) {
   m.def(
-      name.c_str(), [kernel](Passed<Parameters>... values) { return kernel(given<Parameters>(values)...); },
+      name.c_str(),
+      [kernel, name](Passed<Parameters>... values) {
+        check(name, refusal_of<Parameters...>(values...));
+        return kernel(given<Parameters>(values)...);
+      },
       py::call_guard<py::gil_scoped_release>());
 }
 
@@ -38,12 +73,13 @@ void expose_words(py::module_& m, const std::string& name, void (*kernel)(const 
                   std::index_sequence<I...>) {
   m.def(
       name.c_str(),
-      [kernel](decltype(I, Address())... words, int threads) {
+      [kernel, name](decltype(I, Address())... words, int threads) {
         // The fields are 8-byte words without gaps, as is checked below, so that the words are the struct.
         const Address row[] = {words...};
         Arguments arguments;
         std::memcpy(&arguments, row, sizeof arguments);
-        kernel(arguments, threads);
+        check(name, arguments.refusal());
+        kernel(arguments, usable(threads));
       },
       py::call_guard<py::gil_scoped_release>());
 }

@@ -11,6 +11,9 @@
   __VA_ARGS__        \
   static constexpr const char* TEXT = #__VA_ARGS__;
 
+// Each struct also says in `refusal` why its kernel cannot take what it holds; nullptr if it can. The bindings ask, so
+// that a wrong call is an exception and no signal; addresses that are not null are trusted.
+
 // What to expand a list with: pointers to the functions of a family, and these functions as the values of the pointers.
 #define POINTER_TO(name, Arguments) void (*name)(const Arguments<T>&, int threads);
 #define VALUE_OF(name, ...) name<T>,

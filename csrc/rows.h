@@ -6,18 +6,33 @@
 template <class T>
 struct SlopeProduct {
   FIELDS(const T* slope, *d, *curvature, *dz; T * out; int64_t k, n;)
+  const char* refusal() const {
+    if (k < 0 || n < 0) return "a size is negative";
+    if (k == 0 || n == 0) return nullptr;
+    return slope && d && out && (!curvature || dz) ? nullptr : "an operand is missing";
+  }
 };
 
 // mean = <p, u>, out = weight p (u - mean) for p [rows, C] and u, out [k, rows, C]. Null weight: ones.
 template <class T>
 struct SoftmaxJacobian {
   FIELDS(const T* p, *u, *weight; T * out, *mean; int64_t k, rows, C;)
+  const char* refusal() const {
+    if (k < 0 || rows < 0 || C < 0) return "a size is negative";
+    if (k == 0 || rows == 0) return nullptr;
+    return mean && (C == 0 || (p && u && out)) ? nullptr : "an operand is missing";
+  }
 };
 
 // out = p (dg - <p, dg> - <dp, inner>) + dp inner for p, inner [rows, C] and dp, dg, out [k, rows, C].
 template <class T>
 struct SoftmaxBackwardTangent {
   FIELDS(const T* p, *dp, *inner, *dg; T * out; int64_t k, rows, C;)
+  const char* refusal() const {
+    if (k < 0 || rows < 0 || C < 0) return "a size is negative";
+    if (k == 0 || rows == 0 || C == 0) return nullptr;
+    return p && dp && inner && dg && out ? nullptr : "an operand is missing";
+  }
 };
 
 #define ROW_KERNELS(KERNEL)                 \

@@ -1,6 +1,7 @@
 """Run the tests with other versions of Python and torch, each pair in a virtual environment of its own.
 
     python scripts/matrix.py             # every pair of PAIRS, all tests: about 15 minutes each on two cores
+    python scripts/matrix.py 3.10 3.13   # the pairs with these versions of Python
     python scripts/matrix.py --newest    # this Python with the newest torch, and the tests that lean on torch most
 
 A Python that is not installed is skipped with a line that says so. The environments stay in .venv-matrix, 5 GB each
@@ -86,9 +87,13 @@ def tested(version: str, torch: str) -> str:
     return "passed" if good and interpreted else "FAILED"
 
 
-def matrix() -> bool:
-    """Test every pair and list how each went; if none could be tested, that is a failure too."""
-    outcomes = {pair: tested(*pair) for pair in PAIRS}
+def matrix(versions: list[str]) -> bool:
+    """Test the pairs with these versions of Python, and list how each went; if none could be tested, that is a failure.
+
+    Args:
+        versions: none for every pair.
+    """
+    outcomes = {pair: tested(*pair) for pair in PAIRS if not versions or pair[0] in versions}
     for (version, torch), outcome in outcomes.items():
         print(f"Python {version}, torch {torch}: {outcome}", flush=True)
     return "FAILED" not in outcomes.values() and "passed" in outcomes.values()
@@ -97,4 +102,8 @@ def matrix() -> bool:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--newest", action="store_true", help="this Python, the newest torch, a subset of the tests")
-    sys.exit(not (newest() if parser.parse_args().newest else matrix()))
+    parser.add_argument("versions", nargs="*", metavar="PYTHON")
+    given = parser.parse_args()
+    if unknown := sorted(set(given.versions) - {version for version, _ in PAIRS}):
+        parser.error(f"no pair has Python {', '.join(unknown)}")
+    sys.exit(not (newest() if given.newest else matrix(given.versions)))

@@ -53,6 +53,7 @@ class Row:
         truth: what the product was compared with.
         verdict: the audit's first words.
         claimed: the largest error that the audit has found.
+        parameters: how many numbers are trained.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Row:
     claimed: float = float("nan")
     symmetric: bool = True
     error: str = ""
+    parameters: int = 0
 
     @property
     def right(self) -> bool:
@@ -265,6 +267,7 @@ def audited(case: Case, mode: str, row: Row) -> None:
 def compared(case: Case, mode: str) -> Row:
     """Run everything for one model; an error is noted in the row."""
     row = Row(case.name, case.group, mode, symmetric=case.symmetric)
+    row.parameters = parameters(case)
     warnings.simplefilter("ignore")  # the engine is in the table
     try:
         product(case, mode, row)
@@ -275,6 +278,11 @@ def compared(case: Case, mode: str) -> Row:
     except Exception as error:  # one model that fails must not stop the list
         row.error = first_line(error)
     return row
+
+
+def parameters(case: Case) -> int:
+    """Count what is trained."""
+    return sum(p.numel() for p in trained(built(case, case.modes[0], torch.float32)[0]))
 
 
 def first_line(error: Exception) -> str:
@@ -318,6 +326,10 @@ def run_all(work: list[tuple[Case, str]], jobs: int, limit: float, kept: Path | 
     """Run the comparisons that are not among the kept rows, so many at once; print and keep each as it ends."""
     lines = kept.read_text().splitlines() if kept and kept.exists() else []
     rows = {(row.name, row.mode): row for row in (Row(**json.loads(text)) for text in lines)}
+    for case, _ in work:
+        for row in rows.values():
+            if row.name == case.name and not row.parameters:
+                row.parameters = parameters(case)
     waiting, running = [(case, mode) for case, mode in work if (case.name, mode) not in rows], []
     while waiting or running:
         while waiting and len(running) < jobs:
@@ -343,10 +355,71 @@ def line(row: Row) -> str:
     return "| " + " | ".join(cell.replace("|", "/")[:160] for cell in cells) + " |"
 
 
+COMMAND = "make models"
+_HEAD = """# Models
+
+Does sharpkern give the right gradient and the right Hessian-vector product for a model that its authors did not write?
+{models} models were tried, each in the modes that it runs in: {hugging} tiny Hugging Face configurations, and
+constructs of plain torch.
+
+{summary}
+
+What the columns say:
+
+- *engine*: `program`, the exported list of ops, or `double backward`, torch's autograd after a warning
+  ([correctness.md](correctness.md) says when).
+- *p.grad*: relative error, against eager torch, of the gradient that `SharpnessTracker.step` leaves, in float32.
+- *product*: relative error of a Hessian-vector product against double backward, in float64; against central
+  differences where torch has no second derivative.
+- *inside*: the narrowest dtype that the float64 model computes in. A cast to float32 limits the product to about 1e-7.
+- *audit*: the verdict of `sharpkern.audit` on the float32 model, and the largest error that it found.
+
+"No scalar" marks models whose backward is not their forward's derivative. Their product agrees with torch's own second
+pass, but there is no Hessian, and the audit must say "wrong". Every other model must be called "trustworthy".
+"""
+_FOOT = """
+torch {torch}, transformers {transformers}, on a CPU. The table is made by `{command}`, which compares everything again
+and returns 1 if a number or a verdict is wrong.
+"""
+
+
 def page(rows: list[Row]) -> str:
     """Return docs/models.md."""
+    import transformers
+
+    names = {row.name: row.group for row in rows}
+    hugging = sum(group == "Hugging Face" for group in names.values())
+    table = ["| model | mode | parameters | engine | p.grad | product | inside | audit | outcome |", "|---" * 9 + "|"]
+    head = _HEAD.format(models=len(names), hugging=hugging, summary=summary(rows))
+    foot = _FOOT.format(torch=torch.__version__, transformers=transformers.__version__, command=COMMAND)
+    return "\n".join([head, *table, *map(page_line, rows)]) + "\n" + foot
+
+
+def summary(rows: list[Row]) -> str:
+    """Say in words how the comparisons ended."""
     ends = collections.Counter(row.end for row in rows)
-    return "\n".join(line(row) for row in rows) + "\n" + str(ends)
+    programs = sum(row.engine.startswith("program") for row in rows)
+    judged = [row for row in rows if row.right]
+    worst = max((row.gradient for row in judged), default=float("nan"))
+    exact = max((row.product for row in judged if row.coarsest < 1e-8), default=float("nan"))
+    listed = ", ".join(f"{n} {end}" for end, n in ends.most_common() if end != "right")
+    return (
+        f"Of {len(rows)} rows, {ends['right']} are right and judged rightly by the audit; others: {listed or 'none'}. "
+        f"{programs} rows become a program. The largest error of a gradient is {worst:.0e} in float32, of a product "
+        f"{exact:.0e} where the model computes in float64 throughout."
+    )
+
+
+def page_line(row: Row) -> str:
+    """Return a row of the page's table."""
+    gradient, product = (f"{x:.0e}" if x == x else "" for x in (row.gradient, row.product))
+    inside = {torch.finfo(d).eps: str(d).removeprefix("torch.") for d in (torch.float64, torch.float32, torch.bfloat16)}
+    truth = "differences" if row.truth == "differences" else inside.get(row.coarsest, "")
+    audit = f"{row.status}, {row.claimed:.0e}" if row.status else ""
+    name = row.name + ("" if row.symmetric else " (no scalar)")
+    end = row.end + (f": {row.error}" * bool(row.error))
+    cells = (name, row.mode, f"{row.parameters:,}", row.engine, gradient, product, truth, audit, end)
+    return "| " + " | ".join(cell.replace("|", "/")[:160] for cell in cells) + " |"
 
 
 def main() -> int:

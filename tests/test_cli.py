@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import get_args
+from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
 import torch
+import typer
 from scipy.sparse.linalg import LinearOperator, eigsh
 
+import sharpkern
 from sharpkern import cli
-from sharpkern.cli import bench, options, progress
-from sharpkern.cli.exits import Parser
+from sharpkern.cli import bench, doctor, options, progress
 from sharpkern.train import metrics
 from sharpkern.train.build import build_task
-from sharpkern.train.config import PRESETS, OptimizerConfig, TrackingConfig, TrainConfig, from_toml
+from sharpkern.train.config import PRESETS, OptimizerConfig, TrackingConfig, TrainConfig, from_toml, value_of
 from sharpkern.train.loop import Run
 
 SMALL = ["--data.limit", "60", "--model.width", "10", "--steps", "4", "--threads", "1"]
@@ -48,7 +52,7 @@ def test_train_fills_the_run_folder(tmp_path: Path, options: list[str], capsys: 
     code, text, err = run("train", *SMALL, *options, "--out", str(out), capsys=capsys)
     assert code == 0, err
     assert sorted(p.name for p in out.iterdir()) == [
-        "checkpoint.pt", "config.toml", "metrics.jsonl", "sharpness.png", "summary.txt",
+        "checkpoint.pt", "config.toml", "metrics.jsonl", "run.lock", "sharpness.png", "summary.txt",
     ]  # fmt: skip
     assert "harpness at initialisation" in text
     assert str(out / "sharpness.png") in text
@@ -96,43 +100,46 @@ def test_diverging_run_exits_with_3_and_keeps_its_data(tmp_path: Path, capsys: p
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["trian"], "invalid choice: 'trian'"),
-        (["train", "--preset", "demmo"], "argument --preset: invalid choice: 'demmo' (choose from "),
+        (["trian"], "No such command 'trian'. Did you mean 'train'? - see sharpkern --help."),
+        (["train", "--preset", "demmo"], "'demmo' is not one of 'demo'"),
         (["train", "--config", "nowhere.toml"], "nowhere.toml: no such configuration file"),
         (["train", "--resume", "nowhere"], "nowhere is not a run folder"),
         (["train", "--data.name", "mnist"], "MNIST needs --data-dir"),
         (["train", "--data.name", "cifar-10", "--data.dir", "nowhere"], "data_batch_1.bin: missing"),
         (["train", "--data.name", "text"], "gpt needs text"),
         (["train", "--steps", "0"], "steps must be at least 1, got 0"),
-        (["train", "--preset"], "argument --preset: expected one argument"),
-        (["doctor", "please"], "unrecognized arguments: please; see sharpkern doctor --help"),
-        (["suggest", "--lr-target", "big"], "argument --lr-target: invalid float value: 'big'"),
-        (["suggest", "--probe-steps", "1.5"], "argument --probe-steps: invalid int value: '1.5'"),
+        (["train", "--preset"], "Option '--preset' requires an argument - see sharpkern train --help."),
+        (["doctor", "please"], "(please) - see sharpkern doctor --help."),
+        (["suggest", "--lr-target", "big"], "Invalid value for '--lr-target': "),
+        (["suggest", "--probe-steps", "1.5"], "Invalid value for '--probe-steps': "),
         (["suggest", *SMALL, "--lr-target", "-1"], "lr_target must be positive and finite, got -1.0"),
         (["suggest", *SMALL, "--probe-steps", "3"], "probe_steps must be at least 8"),
         (["suggest", "--stepz", "5"], "see sharpkern suggest --help"),
-        (["train", "--stepz", "5"], "unrecognized arguments: --stepz 5; see sharpkern train --help"),
-        (["train", "--steps", "abc"], "argument --steps: invalid int value: 'abc'; see sharpkern train"),
-        (["train", "--steps"], "argument --steps: expected one argument"),
-        (["train", "--data.name", "foo"], "argument --data.name: invalid choice: 'foo' (choose from "),
+        (["train", "--stepz", "5"], "No such option: --stepz"),
+        (["train", "--steps", "abc"], "Invalid value for '--steps': "),
+        (["train", "--steps"], "Option '--steps' requires an argument"),
+        (
+            ["train", "--data.name", "foo"],
+            "'foo' is not one of 'fashion-mnist-5k', ",
+        ),
         (["audit", "--model.kind", "mlp"], "see sharpkern audit --help"),
         (["train", "--data.name", "mnist", "--data-dir", "nowhere"], "train-images-idx3-ubyte: missing"),
         (["train", "--data-dir=nowhere", "--data.name=cifar-10"], "data_batch_1.bin: missing"),
         (["train", "--model.kind", "gpt", "--data.name", "text", "--text-file", "nowhere"], "no such text file"),
-        (["train", "--config", "binary.toml"], "can't decode byte 0xff"),
+        (["train", "--config", "binary.toml"], "not TOML: no UTF-8 at byte 0"),
         (["train", *SMALL, "--out", "binary.toml"], "binary.toml: File exists."),
         (["train", *SMALL, "--out", "binary.toml/run"], "binary.toml/run: Not a directory."),
         (["train", "--optimizer.lr", "-1"], "optimizer.lr must be positive and finite, got -1.0"),
         (["train", "--tracking.tol", "3"], "tracking.tol must lie between 0 and 1, got 3.0"),
-        (["train", "--step", "5"], "unrecognized arguments: --step 5"),
+        (["train", "--step", "5"], "No such option: --step "),
         (
             ["train", "--config", "nowhere.toml", "--preset", "demo"],
-            "argument --preset: not allowed with argument --config",
+            "give --preset or --config, not both.",
         ),
         (["train", *SMALL, "--tracking.probe", "61"], "tracking.probe = 61, but there are only 60 training examples"),
         (["train", "--resume", "nowhere", "--steps", "5"], "--resume takes the run's own configuration"),
-        (["suggest", "--resume", "5"], "unrecognized arguments: --resume 5"),
-        (["bench", "--fast"], "unrecognized arguments: --fast; see sharpkern bench --help"),
+        (["suggest", "--resume", "5"], "No such option: --resume"),
+        (["bench", "--fast"], "No such option: --fast - see sharpkern bench --help."),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -166,6 +173,21 @@ def test_interrupt_keeps_the_data(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert code == 130
     assert "--resume" in err
     assert len(metrics.read(out / "metrics.jsonl")) == 2
+
+
+def test_interrupt_of_a_command_without_a_run_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted() -> list[str]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(doctor, "findings", interrupted)
+    assert cli.main(["doctor"]) == 130
+
+
+def test_no_command_is_a_mistake_and_version_is_none(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--version", capsys=capsys) == (0, f"{sharpkern.__version__}\n", "")
+    code, bare, _ = run(capsys=capsys)
+    assert code == 2
+    assert run("--help", capsys=capsys) == (0, bare, "")
 
 
 def test_progress_is_plain_lines_where_no_terminal_is(
@@ -256,7 +278,10 @@ from sharpkern.cli import main
 assert main({[*filter(None, [command]), "--help"]!r}) == 0
 assert "torch" not in sys.modules
 """
-    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    # A narrow terminal breaks no name apart, and colours are not used even where they are asked for.
+    env = {**os.environ, "COLUMNS": "40", "FORCE_COLOR": "1"}
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env).stdout
+    assert "\x1b" not in shown
     words = shown.replace(",", " ").split()
     has, has_not = HELP.get(command, (" ".join(HELP), "--task"))
     assert set(has.split()) <= set(words)
@@ -265,35 +290,48 @@ assert "torch" not in sys.modules
     assert [line.split()[0] for line in codes] == ["0", "1", "2", "3", "130"]
 
 
-def test_every_option_of_a_run_has_a_flag_that_sets_it() -> None:
-    values = {"optimizer.lr": "0.5", "optimizer.lr_init": "0.25", "loss": "mse", "task": "a.b:c"}
-    for option in options.declared():
-        if bool in (option.type, *get_args(option.type)):
-            flags, wanted = [f"--{'no-' * bool(option.default)}{option.key.replace('_', '-')}"], not option.default
+def configuration(*flags: str) -> TrainConfig:
+    """What a command with all options of a run is given for these flags."""
+    found: list[TrainConfig] = []
+    app = typer.Typer(add_completion=False)
+    app.command()(options.with_run_options(*options.EVERYTHING)(lambda config: found.append(config)))
+    typer.main.get_command(app).main(list(flags), standalone_mode=False)
+    return found[0]
+
+
+def declared(table: object, prefix: str = "") -> Iterator[tuple[str, type, object]]:
+    """Key, type and default of every option."""
+    hints = get_type_hints(type(table))
+    for name, default in vars(table).items():
+        if dataclasses.is_dataclass(default):
+            yield from declared(default, f"{name}.")
         else:
-            allowed = get_args(option.type) or (option.type,)
-            number = str(7 if allowed[0] is int else 0.75)
-            text = values.get(option.key, allowed[-1] if isinstance(allowed[0], str) else number)
-            flags = ["--" + option.key.replace("_", "-"), text]
-            wanted = text if isinstance(allowed[0], str) else allowed[0](text)
-        parser = Parser(prog="train")
-        options.add_run_options(parser, options.EVERYTHING, resume=True)
-        given = parser.parse_args(flags)
-        assert vars(given)[option.key] == wanted != option.default
+            yield prefix + name, hints[name], default
+
+
+def test_every_option_of_a_run_has_a_flag_that_sets_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TrainConfig, "validate", lambda self: None)  # any one value, whether or not it fits the others
+    plain = TrainConfig()
+    for key, kind, default in declared(plain):
+        flag, kinds = key.replace("_", "-"), get_args(kind) or (kind,)
+        if bool in kinds:
+            flags, wanted = [f"--no-{flag}" if default else f"--{flag}"], not default
+        else:
+            # The first other one of a few words, or any number or text.
+            wanted = next(x for x in kinds if x != default) if isinstance(kinds[0], str) else kinds[0]("7")
+            flags = [f"--{flag}", str(wanted)]
+        changed = configuration(*flags)
+        assert value_of(changed, key) == wanted != default
+        assert [k for k, *_ in declared(plain) if value_of(changed, k) != value_of(plain, k)] == [key]
 
 
 def test_flags_override_a_preset_and_a_file(tmp_path: Path) -> None:
-    parser = Parser(prog="train")
-    options.add_run_options(parser, options.EVERYTHING)
     (tmp_path / "run.toml").write_text("steps = 5\n[tracking]\nk = 3\nbudget = 0.1\n[optimizer]\nlr = 0.4\n")
-    given = parser.parse_args(
-        ["--config", str(tmp_path / "run.toml"), "--optimizer.lr", "0.2", "--no-tracking.dataset"]
-    )
-    found = options.read_run_options(given)
-    assert found == TrainConfig(
+    path = str(tmp_path / "run.toml")
+    assert configuration("--config", path, "--optimizer.lr", "0.2", "--no-tracking.dataset") == TrainConfig(
         steps=5, optimizer=OptimizerConfig(lr=0.2), tracking=TrackingConfig(k=3, budget=0.1)
-    )  # fmt: skip
-    found = options.read_run_options(parser.parse_args(["--preset", "demo", "--steps", "90"]))
+    )
+    found = configuration("--preset", "demo", "--steps", "90")
     assert found == dataclasses.replace(PRESETS["demo"], steps=90)
 
 
@@ -351,10 +389,8 @@ def test_bench_hands_its_options_to_the_suite(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(bench.subprocess, "run", lambda command: called.append(command) or done)
     assert cli.main(["bench", "--quick", "--rounds", "3", "--seconds=0.5"]) == 5
     assert called == [[sys.executable, str(bench.find()), "--quick", "--rounds=3", "--seconds=0.5"]]
-    parser = Parser(prog="bench")
-    bench.add_options(parser)
     source = bench.find().read_text()
-    assert all(f'"{flag}"' in source for a in parser._actions[1:] for flag in a.option_strings)
+    assert all(f'"--{name}"' in source for name in inspect.signature(bench.run).parameters)
 
 
 def test_a_run_without_products_measures_along_the_gradient(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

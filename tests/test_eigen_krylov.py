@@ -39,15 +39,15 @@ def test_both_ends_of_the_spectrum(name: str, k: int) -> None:
 
 
 @pytest.mark.parametrize("which", ["largest", "smallest", "both"])
-def test_error_estimates_hold_and_are_sharper_across_a_gap(which: str) -> None:
+def test_gap_estimates_hold_and_are_sharper_across_a_gap(which: str) -> None:
     op = Dense(prescribed(torch.cat([torch.tensor([3.0, 2.0, -2.0, -3.0], dtype=F64), bulk(60)])))
     values, vectors = torch.linalg.eigh(op.A)
     near = vectors[:, [0, 1, -2, -1]].T + 0.01 * torch.randn(4, 64, dtype=F64)  # the neighbours are in the basis
     result = lanczos(op, 1, tol=0.05, which=which, v0=near)
     errors = (result.eigenvalues[:, None] - values).abs().min(1).values
     assert result.converged
-    assert bool((errors <= result.error_estimates).all())
-    assert bool((result.error_estimates <= 0.3 * result.error_bounds).all())
+    assert bool((errors <= result.gap_estimates).all())
+    assert bool((result.gap_estimates <= 0.3 * result.error_bounds).all())
 
 
 def test_a_random_start_seldom_stops_below_the_top_of_a_cluster() -> None:
@@ -55,6 +55,27 @@ def test_a_random_start_seldom_stops_below_the_top_of_a_cluster() -> None:
     op = Dense(torch.diag(values))
     found = [lanczos(op, tol=1e-3, generator=torch.Generator().manual_seed(s)).eigenvalues[0] for s in range(60)]
     assert sum(bool(f < 7.28) for f in found) <= 1
+
+
+def test_a_random_start_is_held_to_a_tenth_of_the_tolerance() -> None:
+    op = Dense(prescribed(with_top(3.0, 2.9, 2.0)))
+    for seed in range(20):  # the last step overshoots the goal by a random factor, seldom by ten
+        result = lanczos(op, tol=0.1, generator=torch.Generator().manual_seed(seed))
+        assert float(result.residual_norms[0]) <= 0.01 * float(result.eigenvalues[0]) * (1 + 1e-9)
+    loose = lanczos(op, tol=0.1, v0=torch.randn(67, dtype=F64))
+    assert loose.matvecs < lanczos(op, tol=0.1).matvecs
+
+
+def test_a_basis_that_was_given_only_the_wanted_shows_no_gap() -> None:
+    op = Dense(prescribed(bulk(30)))
+    result = lanczos(op, 2, tol=1e-6, v0=torch.randn(2, 30, dtype=F64), max_matvecs=2)
+    assert torch.equal(result.gap_estimates, result.error_bounds)
+    assert bool((result.gap_estimates > 1e-3).all())
+
+
+def test_a_basis_of_the_whole_space_has_gap_estimates_of_rounding_size() -> None:
+    result = lanczos(Dense(prescribed(torch.randn(4, dtype=F64))), 4, tol=0.9)
+    assert bool((result.gap_estimates <= 1e-12).all())
 
 
 def test_an_invariant_start_is_left_through_random_vectors() -> None:
@@ -114,7 +135,7 @@ def test_every_row_of_a_warm_block_is_used() -> None:
     result = lanczos(Dense(A), 1, v0=start)
     check(result, A, 1, 1e-3)
     assert result.matvecs == 3
-    assert lanczos(Dense(A), 1, v0=vectors[-1]).matvecs == 1
+    assert lanczos(Dense(A), 1, v0=vectors[-1]).matvecs == 2  # its own, and a look at a random vector
 
 
 def test_lanczos_spends_about_what_arpack_spends() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from matrices import F64, SPECTRA, Dense, bulk, check, prescribed
 
-from sharpkern.eigen import lobpcg
+from sharpkern.eigen import lanczos, lobpcg
 
 
 @pytest.mark.parametrize("k", [1, 2, 3])
@@ -24,3 +24,40 @@ def test_lobpcg_refuses_blocks_that_do_not_fit() -> None:
         lobpcg(op, 3)
     with pytest.raises(ValueError, match="at most k = 1 rows, got 2"):
         lobpcg(op, 1, v0=torch.randn(2, 8, dtype=F64))
+
+
+def test_lobpcg_spends_far_fewer_products_than_steepest_ascent() -> None:
+    """The part of X that the last step added is what makes it a conjugate method."""
+    op = Dense(prescribed(torch.linspace(0, 1, 60, dtype=F64) ** 2))
+    values, x, ascent = torch.linalg.eigvalsh(op.A), torch.randn(60, dtype=F64), 0
+    for ascent in range(1, 2000):  # noqa: B007
+        x = x / x.norm()
+        theta = x @ op.A @ x
+        r = op.A @ x - theta * x
+        if float(r.norm()) <= 1e-5 * float(theta):
+            break
+        plane = torch.linalg.qr(torch.stack([x, r], 1))[0]
+        x = plane @ torch.linalg.eigh(plane.t() @ op.A @ plane).eigenvectors[:, -1]
+    result = lobpcg(op, 1, tol=1e-5, max_matvecs=2000)
+    assert float(result.eigenvalues[0]) == pytest.approx(float(values[-1]), rel=1e-5)
+    assert result.matvecs <= 0.5 * ascent
+
+
+def test_lobpcg_spends_no_more_than_three_times_lanczos() -> None:
+    op = Dense(prescribed(torch.linspace(0, 1, 60, dtype=F64) ** 2))
+    spent = [lobpcg(op, 1, tol=1e-5, max_matvecs=2000, generator=g(i)).matvecs for i in range(5)]
+    krylov = [lanczos(op, 1, tol=1e-4, max_matvecs=2000, generator=g(i)).matvecs for i in range(5)]  # to a tenth of it
+    assert sum(spent) <= 1.6 * sum(krylov)
+
+
+def g(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def test_lobpcg_stops_within_its_products_and_counts_them() -> None:
+    op = Dense(prescribed(SPECTRA["flat"]()))
+    for most in (2, 3, 11, 12):
+        op.products = 0
+        result = lobpcg(op, 2, tol=1e-12, max_matvecs=most)
+        assert most - 1 <= op.products == result.matvecs <= most
+        assert not result.converged

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import warnings
 
@@ -127,3 +128,27 @@ def test_reentrant_checkpoints_stay_in_the_program() -> None:
     _, gradient, dense = eager(plain, F.cross_entropy, data, params=params)
     torch.testing.assert_close(H.gradient, gradient)
     torch.testing.assert_close(H @ torch.eye(H.n, dtype=torch.float64), dense)
+
+
+@pytest.mark.parametrize(("layer", "sweeps"), [(nn.Tanh(), 1), (nn.Dropout(0.5), 2), (nn.BatchNorm1d(4), 2)])
+def test_the_comparisons_sweeps_serve_the_refresh_where_nothing_is_drawn_or_written(
+    layer: nn.Module, sweeps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = []
+    original = ReplayedProgram.forward
+    monkeypatch.setattr(ReplayedProgram, "forward", lambda *a, **k: (runs.append(1), original(*a, **k))[1])
+    model = nn.Sequential(nn.Linear(3, 4), layer, nn.Linear(4, 2)).double()
+    batch = torch.randn(6, 3).double(), torch.randint(2, (6,))
+    twin = copy.deepcopy(model)
+    torch.manual_seed(1)
+    H = sk.HessianOperator(model, nn.CrossEntropyLoss(), batch, update_buffers=True)
+    assert len(runs) == sweeps
+    torch.manual_seed(1)
+    loss = nn.functional.cross_entropy(twin(batch[0]), batch[1])
+    assert float(H.loss) == pytest.approx(loss.item(), rel=1e-12)
+    g = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(twin.parameters()))])
+    torch.testing.assert_close(H.gradient, g, rtol=1e-10, atol=1e-12)
+    for mine, theirs in zip(model.buffers(), twin.buffers(), strict=True):
+        torch.testing.assert_close(mine, theirs)
+    H.refresh()
+    assert len(runs) == sweeps + 1

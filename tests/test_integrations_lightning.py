@@ -105,6 +105,18 @@ def test_values_are_true_and_logged(tmp_path: Path) -> None:
     assert logged == {"1": pytest.approx(rows[0]["sharpness"]), "3": pytest.approx(rows[1]["sharpness"])}
 
 
+def test_an_offline_run_of_weights_and_biases_gets_the_values(tmp_path: Path) -> None:
+    wandb = pytest.importorskip("wandb")
+    from lightning.pytorch.loggers import WandbLogger
+
+    logger = WandbLogger(project="sharpness", offline=True, save_dir=str(tmp_path))
+    fit(Network(), loader_of(), tmp_path, [SharpnessCallback(nn.CrossEntropyLoss())], logger=logger)
+    (path,) = tmp_path.rglob("sharpness.jsonl")
+    last = json.loads(path.read_text().splitlines()[-1])
+    assert logger.experiment.summary["sharpness"] == pytest.approx(last["sharpness"])
+    wandb.finish()
+
+
 def test_mixed_precision_is_the_steps_own(tmp_path: Path) -> None:
     fit(Network(), loader_of(), tmp_path, [SharpnessCallback(nn.CrossEntropyLoss())], precision="bf16-mixed")
     assert len(rows_of(tmp_path / "sharpness.jsonl")) == 4

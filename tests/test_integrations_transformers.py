@@ -207,3 +207,15 @@ def test_every_must_be_a_step(tmp_path: Path) -> None:
     trainer.add_callback(SharpnessCallback(trainer, every=0))
     with pytest.raises(ValueError, match="every must be at least 1 step, got 0"):
         trainer.train()
+
+
+def test_an_offline_run_of_weights_and_biases_gets_the_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    trainer = trainer_for(vit(), images(12), tmp_path / "out", report_to=["wandb"])
+    trainer.add_callback(SharpnessCallback(trainer))
+    trainer.train()
+    rows = rows_of(tmp_path / "out" / "sharpness.jsonl")
+    assert wandb.run.summary["train/sharpness"] == pytest.approx(rows[-1]["sharpness"])
+    wandb.finish()

@@ -186,6 +186,14 @@ def test_wrong_arguments_are_refused_with_what_was_wrong() -> None:
         kernels.gram(V.half(), V.half())
     with pytest.raises(ValueError, match=r"W must have rows like V's \(\[6\].*got \[5\]"):
         kernels.gram(V, torch.randn(2, 5))
+    with pytest.raises(ValueError, match=r"W must have rows like V's .*torch.float32 on cpu.*got \[6\] torch.float64"):
+        kernels.gram(V, torch.randn(2, 6).double())
+    with pytest.raises(ValueError, match=r"W must have rows like V's .* on cpu.*got \[6\] torch.float32 on meta"):
+        kernels.gram(V, torch.empty(2, 6, device="meta"))
+    with pytest.raises(ValueError, match=r"out must be contiguous .*contiguous=False"):
+        kernels.scale(V, torch.randn(6), out=torch.empty(6, 2).t())
+    with pytest.raises(ValueError, match=r"d must be contiguous .*contiguous=False"):
+        kernels.scale(V, torch.randn(12)[::2])
     with pytest.raises(ValueError, match=r"HV must match V \(\[2, 6\]\), got \[3, 6\]"):
         kernels.power_step(V, torch.randn(3, 6))
     with pytest.raises(ValueError, match=r"C must be \[m, 2\] float64"):

@@ -69,7 +69,7 @@ class Guard:
 
     def workspace(self, kernel: str, x: Tensor, *sizes: int) -> Tensor:
         numbers = cuda._function(f"{kernel}_workspace", x)
-        return self.empty(numbers(*sizes) if numbers else 0, dtype=torch.float64)
+        return self.empty(max(1, numbers(*sizes)) if numbers else 1, dtype=torch.float64)
 
     def check(self) -> None:
         for buffer, size in self.buffers:
@@ -310,11 +310,11 @@ def test_no_kernel_spills_registers() -> None:
 @pytest.mark.parametrize(
     ("kernel", "arguments"),
     [
-        ("gram", (0, 1, 0, 1, 1, 0, 0, 0)),
-        ("power_step", (0, 0, 1, 1, 0, 0, 0, 0, 0)),
-        ("combine", (0, 1, 1, 0, 1, 0, 0, 0)),
-        ("scale", (0, 1, 1, 0, 0, 0, 0)),
-        ("inv_sqrt_adam", (0, 1, 1.0, 1.0, 1.0, 0, 0, 0)),
+        ("gram", (8, 1, 8, 1, 1, 8, 8, 0)),  # addresses that nobody reads, sizes, the default stream
+        ("power_step", (8, 8, 1, 1, 8, 8, 8, 8, 0)),
+        ("combine", (8, 1, 1, 8, 1, 8, 8, 0)),
+        ("scale", (8, 1, 1, 8, 8, 8, 0)),
+        ("inv_sqrt_adam", (8, 1, 1.0, 1.0, 1.0, 8, 8, 0)),
     ],
 )
 def test_without_a_gpu_a_call_raises_what_is_missing(kernel: str, arguments: tuple[float, ...]) -> None:
@@ -327,7 +327,7 @@ def test_without_a_gpu_a_call_raises_what_is_missing(kernel: str, arguments: tup
 
 def fake(dtype: torch.dtype) -> Any:
     """What dispatch looks at of a CUDA tensor."""
-    return SimpleNamespace(is_cuda=True, dtype=dtype, device=torch.device("cuda", 0))
+    return SimpleNamespace(is_cuda=True, dtype=dtype, device=torch.device("cuda", 0), numel=lambda: 1)
 
 
 def test_dispatch_says_why_not_cuda(monkeypatch: pytest.MonkeyPatch) -> None:

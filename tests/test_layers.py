@@ -15,20 +15,22 @@ LAYERS = {
     "triton.attention triton.embedding triton.linear triton.norm_kernels triton.norm triton.pointwise triton.softmax",
     "rop": "layout rule step sandbox rules.fallback rules.arithmetic rules.attention rules.conv rules.dropout "
     "rules.indexing rules.linear rules.loss rules.norm rules.pointwise rules.pool rules.reduce rules.selection "
-    "rules.softmax rules.views rules.head decompositions export liveness program conformance "
+    "rules.softmax rules.views rules.head decomposition_table decompositions export liveness sweeps program recompute "
+    "conformance "
     "recording.common recording.cuda_graph recording.pool recording.tape recording.replayed double_backward",
     "eigen": "common stopping state basis certificate krylov locally_optimal power chain warm_start warm warm_block",
     "optimizers": "parts held gi_adam rules.rule rules.sgd rules.adam rules.squares rules.adafactor rules.table norms "
     "threshold preconditioner next_update unit_ball geometry",
-    "curvature": "losses parameters wrappers watch eager gate engines freshness base operators fisher dataset chunked "
-    "negative preconditioned distributed.group distributed.shards distributed.blocks distributed.skeleton "
-    "distributed.replicated distributed.sharded distributed.choose sharpness audit",
+    "curvature": "losses parameters wrappers reading watch eager gate engines freshness base operators fisher dataset "
+    "chunked memory negative preconditioned distributed.group distributed.shards distributed.blocks "
+    "distributed.skeleton distributed.replicated distributed.sharded distributed.choose sharpness audit",
     "spectrum": "probes trace diagonal density layers",
     "dynamics": "",
     "tracking": "budget record popups block_width options failures followed gradients target following "
-    "directions tracker",
+    "directions cost tracker",
     "warmup": "formulas critical schedule persistent trials suggest_text suggest",
-    "train": "cifar idx text config metrics models batched checkpoint data moments plots summary losses own build loop",
+    "train": "cifar idx text config metrics lock signals models batched checkpoint data moments plots summary losses "
+    "own build loop",
     "integrations": "observer lightning transformers",
     "sweep": "grid collect diagrams run report stacked groups executors",
     "cli": "exits progress options train suggest sweep report audit bench doctor __main__",

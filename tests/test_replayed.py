@@ -47,8 +47,12 @@ def test_replays_follow_parameters_and_batches(name: str, large: int, monkeypatc
     assert {"forward", "backward", "gradient", ("hvp", 1), ("hvp", 3)} <= recordings(H).keys()
 
 
-def test_blocks_of_large_activations_are_multiplied_one_vector_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("large", [0, 1 << 40], ids=["used in place", "copied"])
+def test_blocks_of_large_activations_are_multiplied_one_vector_at_a_time(
+    large: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(replayed, "_CACHED", 1000)
+    monkeypatch.setattr(tape, "_LARGE", large)
     problem = double(PROBLEMS["mlp"]())
     H = operator(problem)
     agree(H, problem, k=3)
@@ -64,6 +68,15 @@ def test_each_precision_has_its_own_recording() -> None:
     with tf32_products():  # of no effect on the CPU
         agree(H, problem)
     assert {("hvp", 1), ("hvp, TF32", 1)} <= recordings(H).keys()
+
+
+def test_recordings_of_block_sizes_seen_long_ago_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replayed, "_MAX_RECORDINGS", 5)
+    problem = double(PROBLEMS["mlp"]())
+    H = operator(problem)
+    for k in (1, 2, 3, 4, 1):
+        agree(H, problem, k=k)
+    assert recordings(H).keys() == {"forward", "backward", "gradient", ("hvp", 4), ("hvp", 1)}
 
 
 def test_parameters_that_move_in_memory_are_noticed() -> None:

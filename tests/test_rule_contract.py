@@ -103,6 +103,17 @@ class PreparesOnce(Product):
         return super().backward_tangent(dg * self.count, g)
 
 
+class TangentNeedsPrepare(Product):
+    prepared = False
+
+    def prepare(self, g: Tensor) -> None:
+        self.prepared = True
+
+    def tangent(self, da: Tensor, db: Tensor) -> Tensor:
+        dy = super().tangent(da, db)
+        return dy if self.prepared else 2 * dy
+
+
 class KeepsTheLeadingOne(Product):
     def tangent(self, da: Tensor, db: Tensor) -> Tensor:
         return super().tangent(da, db)[:, None]
@@ -135,6 +146,7 @@ BAD = {
     MixesTheBlock: "not what it is of each cotangent",
     BackwardReadsTheTangent: "something else after tangent",
     PreparesOnce: "after a second prepare",
+    TangentNeedsPrepare: "tangent gives something else without prepare",
     KeepsTheLeadingOne: r"tangent gives \[3, 1, 2, 4\]",
     AnotherDtype: "should give .* torch.float64",
     KeepsItsTangents: r"tangent sets \['db'\]",

@@ -139,7 +139,10 @@ def test_dropout_of_attention_keeps_its_mask() -> None:
 
 
 @pytest.mark.parametrize("boolean", [True, False], ids=["boolean", "float"])
-@pytest.mark.parametrize("where", ["nowhere", "query", "hidden query", "hidden key", "hidden value", "infinite query"])
+@pytest.mark.parametrize(
+    "where",
+    ["nowhere", "query", "hidden query", "hidden key", "hidden value", "infinite query", "minus infinite scores"],
+)
 def test_only_rows_that_the_mask_hides_become_zero_and_nan_stays_nan(where: str, boolean: bool) -> None:
     keep = torch.rand(5, 6) > 0.4
     keep[:, 0], keep[1], keep[:, 4] = True, False, False
@@ -150,9 +153,11 @@ def test_only_rows_that_the_mask_hides_become_zero_and_nan_stays_nan(where: str,
     )
     if where != "nowhere":
         tensor[0, 1, row, 2] = torch.inf if "infinite" in where else torch.nan
+    if "infinite" in where:  # a score of +inf makes the row NaN; a row whose seen scores are all -inf becomes zeros
+        k[0, 1, :, 2] = k[0, 1, :, 2].abs() * (-1 if where.startswith("minus") else 1)
     with sdpa_kernel(SDPBackend.MATH):
         want = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    assert bool(want.isnan().any()) == (where != "nowhere")
+    assert bool(want.isnan().any()) == (where not in ("nowhere", "minus infinite scores"))
     assert torch.equal(want[1, 0, 1], torch.zeros(4, dtype=torch.float64))
     rule = Attention(torch.ops.aten.scaled_dot_product_attention.default, (True, True, True))
     torch.testing.assert_close(rule.forward(q, k, v, mask), want, rtol=1e-12, atol=1e-12, equal_nan=True)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import sharpkern as sk
+from sharpkern.warmup.trials import most_runs
 
 
 def half_mean_squares(output: Tensor, target: Tensor) -> Tensor:
@@ -65,7 +66,8 @@ def test_the_suggestion_trains_and_costs_what_it_says(name: str) -> None:
     calls = [0]
     model.register_forward_hook(lambda *_: calls.__setitem__(0, calls[0] + 1))
     before = [*(p.detach().clone() for p in model.parameters()), torch.get_rng_state()]
-    s = sk.suggest_warmup(model, half_mean_squares, batch, optimizer, probe_steps=32)
+    told: list[str] = []
+    s = sk.suggest_warmup(model, half_mean_squares, batch, optimizer, probe_steps=32, on_run=told.append)
     after = [*model.parameters(), torch.get_rng_state()]
     assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
     assert not optimizer.state and all(p.grad is None for p in model.parameters())
@@ -79,6 +81,8 @@ def test_the_suggestion_trains_and_costs_what_it_says(name: str) -> None:
     assert s.critical.forward_passes == s.forward_passes
     assert sum(40 for t in s.trials if t.fall > -1) + 10 < s.gradients <= 40 * len(s.trials) + 40
     assert s.matvecs > 32
+    assert len(told) == 1 + len(s.trials) <= most_runs(32)
+    assert all(f"{t.lr_target:.3g}" in words for words, t in zip(told[1:], s.trials, strict=True))
     for text in s.evidence.values():
         assert text in str(s)
 

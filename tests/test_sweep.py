@@ -23,7 +23,7 @@ from sharpkern.sweep import executors
 from sharpkern.sweep.collect import result_row
 from sharpkern.sweep.grid import read_sweep
 from sharpkern.sweep.groups import Group
-from sharpkern.sweep.run import CellEnd, run_cell
+from sharpkern.sweep.run import CellEnd, locked, run_cell
 from sharpkern.train.config import OptimizerConfig, TrainConfig, from_toml
 
 BASE = """
@@ -250,6 +250,12 @@ def test_cell_waits_for_another_process_that_has_it(tmp_path: Path) -> None:
         (cell.folder / "result.json").write_text('{"status": "failed"}')  # what the other process finds
     thread.join()
     assert found == [CellEnd(cell.name, "failed")]
+
+
+def test_cell_is_held_by_one_caller_at_a_time(tmp_path: Path) -> None:
+    cell = read_sweep(write(tmp_path), tmp_path / "out").cells[0]
+    with locked(cell), (cell.folder / "lock").open() as other, pytest.raises(BlockingIOError):
+        fcntl.flock(other, fcntl.LOCK_SH | fcntl.LOCK_NB)
 
 
 def free(cells: Path) -> bool:

@@ -174,7 +174,9 @@ void backward_row(const NormBackwardTangent<T>& s, int64_t row, const T* __restr
 template <class T>
 void norm_backward_tangent(const NormBackwardTangent<T>& s, int threads) {
   const int64_t channels = s.groups * (s.D / s.inner);
-  const int64_t length = (s.rows + STRETCHES - 1) / STRETCHES, stretches = (s.rows + length - 1) / length;
+  // At least 1: without rows there are no stretches, and the sums over them are zero.
+  const int64_t length = std::max<int64_t>(1, (s.rows + STRETCHES - 1) / STRETCHES);
+  const int64_t stretches = (s.rows + length - 1) / length;
   std::vector<T> sums(s.dgw || s.dgb ? 2 * s.k * stretches * channels : 0);
   each(s.k * stretches, s.k * s.rows * s.D > SMALL ? threads : 1, [&](int64_t job) {
     const int64_t vector = job / stretches, from = job % stretches * length, to = std::min(s.rows, from + length);

@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-import argparse
-
+from ..train.config import TrainConfig
 from .exits import FAILED, OK
-from .options import PROBLEM, TASK_HELP, add_run_options, read_run_options
+from .options import PROBLEM, TASK_HELP, with_run_options
 
 DESCRIPTION = f"""Check the Hessian-vector products of a model against independent truths.
 
 The first batch is used; of a full batch of the reference data its first 64 examples.
 Other options of sharpkern train are taken and not used, so that one command line serves for both.
 
-{TASK_HELP}
-  The first batch is checked, whole."""
+{TASK_HELP} The first batch is checked, whole."""
 _EXAMPLES = 64  # of a full batch: the truths cost ten gradients in float64
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Describe the command's options."""
-    add_run_options(parser, PROBLEM)
-
-
-def run(given: argparse.Namespace) -> int:
+@with_run_options(*PROBLEM)
+def run(config: TrainConfig) -> int:
     """Check; return the exit code."""
-    config = read_run_options(given)
     from ..curvature.audit import audit
     from ..train.build import build_task
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import subprocess
 import sys
 from pathlib import Path
+from typing import Annotated
+
+from typer import Option
 
 SCRIPT = Path("benchmarks") / "run.py"
 DESCRIPTION = """Compare with every peer that is installed.
@@ -13,31 +15,22 @@ DESCRIPTION = """Compare with every peer that is installed.
 The suite is not part of the installed package: run this inside a source checkout."""
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Describe the options, which are those of the suite's script."""
-    parser.add_argument("--quick", action="store_true", help="fewer workloads and rounds, nothing compiled: minutes")
-    parser.add_argument("--threads", type=int, metavar="N", help="torch threads (default: 2)")
-    parser.add_argument("--rounds", type=int, metavar="N", help="at most, for an entry (default: 30, quick: 8)")
-    parser.add_argument(
-        "--seconds",
-        type=float,
-        metavar="X",
-        help="begin no further round of an entry after so long (default: 10, quick: 2)",
-    )
-    parser.add_argument(
-        "--out", type=Path, metavar="FOLDER", help="for JSON, table and plots (default: benchmarks/results)"
-    )
-
-
-def run(given: argparse.Namespace) -> int:
-    """Run the suite; return its exit code."""
+def run(
+    quick: Annotated[bool, Option("--quick", help="fewer workloads and rounds, nothing compiled: minutes")] = False,
+    threads: Annotated[int | None, Option(help="torch threads (default: 2)")] = None,
+    rounds: Annotated[int | None, Option(help="at most, for an entry (default: 30, quick: 8)")] = None,
+    seconds: Annotated[
+        float | None, Option(help="begin no further round of an entry after so long (default: 10, quick: 2)")
+    ] = None,
+    out: Annotated[Path | None, Option(help="folder for JSON, table and plots (default: benchmarks/results)")] = None,
+) -> int:
+    """Run the suite with its own options; return its exit code."""
     # Passed on only where given, so that the suite's own defaults stand in one place.
-    values = {name: getattr(given, name) for name in ("threads", "rounds", "seconds", "out")}
+    values = {"threads": threads, "rounds": rounds, "seconds": seconds, "out": out}
     arguments = [f"--{name}={value}" for name, value in values.items() if value is not None]
-    quick = ["--quick"] if given.quick else []
     # A process of its own: the suite imports its parts as scripts from their folder, and peers that the package must
     # not need.
-    return subprocess.run([sys.executable, str(find()), *quick, *arguments]).returncode
+    return subprocess.run([sys.executable, str(find()), *["--quick"] * quick, *arguments]).returncode
 
 
 def find(start: Path | None = None) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import platform
 import shutil
@@ -15,11 +14,7 @@ DESCRIPTION = """Show versions, kernel backends, and why one is missing.
 It takes no options, and exits with 0 whatever it finds."""
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """There are none."""
-
-
-def run(_: argparse.Namespace) -> int:
+def run() -> int:
     """Print the findings; return the exit code."""
     print("\n".join(findings()))
     return OK

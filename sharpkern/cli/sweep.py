@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from typer import Argument, Option
 
 from .exits import FAILED, INTERRUPTED, OK, complain
 from .progress import with_progress
@@ -12,47 +13,44 @@ from .progress import with_progress
 DESCRIPTION = "Train every cell of a grid; a second call goes on."
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Describe the command's options."""
-    parser.add_argument("file", type=Path, help="a run's configuration with a table [sweep.grid]")
-    parser.add_argument(
-        "--out", type=Path, metavar="FOLDER", help="the sweep's folder (default: the file's own, or runs/ and its name)"
-    )
-    parser.add_argument(
-        "--processes", type=int, metavar="N", help="at once, on this machine (default: as many as there are cores)"
-    )
-    parser.add_argument("--executor", choices=("local", "submitit"), default="local", help="where the cells run")
-    parser.add_argument(
-        "--submitit", metavar="KEY=VALUE", action="append", default=[],
-        help="of submitit, as in slurm_partition=cpu, timeout_min=60; may be repeated",
-    )  # fmt: skip
-    parser.add_argument("--list", action="store_true", help="name the cells, and train none")
-
-
-def run(given: argparse.Namespace) -> int:
+def run(
+    file: Annotated[Path, Argument(help="a run's configuration with a table [sweep.grid]")],
+    out: Annotated[
+        Path | None, Option(help="the sweep's folder (default: the file's own, or runs/ and its name)")
+    ] = None,
+    processes: Annotated[
+        int | None, Option(help="at once, on this machine (default: as many as there are cores)")
+    ] = None,
+    executor: Annotated[Literal["local", "submitit"], Option(help="where the cells run")] = "local",
+    submitit: Annotated[
+        list[str] | None,
+        Option(metavar="KEY=VALUE", help="of submitit, as in slurm_partition=cpu, timeout_min=60; may be repeated"),
+    ] = None,
+    only_list: Annotated[bool, Option("--list", help="name the cells, and train none")] = False,
+) -> int:
     """Train the cells that have no result yet; return the exit code."""
-    if given.processes is not None and given.processes < 1:
-        raise ValueError(f"--processes must be at least 1, got {given.processes}.")
+    if processes is not None and processes < 1:
+        raise ValueError(f"--processes must be at least 1, got {processes}.")
     from ..sweep import executors
     from ..sweep.collect import result_of, table
     from ..sweep.grid import read_sweep
 
-    sweep = read_sweep(given.file, given.out)
+    sweep = read_sweep(file, out)
     # Before --list, so that a folder of other settings is refused then too.
     done = sum(result_of(cell) is not None for cell in sweep.cells)
-    if given.list:
+    if only_list:
         print("\n".join(cell.name for cell in sweep.cells))
         return OK
-    if given.executor == "submitit":
-        parameters = dict(_pair(item) for item in given.submitit)
+    if executor == "submitit":
+        parameters = dict(_pair(item) for item in submitit or [])
         # How many jobs run at once is the cluster's affair, so stacks are not divided for it.
-        executor, at_once = executors.submitit(sweep.folder / "jobs", **parameters), 1
+        run_cells, at_once = executors.submitit(sweep.folder / "jobs", **parameters), 1
     else:
         threads = max(cell.config.threads or 1 for cell in sweep.cells)
-        at_once = given.processes or executors.processes_for(threads)
-        executor = executors.local(at_once)
+        at_once = processes or executors.processes_for(threads)
+        run_cells = executors.local(at_once)
     print(f"{len(sweep.cells)} cells, {done} of them done; folder: {sweep.folder}")
-    ends = with_progress(executors.run_sweep(sweep, executor, at_once=at_once), done, len(sweep.cells), "cell")
+    ends = with_progress(executors.run_sweep(sweep, run_cells, at_once=at_once), done, len(sweep.cells), "cell")
     try:
         # This is what runs the sweep: ``run_sweep`` is a generator.
         errors = [end for end in ends if end.status == "error"]

@@ -2,37 +2,40 @@
 
 from __future__ import annotations
 
-import argparse
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
-from .exits import DIVERGED, OK, complain
-from .options import EVERYTHING, TASK_HELP, add_run_options, read_run_options
+from typer import Option
+
+from ..train.config import TrainConfig
+from .exits import DIVERGED, INTERRUPTED, OK, complain
+from .options import EVERYTHING, TASK_HELP, with_run_options
 from .progress import with_progress
 
 if TYPE_CHECKING:
-    from ..train.config import TrainConfig
     from ..train.metrics import Row
 
 DESCRIPTION = f"""Train a model and track its sharpness at every step.
 
-The run folder gets config.toml, metrics.jsonl (one row a step), checkpoint.pt, summary.txt and sharpness.png.
+The run folder gets config.toml, metrics.jsonl (one row a step), checkpoint.pt, summary.txt and sharpness.png; run.lock
+in it names the process that trains.
 
-{TASK_HELP}
-  Step t trains on batch number t, again from the first after the last. Accuracies are not measured."""
+Options are named as in config.toml: --optimizer.lr is lr in its table [optimizer].
 
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Describe the command's options."""
-    add_run_options(parser, EVERYTHING, resume=True)
+{TASK_HELP} Step t trains on batch number t, again from the first after the last. Accuracies are not measured."""
 
 
-def run(given: argparse.Namespace) -> int:
+@with_run_options(*EVERYTHING)
+def run(
+    config: TrainConfig,
+    *,
+    resume: Annotated[Path | None, Option(help="go on with the run in this folder; takes no other option")] = None,
+) -> int:
     """Train; return the exit code."""
-    config = read_run_options(given)
     from ..curvature.losses import NonFiniteLossError
     from ..train.loop import Run
 
-    trained = Run(config, resume=given.resume is not None)
+    trained = Run(config, resume=resume is not None)
     print(f"data: {trained.task.note}; run folder: {config.out}")
     code = OK
     try:
@@ -40,6 +43,8 @@ def run(given: argparse.Namespace) -> int:
             pass
     except NonFiniteLossError as error:
         code = complain(f"{error} The run folder keeps what was done.", DIVERGED)
+    except KeyboardInterrupt:
+        code = complain("interrupted; the run folder keeps what was done, --resume continues.", INTERRUPTED)
     # Also after a divergence or Ctrl-C: what was done has a summary and a plot.
     finally:
         _conclude(config)

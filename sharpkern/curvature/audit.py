@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,11 +14,12 @@ from torch.utils import _pytree as pytree
 
 from ..rop import ReplayedProgram, UnsupportedOpError
 from ..rop.double_backward import DoubleBackward
-from .eager import run_eagerly
+from .eager import EagerPass, run_eagerly
 from .operators import HessianOperator
 
 _SHIFTS = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7)  # of differences, in units of the parameters' norm
 _PRODUCT = 1e4  # units of rounding in which two right products may differ: sums of terms that cancel
+_MAY_LIE = ("the autograd.Function", "a gradient hook")  # what may make eager torch's gradient another than the loss's
 _COARSE = 0.2  # the most that is ever taken for rounding, as in 16-bit floats
 
 
@@ -49,11 +51,13 @@ class AuditReport:
         checks: relative errors with their limits.
         fallback_ops: ops without a rule of their own (right, but slow).
         unchecked: why there is no independent truth for the products; empty if there is one.
+        unseen: what may make the gradient another one than the loss's, such as "the autograd.Function Rounding".
     """
 
     checks: tuple[Check, ...]
     fallback_ops: tuple[str, ...]
     unchecked: str = ""
+    unseen: tuple[str, ...] = ()
 
     @property
     def status(self) -> Literal["trustworthy", "wrong", "unchecked"]:
@@ -73,7 +77,7 @@ class AuditReport:
         failed = [c for c in self.checks if not c.ok]
         if failed:
             listed = ", ".join(f"{c.name} off by {c.error:.1e} (allowed {c.allowed:.0e})" for c in failed)
-            return f"NOT TO BE TRUSTED: {listed}. {_advice(failed)}"
+            return f"NOT TO BE TRUSTED: {listed}. {_advice(failed, self.unseen)}"
         if self.unchecked:
             return f"COULD NOT BE CHECKED: {self.unchecked}."
         worst = max(c.error for c in self.checks)
@@ -97,8 +101,10 @@ def audit(
     Truths: the gradient of the user's own model, closure included, by eager torch; Hv by double backward of the same
     model, with the same dropout masks; and both products again on a float64 copy, where rounding hides nothing. Where
     double backward is what gives the products, or where torch has none, the truth is the central difference of eager
-    gradients, the best of six steps: a long one crosses the kinks of a ReLU, a short one is rounding. How much may be
-    rounding follows from the coarsest dtype that the model computes in, its own casts included.
+    gradients, the best of six steps: a long one crosses the kinks of a ReLU, a short one is rounding. Where a
+    function has a backward of its own, or a hook changes gradients, eager torch's gradient is no truth, and is compared
+    with differences of the loss. How much may be rounding follows from the coarsest dtype that the model computes in,
+    its own casts included.
 
     Args:
         model: a module; its parameters, buffers and mode are left as they are.
@@ -124,13 +130,16 @@ def audit(
             checks, v = _against_itself(H, generator)
         # Loss and gradient are still good, and are checked: only the products are missing.
         except UnsupportedOpError as error:
-            return AuditReport((_gradient_check(H, seed),), tuple(H.fallback_ops), f"there are no products: {error}")
-        checks.append(_gradient_check(H, seed))
+            found, unseen = _gradient_check(H, seed)
+            found += _slope_check(H, unseen, seed)
+            return AuditReport(tuple(found), tuple(H.fallback_ops), f"there are no products: {error}", unseen)
+        found, unseen = _gradient_check(H, seed)
         own, reason = _product_check(H, v, seed, "")
-        checks += own
+        # Last, for it moves the parameters: products of H are stale afterwards.
+        checks += found + own + _slope_check(H, unseen, seed)
         wide = _in_float64(H, v, seed)
         checks += wide
-    return AuditReport(tuple(checks), tuple(H.fallback_ops), "" if own or wide else reason)
+    return AuditReport(tuple(checks), tuple(H.fallback_ops), "" if own or wide else reason, unseen)
 
 
 def _against_itself(H: HessianOperator, generator: torch.Generator) -> tuple[list[Check], Tensor]:
@@ -148,11 +157,34 @@ def _against_itself(H: HessianOperator, generator: torch.Generator) -> tuple[lis
     ], v
 
 
-def _gradient_check(H: HessianOperator, seed: int) -> Check:
-    """Compare with eager torch on the user's own model object and closure."""
+def _gradient_check(H: HessianOperator, seed: int) -> tuple[list[Check], tuple[str, ...]]:
+    """Compare with eager torch on the user's own model object and closure; say what may make that gradient wrong."""
     torch.manual_seed(seed)
-    truth = _flat(H, run_eagerly(H.module, H.batch, H.params, H.others).gradients)
-    return Check("gradient against eager torch", _relative(H.gradient, truth), min(_COARSE, _PRODUCT * _rounding(H)))
+    eager = run_eagerly(H.module, H.batch, H.params, H.others)
+    error, allowed = _relative(H.gradient, _flat(H, eager.gradients)), min(_COARSE, _PRODUCT * _rounding(H))
+    unseen = tuple(what for what in eager.unseen if what.startswith(_MAY_LIE))
+    return [Check("gradient against eager torch", error, allowed)], unseen
+
+
+def _slope_check(H: HessianOperator, unseen: tuple[str, ...], seed: int) -> list[Check]:
+    """Compare the gradient with the loss itself, where eager torch's is no truth."""
+    if not unseen:
+        return []
+    allowed = max(1e-3, min(_COARSE, 30 * _rounding(H) ** 0.5))
+    return [Check("gradient against differences of the loss", _slope_error(H, H.gradient, seed), allowed)]
+
+
+def _slope_error(H: HessianOperator, gradient: Tensor, seed: int) -> float:
+    """Return how far the loss's slope along the gradient is from the gradient's length, in units of that."""
+    length = float(gradient.norm())
+    if length == 0:
+        return 0.0
+    with _along(H, gradient / length, seed) as at:
+        slopes = [(float(at(h).loss.double() - at(-h).loss.double())) / (2 * h) for h in _steps(H)]
+    # The step whose neighbour agrees best. Not the one nearest to the gradient: of six noisy slopes one may be near a
+    # wrong gradient, and so few numbers hide nothing where a vector of differences could not agree by chance.
+    plateau = min(range(1, len(slopes)), key=lambda i: abs(slopes[i] - slopes[i - 1]))
+    return abs(slopes[plateau] / length - 1)
 
 
 def _product_check(H: HessianOperator, v: Tensor, seed: int, where: str) -> tuple[list[Check], str]:
@@ -182,25 +214,36 @@ def _product_check(H: HessianOperator, v: Tensor, seed: int, where: str) -> tupl
 
 def _difference_error(H: HessianOperator, v: Tensor, product: Tensor, seed: int, floor: float) -> tuple[float, str]:
     """Return the smallest distance from a central difference of gradients along v; or why there is none."""
+    with _along(H, v, seed) as at:
+        # At the point itself the gradients must agree, or the noise is another one and all differences are worthless.
+        if _relative(_flat(H, at(0.0).gradients), H.gradient) > min(_COARSE, _PRODUCT * _rounding(H)):
+            return 0.0, "the model's noise cannot be drawn again as the program drew it"
+        pairs = [(h, _flat(H, at(h).gradients) - _flat(H, at(-h).gradients)) for h in _steps(H)]
+    # Central, whose error is of second order in the step. The best of several, as no one step suits every loss.
+    return min(_relative(product, change / (2 * h), floor) for h, change in pairs), ""
+
+
+def _steps(H: HessianOperator) -> list[float]:
+    size = max(float(torch.cat([p.detach().reshape(-1) for p in H.params.values()]).norm()), 1e-3)
+    return [shift * size for shift in _SHIFTS]
+
+
+@contextmanager
+def _along(H: HessianOperator, v: Tensor, seed: int) -> Iterator[Callable[[float], EagerPass]]:
+    """Give a function that runs the eager model with its parameters shifted along v, always from one random state."""
     params = list(H.params.values())
     before = [p.detach().clone() for p in params]
-    size = max(float(torch.cat([p.reshape(-1) for p in before]).norm()), 1e-3)
 
-    def gradient(shift: float) -> Tensor:
+    def at(shift: float) -> EagerPass:
         with torch.no_grad():
             for p, old, d in zip(params, before, v.split([p.numel() for p in params]), strict=True):
                 # Each step starts from the saved values: adding and taking away again would leave rounding behind.
                 p.copy_(old + shift * d.view(p.shape).to(p.dtype))
         torch.manual_seed(seed)
-        return _flat(H, run_eagerly(H.module, H.batch, H.params, H.others).gradients)
+        return run_eagerly(H.module, H.batch, H.params, H.others)
 
     try:
-        # At the point itself the gradients must agree, or the noise is another one and all differences are worthless.
-        if _relative(gradient(0.0), H.gradient) > min(_COARSE, _PRODUCT * _rounding(H)):
-            return 0.0, "the model's noise cannot be drawn again as the program drew it"
-        steps = [shift * size for shift in _SHIFTS]
-        # Central, whose error is of second order in the step. The best of several, as no one step suits every loss.
-        return min(_relative(product, (gradient(h) - gradient(-h)) / (2 * h), floor) for h in steps), ""
+        yield at
     # Also after an error in the user's code: the model must not be left at shifted parameters.
     finally:
         with torch.no_grad():
@@ -250,11 +293,16 @@ def _unit(H: HessianOperator, generator: torch.Generator) -> Tensor:
     return v / v.norm()
 
 
-def _advice(failed: list[Check]) -> str:
+def _advice(failed: list[Check], unseen: tuple[str, ...]) -> str:
+    if unseen:
+        return (
+            f"The gradient need not be the loss's: the model uses {', '.join(unseen)}. Make each backward the "
+            "derivative of its forward, or audit the model without it."
+        )
     if failed[0].name.startswith("symmetry"):
         return (
-            "The gradient is not that of a scalar function (a custom autograd.Function, a gradient hook or "
-            "scale_grad_by_freq changes it), so there is no Hessian: audit the model without it."
+            "The gradient is not that of a scalar function, so there is no Hessian (scale_grad_by_freq changes it), or "
+            "a rule is wrong: then please report the model."
         )
     return "Please report the model; until then, use sharpkern only for models that pass."
 

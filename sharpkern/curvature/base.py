@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 import numpy as np
@@ -20,6 +24,9 @@ class BaseOperator:
     """Shape checks and the spellings of a product, on top of ``apply_rows``: ``[k, n] -> [k, n]``.
 
     Every product takes tensors, or NumPy arrays of the operator's dtype, and gives back what it was given.
+
+    Threads may share an operator: they wait for each other, also in what a subclass defines of ``apply_rows``,
+    ``form_rows``, ``refresh`` and ``gradient``.
     """
 
     n: int
@@ -29,6 +36,23 @@ class BaseOperator:
 
     # NumPy would otherwise take ``array @ operator`` apart element by element instead of refusing it.
     __array_ufunc__ = None
+
+    _lock: AbstractContextManager[Any]  # reentrant, for an operator's methods call each other
+
+    def __new__(cls, *_: Any, **__: Any) -> Any:
+        operator = super().__new__(cls)
+        operator._lock = threading.RLock()
+        return operator
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        # Here and not at every definition, where a new operator could forget it: sweeps write over what earlier ones
+        # have saved, so that two threads at a time would get wrong numbers.
+        for name in _ALONE & vars(cls).keys():
+            method = vars(cls)[name]
+            is_property = isinstance(method, property)
+            alone = _alone(method.fget if is_property else method)
+            setattr(cls, name, property(alone) if is_property else alone)
 
     def apply_rows(self, block: Tensor) -> Tensor:
         """Multiply with the rows of a contiguous block, ``[k, n] -> [k, n]``; nothing is checked."""
@@ -43,6 +67,16 @@ class BaseOperator:
             f"{type(self).__name__} cannot be pickled or copied: it holds a program for the memory of one model's "
             "parameters. Keep model and batch, and make it again from them."
         )
+
+    @functools.cached_property
+    def product_rounding(self) -> float:
+        """Relative rounding of a product that its dtype does not tell: one of the narrowest parameters' numbers.
+
+        Products of bfloat16 parameters are float32 vectors of bfloat16's precision. 0 for float32 and wider.
+        """
+        # of an operator made of another one, that one's
+        params = getattr(getattr(self, "operator", self), "params", {})
+        return max((torch.finfo(p.dtype).eps for p in params.values() if p.dtype.itemsize < 4), default=0.0)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -169,6 +203,20 @@ class BaseOperator:
             return (self.matvec(V.reshape(-1)) if V.ndim == 1 or V.shape[1] == 1 else self.matmat(V)).cpu().numpy()
 
         return LinearOperator(self.shape, matvec=product, matmat=product, rmatvec=product, dtype=self._numpy_dtype())
+
+
+_ALONE = {"apply_rows", "form_rows", "refresh", "gradient"}
+
+
+def _alone(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the method with the operator's lock around it."""
+
+    @functools.wraps(method)
+    def locked(self: BaseOperator, *args: Any, **kwargs: Any) -> Any:
+        with self._lock:
+            return method(self, *args, **kwargs)
+
+    return locked
 
 
 class ParameterOperator(BaseOperator):

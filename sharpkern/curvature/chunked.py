@@ -102,6 +102,7 @@ class ChunkedHessian(ParameterOperator):
         params: which parameters; None for all with ``requires_grad``.
         update_buffers: let the forward passes change the model's buffers, once per micro-batch.
         verify: compare programs with the eager model; see ``HessianOperator``.
+        recompute: keep less of the micro-batch's forward pass; see ``HessianOperator``.
 
     Attributes:
         loss: 0-d tensor, of the whole step.   gradient: ``[n]``.   params, n, dtype, device: as ``HessianOperator``.
@@ -122,12 +123,19 @@ class ChunkedHessian(ParameterOperator):
         params: Mapping[str, Tensor] | Iterable[str] | Iterable[Tensor] | None = None,
         update_buffers: bool = False,
         verify: bool = True,
+        recompute: bool = False,
     ) -> None:
         self.batch = batch
         self._random: list[RandomState] = []  # in which each micro-batch's forward pass began
         with self._noise(0):
             self.part = HessianOperator(
-                model, loss_fn, batch.batches[0], params=params, update_buffers=update_buffers, verify=verify
+                model,
+                loss_fn,
+                batch.batches[0],
+                params=params,
+                update_buffers=update_buffers,
+                verify=verify,
+                recompute=recompute,
             )
         self._take_over(update_buffers=update_buffers, first_done=True)
 

@@ -25,6 +25,7 @@ class DatasetHessian(ParameterOperator):
             ``HessianOperator``, its first tensor one row per example.
         params: which parameters; None for all with ``requires_grad``.
         verify: compare programs with the eager model; see ``HessianOperator``.
+        recompute: keep less of a batch's forward pass; see ``HessianOperator``.
         reduction: "mean" if the loss is the examples' mean (batches are then weighted by their length), or "sum".
 
     Raises:
@@ -43,6 +44,7 @@ class DatasetHessian(ParameterOperator):
         params: Mapping[str, Tensor] | Iterable[str] | Iterable[Tensor] | None = None,
         reduction: Literal["mean", "sum"] = "mean",
         verify: bool = True,
+        recompute: bool = False,
     ) -> None:
         if reduction not in ("mean", "sum"):
             raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}.")
@@ -52,7 +54,7 @@ class DatasetHessian(ParameterOperator):
         if first is None:
             raise ValueError("the loader gives no batch.")
         self._random = random_state()
-        self._hessian = HessianOperator(model, loss_fn, first, params=params, verify=verify)
+        self._hessian = HessianOperator(model, loss_fn, first, params=params, verify=verify, recompute=recompute)
         self.params = self._hessian.params
         self.n, self.dtype, self.device = self._hessian.n, self._hessian.dtype, self._hessian.device
 

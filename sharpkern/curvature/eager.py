@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 
 from ..rop.sandbox import requiring_grad, without_trace
+from .watch import Kept, Snapshot, changes
+
+_SAME = 1e3  # units of rounding of the loss within which two passes are taken to be the same
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,8 @@ class EagerPass:
         gradients: one for each parameter, None where the loss does not depend on it.
         buffers: name -> value that the forward pass left, for the module's own buffers.
         unseen: what the pass did that an export does not see, one phrase each: functions with a backward of their own,
-            hooks on gradients, numbers drawn from Python's or NumPy's generator.
+            hooks on gradients, numbers drawn from Python's or NumPy's generator, Python values that it changes.
+        moves: it changes Python values, or tensors that are no buffers, at every pass.
         draws: torch's random state moved: the loss has dropout or other noise.
     """
 
@@ -34,12 +38,16 @@ class EagerPass:
     buffers: dict[str, Tensor]
     unseen: list[str]
     draws: bool
+    moves: bool = False
 
 
 def run_eagerly(
     module: nn.Module, batch: Any, params: Mapping[str, Tensor], others: Sequence[nn.Module] = ()
 ) -> EagerPass:
-    """Run ``module(batch)`` and its gradient, leaving buffers, random states and ``p.grad`` as they are.
+    """Run ``module(batch)`` and its gradient, leaving buffers, random states, ``p.grad`` and Python values as they are.
+
+    Values that the first of several passes leaves and the next ones do not change, such as a table made when it is
+    needed, stay.
 
     Args:
         module: a ``LossModule`` or ``FunctionalLoss``.
@@ -53,6 +61,7 @@ def run_eagerly(
     """
     tensors = list(params.values())
     devices = {t.device for t in tensors}
+    kept = Kept(module)
     before = _python_random_states()
     with without_trace([module, *others], devices), requiring_grad(tensors), _gradient_hooks() as hooks:
         states = _random_states(devices)
@@ -70,7 +79,43 @@ def run_eagerly(
         dense: list[Tensor | None] = [g if g is None or g.layout is torch.strided else g.to_dense() for g in gradients]
         # Inside the block, after which the module has its old buffers back.
         buffers = {name: b.detach().clone() for name, b in module.named_buffers()}
-    return EagerPass(loss.detach(), dense, buffers, list(dict.fromkeys(unseen)), draws)
+    moved = _moved(module, batch, kept, loss.detach(), others, devices)
+    unseen += [f"a Python value that its own forward pass changes ({what})" for what in moved[:1]]
+    return EagerPass(loss.detach(), dense, buffers, list(dict.fromkeys(unseen)), draws, bool(moved))
+
+
+def _moved(
+    module: nn.Module,
+    batch: Any,
+    kept: Kept,
+    loss: Tensor,
+    others: Sequence[nn.Module],
+    devices: set[torch.device],
+) -> list[str]:
+    """Name what every pass changes, and put it back; leave alone what only the first one does."""
+    first = Snapshot(module)
+    written, changed = kept.written(), list(changes(kept.snapshot.values, first.values))
+    if not written and not changed:
+        return []
+    if not written:
+        # Once more from the same random state. A table is made once; a counter moves again; and a tensor that this pass
+        # has only left behind, such as an attention map, is another one but plays no part.
+        with without_trace([module, *others], devices):
+            again = module(batch)[0].detach()
+        second = Snapshot(module)
+        written = [n for n in changes(first.values, second.values) if not _is_tensor(n, first, second)]
+        if float((again - loss).abs()) > _SAME * torch.finfo(loss.dtype).eps * float(loss.abs()):
+            written = written or changed
+        if not written:
+            first.put_back()
+            return []
+    kept.put_back()
+    return written
+
+
+def _is_tensor(name: str, first: Snapshot, second: Snapshot) -> bool:
+    # Also one more in a list that a hook fills.
+    return all(isinstance(s.values[name], tuple) for s in (first, second) if name in s.values)
 
 
 def run_forward(module: nn.Module, batch: Any, params: Mapping[str, Tensor], others: Sequence[nn.Module] = ()) -> None:

@@ -14,6 +14,7 @@ import traceback
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..rop import Program, ReplayedProgram, UnsupportedModelError, UnsupportedOpError, export
+from ..rop import Program, RecomputedProgram, ReplayedProgram, UnsupportedModelError, UnsupportedOpError, export
 from ..rop.double_backward import DoubleBackward
-from ..rop.sandbox import restored_buffers, without_trace
+from ..rop.sandbox import restored_buffers, user_code, without_trace
 from .eager import EagerPass, run_eagerly, run_forward
-from .gate import compare
+from .gate import Verdict, compare
 from .losses import FunctionalLoss, LossModule, NonFiniteLossError
-from .watch import Snapshot, changes
+from .watch import Kept, Snapshot, changes
 
 CHECK_EVERY = 500  # refreshes between comparisons with the eager model, which then cost less than 1% of the refreshes
 _PACKAGE = str(Path(__file__).parents[1]) + os.sep
@@ -49,12 +50,20 @@ class Engines:
         params: name -> parameter.
         keep_outputs: for products with the generalised Gauss-Newton matrix.
         verify: compare programs with the eager model; False trusts every export.
+        recompute: keep little between a program's sweeps, and compute it again.
     """
 
     def __init__(
-        self, module: LossModule | FunctionalLoss, params: Mapping[str, Tensor], *, keep_outputs: bool, verify: bool
+        self,
+        module: LossModule | FunctionalLoss,
+        params: Mapping[str, Tensor],
+        *,
+        keep_outputs: bool,
+        verify: bool,
+        recompute: bool = False,
     ) -> None:
         self.module, self.params, self.keep_outputs, self.verify = module, params, keep_outputs, verify
+        self._kind = RecomputedProgram if recompute else Program
         self._kept: OrderedDict[Any, Engine] = OrderedDict()
         self._snapshot: Snapshot | None = None
         self._holds = False  # what the last look at the snapshot has shown
@@ -65,8 +74,10 @@ class Engines:
         self._values: dict[Any, dict[str, Any]] = {}  # structure -> values that the last engine was made with
         self._latest: dict[Any, Engine] = {}
         self._eager_only = ""  # why no program is made any more
+        self._moves = False  # the forward pass changes Python values
         self._uses: dict[int, int] = {}  # id of a program -> refreshes since it was compared
         self._warned: set[str] = set()
+        self._compared: tuple[Engine, Tensor | None] | None = None  # in this call, on the batch as it is; and its loss
 
     @property
     def others(self) -> list[nn.Module]:
@@ -92,7 +103,12 @@ class Engines:
             NonFiniteLossError: the eager loss is NaN or infinite.
             Exception: whatever the user's own code raises.
         """
+        with user_code:
+            return self._for_batch(leaves, spec)
+
+    def _for_batch(self, leaves: list[Any], spec: pytree.TreeSpec) -> Engine:
         self._refreshes += 1
+        self._compared = None
         signature = [(x.shape, x.dtype) if isinstance(x, Tensor) else _comparable(x) for x in leaves]
         if self._snapshot is None or not self._holds:
             self._snapshot = Snapshot(self.module)
@@ -100,6 +116,9 @@ class Engines:
             return self._last[2]  # as at the refresh before: most are
         structure, values = self._state(leaves, spec)
         engine = self._kept.get((structure, _hashable(values)))
+        if self._snapshot.iterators:
+            # Before any eager pass: what that took from the iterator, the step itself would miss.
+            self._eager_only = self._eager_only or f"it reads an iterator ({self._snapshot.iterators[0]})"
         if engine is None:
             engine = self._made(leaves, spec, structure, values)
         elif isinstance(engine, ReplayedProgram) and self._due(engine):
@@ -109,6 +128,13 @@ class Engines:
         self._keep((structure, _hashable(values)), structure, values, engine)
         self._last = spec, signature, engine
         return engine
+
+    def loss_of(self, engine: Engine) -> Tensor | None:
+        """Return the loss if the comparison has just run the engine's primal sweeps, which need not run again then.
+
+        None where they must: nothing was compared, or the forward pass draws noise or leaves something behind.
+        """
+        return self._compared[1] if self._compared is not None and self._compared[0] is engine else None
 
     def _due(self, engine: Engine) -> bool:
         """Count a use, and say whether it is time to compare: each program by itself, for batches may alternate."""
@@ -137,11 +163,15 @@ class Engines:
         before, latest = self._values.get(structure), self._latest.get(structure)
         if isinstance(latest, DoubleBackward):
             return latest
+        if self._eager_only:
+            return self._second_engine(spec, self._eager_only)
         eager = self._eager(leaves, spec)
+        if eager.moves:
+            self._moves, self._eager_only = True, "; ".join(f"it uses {what}" for what in eager.unseen)
         if before is None or latest is None:
             return self._built(leaves, spec, eager)
         if not eager.unseen:
-            verdict = compare(latest, self.module, leaves, spec, self.params, eager)
+            verdict = self._compare(latest, leaves, spec, eager)
             usual = max(_SAME * latest.program.graph.rounding, _NOISE * self._noise.get(id(latest), 0.0))
             if verdict.agrees and verdict.difference <= usual:
                 return latest
@@ -158,8 +188,10 @@ class Engines:
     def _built(self, leaves: list[Any], spec: pytree.TreeSpec, eager: EagerPass) -> Engine:
         """Export and check, or say why not and take double backward."""
         if self.keep_outputs and isinstance(self.module, LossModule):
+            kept = Kept(self.module)
             with without_trace([self.module], {t.device for t in self.params.values()}):
                 self.module.check_outputs(pytree.tree_unflatten(leaves, spec))
+            kept.put_back()
         reason = self._eager_only or "; ".join(f"it uses {what}" for what in eager.unseen)
         if not reason:
             try:
@@ -171,12 +203,15 @@ class Engines:
     def _program(self, leaves: list[Any], spec: pytree.TreeSpec, eager: EagerPass) -> ReplayedProgram:
         assert self._snapshot is not None
         with torch.random.fork_rng([]), restored_buffers(self._snapshot.others):
-            graph = export(self.module, pytree.tree_unflatten(leaves, spec))
-            engine = ReplayedProgram(Program(graph, self.params, keep_outputs=self.keep_outputs))
+            try:
+                graph = export(self.module, pytree.tree_unflatten(leaves, spec))
+            finally:
+                self._snapshot.put_back()  # what the trace has left behind are tensors without numbers
+            engine = ReplayedProgram(self._kind(graph, self.params, keep_outputs=self.keep_outputs))
         self._clear_up(leaves, spec)
         self._uses[id(engine)] = 0
         if self.verify:
-            verdict = compare(engine, self.module, leaves, spec, self.params, eager)
+            verdict = self._compare(engine, leaves, spec, eager)
             if not verdict.agrees:
                 raise UnsupportedModelError(f"the exported program differs from the eager model in {verdict.what}")
             self._noise[id(engine)] = verdict.difference
@@ -197,9 +232,16 @@ class Engines:
         """Compare an engine in use again; make a new one if it no longer agrees."""
         self._uses[id(engine)] = 0
         eager = self._eager(leaves, spec)
-        if not eager.unseen and compare(engine, self.module, leaves, spec, self.params, eager).agrees:
+        self._moves = self._moves or eager.moves
+        if not eager.unseen and self._compare(engine, leaves, spec, eager).agrees:
             return engine
         return self._built(leaves, spec, eager)
+
+    def _compare(self, engine: ReplayedProgram, leaves: list[Any], spec: pytree.TreeSpec, eager: EagerPass) -> Verdict:
+        verdict = compare(engine, self.module, leaves, spec, self.params, eager)
+        if not (eager.draws or eager.moves or engine.program.new_buffers()):
+            self._compared = engine, verdict.loss
+        return verdict
 
     def _second_engine(self, spec: pytree.TreeSpec, reason: str) -> DoubleBackward:
         if reason not in self._warned:
@@ -209,7 +251,26 @@ class Engines:
                 f"the memory of its graph): {reason}."
             )
         assert self._snapshot is not None
-        return DoubleBackward(self.module, spec, self.params, self._snapshot.others, keep_outputs=self.keep_outputs)
+        return DoubleBackward(
+            self.module,
+            spec,
+            self.params,
+            self._snapshot.others,
+            keep_outputs=self.keep_outputs,
+            kept=self._values_kept,
+        )
+
+    @contextmanager
+    def _values_kept(self) -> Iterator[None]:
+        """Put back what the forward pass changes of Python's values within the block, if it changes any."""
+        if not self._moves:
+            yield
+            return
+        kept = Kept(self.module)
+        try:
+            yield
+        finally:
+            kept.put_back()
 
     def _eager(self, leaves: list[Any], spec: pytree.TreeSpec) -> EagerPass:
         assert self._snapshot is not None

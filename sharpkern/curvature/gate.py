@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,11 +31,13 @@ class Verdict:
         agrees: loss, gradient and buffers are the same but for rounding.
         what: the first that is not, and by how much.
         difference: the largest relative difference of loss and gradient.
+        loss: the program's.
     """
 
     agrees: bool
     what: str
     difference: float
+    loss: Tensor | None = None
 
 
 def compare(
@@ -72,8 +74,8 @@ def compare(
         verdict = _second_look(verdict, loss, pieces, module, pytree.tree_unflatten(list(leaves), spec), params, eager)
     # Buffers last: where loss or gradient is wrong already, that is what a user should read.
     if verdict.agrees and (name := _other_buffer(module, engine.program.new_buffers(), eager.buffers)) is not None:
-        return Verdict(False, f"the buffer {name!r} that the forward pass leaves", verdict.difference)
-    return verdict
+        verdict = Verdict(False, f"the buffer {name!r} that the forward pass leaves", verdict.difference)
+    return replace(verdict, loss=loss)
 
 
 def _differences(

@@ -33,6 +33,7 @@ class LossCurvature(ParameterOperator):
         params: Mapping[str, Tensor] | Iterable[str] | Iterable[Tensor] | None = None,
         update_buffers: bool = False,
         verify: bool = True,
+        recompute: bool = False,
     ) -> None:
         check_one_process(model)
         model = None if model is None else unwrapped(model)
@@ -45,7 +46,7 @@ class LossCurvature(ParameterOperator):
         else:
             self.module = LossModule(model, loss_fn)
         self.products = 0
-        self._verify = verify
+        self._verify, self._recompute = verify, recompute
         self._start()
         self.batch: Any = self.module.accepted(batch)
         self.refresh(update_buffers=update_buffers)
@@ -55,7 +56,13 @@ class LossCurvature(ParameterOperator):
         layout = Layout(self.params)
         self.n, self.dtype, self.device = layout.n, layout.dtype, layout.device
         self._freshness = Freshness(list(self.params.values()))
-        self._engines = Engines(self.module, self.params, keep_outputs=self._needs_outputs, verify=self._verify)
+        self._engines = Engines(
+            self.module,
+            self.params,
+            keep_outputs=self._needs_outputs,
+            verify=self._verify,
+            recompute=self._recompute,
+        )
 
     def _follow_parameters(self) -> None:
         """Take over parameters that were frozen, unfrozen, replaced or converted since the last refresh."""
@@ -91,11 +98,15 @@ class LossCurvature(ParameterOperator):
             self._follow_parameters()
         check_batch(self._inputs, self.device)
         self._engine = self._engines.for_batch(leaves, spec)
-        self.loss: Tensor = self._engine.forward(self.module, leaves, update_buffers=update_buffers)
+        loss = self._engines.loss_of(self._engine)
+        self.loss: Tensor = (
+            self._engine.forward(self.module, leaves, update_buffers=update_buffers) if loss is None else loss
+        )
         value = float(self.loss)
         if not math.isfinite(value):
             raise NonFiniteLossError(value)
-        self._engine.backward()
+        if loss is None:
+            self._engine.backward()
         self._gradient: Tensor | None = None
         self._freshness.renew(self._inputs)
 
@@ -159,6 +170,8 @@ class HessianOperator(LossCurvature):
         verify: compare loss, gradient and buffers of the exported program with one eager forward and backward pass, at
             the first batch and every 500 refreshes; where they differ, double backward takes over, with a warning.
             False trusts the export.
+        recompute: keep only a part of the forward pass, and compute the rest again when a product comes to it: the
+            same products in less memory, for about twice their time (docs/cost.md). Double backward does not have it.
 
     Attributes:
         loss: 0-d tensor.   gradient: ``[n]``.   params: name -> parameter.   products: products done so far.
@@ -208,10 +221,11 @@ class GGNOperator(LossCurvature):
         *,
         params: Mapping[str, Tensor] | Iterable[str] | Iterable[Tensor] | None = None,
         verify: bool = True,
+        recompute: bool = False,
     ) -> None:
         if model is None:
             raise ValueError("GGNOperator needs a model: a functional loss has no model output.")
-        super().__init__(model, loss_fn, batch, params=params, verify=verify)
+        super().__init__(model, loss_fn, batch, params=params, verify=verify, recompute=recompute)
 
     def _product(self, block: Tensor) -> Tensor:
         return self._engine.ggn(block)

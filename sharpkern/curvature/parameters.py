@@ -106,6 +106,8 @@ def select_parameters(
         )
     if not chosen:
         raise ValueError("no parameter is selected: the model has none with requires_grad=True.")
+    if not any(p.numel() for p in chosen.values()):
+        raise ValueError(f"the selected parameters hold no numbers: {list(chosen)} are empty.")
     return chosen
 
 

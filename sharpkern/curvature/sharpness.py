@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..eigen import EigenResult, lanczos
 from ..optimizers.preconditioner import preconditioner
-from .distributed.choose import hessian_of
+from .distributed.choose import AnyHessian, hessian_of
 from .operators import HessianOperator
 from .parameters import gradients_of
 from .preconditioned import PreconditionedOperator
@@ -48,6 +48,7 @@ def sharpness(
     tol: float = 1e-3,
     *,
     params: Iterable[str] | None = None,
+    recompute: bool = False,
     v0: Tensor | None = None,
     max_matvecs: int = 200,
     generator: torch.Generator | None = None,
@@ -60,6 +61,7 @@ def sharpness(
         batch: ``(inputs, targets)``; see ``HessianOperator``.
         tol: relative residual at which to stop.
         params: names of the parameters to differentiate by; None for all trainable ones.
+        recompute: keep less of the forward pass; see ``HessianOperator``.
         v0: ``[n]`` or ``[m, n]``, where to start; None for a random vector.
         max_matvecs: the most Hessian-vector products to spend.
         generator: of the random start.
@@ -77,9 +79,11 @@ def sharpness(
     >>> bool(abs(r.value - torch.linalg.eigvalsh(2 / 8 * x.T @ x)[-1]) < 1e-4)
     True
     """
-    # A subset of the parameters is for models that one process holds; others are refused there.
-    one = params is not None
-    operator = HessianOperator(model, loss_fn, batch, params=params) if one else hessian_of(model, loss_fn, batch)
+    # Both are for models that one process holds; others are refused there.
+    if params is not None or recompute:
+        operator: AnyHessian = HessianOperator(model, loss_fn, batch, params=params, recompute=recompute)
+    else:
+        operator = hessian_of(model, loss_fn, batch)
     return _top(lanczos(operator, tol=tol, v0=v0, max_matvecs=max_matvecs, generator=generator))
 
 

@@ -11,16 +11,20 @@ from torch import Tensor
 from .. import kernels
 from ..kernels.cpu.huge_pages import empty
 from .common import (
+    OF_PRODUCTS,
     EigenResult,
     SymmetricOperator,
     check_finite,
     dimension,
     gram,
     multiply,
+    norms_of,
     random_rows,
+    range_factors,
     rounding_level,
 )
 
+_ATTEMPTS = 20  # at a random row outside a span: each fails with a probability below 0.01
 _TURNED_BYTES = 1 << 20  # at a time in a restart on the CPU, in cache
 
 
@@ -51,6 +55,7 @@ class Basis:
         self.op, self.limit, self.generator = op, limit, generator
         self.workspace = workspace or Workspace(op)
         self.size = self.matvecs = 0
+        self.largest = 0.0  # norm of a product with a unit vector, of those seen: the scale of rounding
         self.Q, self.W = self.workspace.rows("Q", 0), self.workspace.rows("W", 0)
         self.T = torch.zeros(limit, limit, dtype=torch.float64)
 
@@ -64,14 +69,20 @@ class Basis:
 
     def extend(self, rows: Tensor) -> None:
         """Add vectors, orthonormalised: multiply them and complete T."""
-        m, j = self.size, len(rows)
+        m = self.size
+        rows = rows[: dimension(self.op) - m]  # the whole space has no room for more, and needs none
+        j = len(rows)
         self._reserve(m + j)
         # One row after another: each must be orthogonal to the rows added before it, too.
         for i, row in enumerate(rows):
             self.Q[m + i] = row
             # A row within the span of the basis adds nothing, and its direction after projection would be rounding.
-            while not self._orthonormalise(m + i):
+            for _ in range(_ATTEMPTS):
+                if self._orthonormalise(m + i):
+                    break
                 self.Q[m + i] = random_rows(1, self.op, self.generator)[0]
+            else:
+                raise RuntimeError(f"no direction beside {m + i} vectors of length {self.op.n} in {_ATTEMPTS} tries.")
         self.W[m : m + j] = multiply(self.op, self.Q[m : m + j])
         self.size = m + j
         # T on the CPU in float64: it is small, and Ritz values must not lose what float32 vectors still hold.
@@ -90,6 +101,9 @@ class Basis:
         for _ in range(4):
             # The last product is the row's squared length: one pass over memory gives it with all cosines.
             products = gram(self.op, rows[at:], rows)[0].cpu()
+            if factor is None and (power := float(range_factors(products[at], rows.dtype))) != 1:
+                self.Q[at] *= power
+                products = gram(self.op, rows[at:], rows)[0].cpu()
             length = float(products[at].sqrt())
             remains = 1.0 if remains is None or factor is None else remains * length / factor
             if not length > 0 or not remains > 100 * eps:
@@ -108,7 +122,8 @@ class Basis:
         """Return Ritz values, descending, and their coordinates as columns."""
         T = self.T[: self.size, : self.size]
         # T is symmetric up to rounding only; eigh would read one triangle and ignore the other.
-        theta, Y = torch.linalg.eigh((T + T.t()) / 2)
+        theta, Y = torch.linalg.eigh(T / 2 + T.t() / 2)
+        self.largest = max(self.largest, float(theta.abs().max()))
         return theta.flip(0), Y.flip(1)
 
     def residuals(self, theta: Tensor, Y: Tensor) -> tuple[Tensor, Tensor]:
@@ -119,14 +134,21 @@ class Basis:
         k = Y.shape[1]
         R = self.combination(Y, self.W, self.workspace.rows("residuals", k)[:k])
         R.sub_(self.combination(Y * theta, self.Q, self.workspace.rows("scratch", k)[:k]))
-        return R, gram(self.op, R, R).diagonal().sqrt().cpu()
+        norms = norms_of(self.op, R).cpu()
+        # A v has a part theta along v, and the residual across.
+        self.largest = max(self.largest, float(torch.hypot(theta, norms).max()))
+        return R, norms
+
+    def rounding(self) -> float:
+        """Return a residual norm that rounding alone may leave in this basis, see ``rounding_level``."""
+        return rounding_level(self.op, self.largest)
 
     def result(
         self, theta: Tensor, Y: Tensor, wanted: list[int], norms: Tensor, *, done: bool, reason: str, gaps: bool = True
     ) -> EigenResult:
         """Collect some of ``ritz()``'s pairs, with their residual norms; gaps cost a residual of each neighbour."""
-        rounding = rounding_level(self.op, theta)
         estimates = self._gap_estimates(theta, Y, wanted, norms) if gaps else norms
+        rounding = OF_PRODUCTS * self.rounding()
         return EigenResult(
             theta[wanted], self.combination(Y[:, wanted]), norms, norms + rounding, estimates + rounding, self.matvecs,
             done, reason,
@@ -136,11 +158,11 @@ class Basis:
         # The nearest Ritz values that were not asked for: an eigenvalue in between could not be told apart.
         others = [i for i in {wanted[0] - 1, wanted[-1] + 1} | _holes(wanted) if 0 <= i < self.size]
         if not others:
-            return norms * norms / math.inf if self.size == dimension(self.op) else norms
+            return norms / math.inf if self.size == dimension(self.op) else norms
         rest = self.residuals(theta[others], Y[:, others])[1]
         # The neighbours are uncertain by their own residuals, which may close a gap.
         gap = ((theta[wanted][:, None] - theta[others]).abs() - rest).min(1).values
-        return torch.where(gap > norms, norms * norms / gap, norms)
+        return torch.where(gap > norms, norms * (norms / gap), norms)
 
     def combination(self, Y: Tensor, rows: Tensor | None = None, out: Tensor | None = None) -> Tensor:
         """Return ``Y' Q`` (or of other rows)."""

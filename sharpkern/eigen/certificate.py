@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .basis import Basis
-from .common import SymmetricOperator, dimension, random_rows
+from .common import OF_PRODUCTS, SymmetricOperator, dimension, random_rows
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def certify(
     (theta_1 - theta_m) / (1 - 2 eps). Converged Ritz values are far closer than the bound, which knows no gaps.
 
     Args:
-        op: symmetric operator, in exact arithmetic: rounding of its products is not covered.
+        op: symmetric operator; of rounding, a hundred units of the largest product seen are covered.
         matvecs: products to spend, m.
         failure: accepted probability that the bound is false.
         generator: of the start; must not have had a part in choosing the operator. None for a fresh seed.
@@ -79,5 +79,5 @@ def certify(
     # eps is relative to the width of the spectrum, of which only the Ritz values' is known. Both ends may be off by
     # eps of the width, so the width is at most theirs over 1 - 2 eps; from eps = 1/2 on this says nothing.
     width = float(theta[0] - theta[-1])
-    upper = float(theta[0]) + eps * width / (1 - 2 * eps) if eps < 0.5 else math.inf
+    upper = float(theta[0]) + eps * width / (1 - 2 * eps) + OF_PRODUCTS * basis.rounding() if eps < 0.5 else math.inf
     return Certificate(float(theta[0]), basis.combination(Y[:, :1])[0], upper, failure, basis.matvecs)

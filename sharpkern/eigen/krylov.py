@@ -8,12 +8,11 @@ import torch
 from torch import Tensor
 
 from .basis import Basis
-from .common import EigenResult, SymmetricOperator, check_arguments, dimension, rounding_level, start_rows
+from .common import OF_PRODUCTS, EigenResult, SymmetricOperator, check_arguments, dimension, random_rows, start_rows
 from .stopping import allowed_norms, converged, reason_of
 
 Which = Literal["largest", "smallest", "both"]
 _COLD = 0.1  # of tol, from a random start: see tol in the docstring
-_COMPLETE = 10.0  # roundings allowed to a basis of the whole space, which has nothing left to improve
 
 
 def lanczos(
@@ -42,7 +41,9 @@ def lanczos(
             it: a random start stops more easily on a lower eigenvalue of a cluster (with a gap of 3%: 12% of
             starts at a residual of 1e-2, 0.5% at 1e-3, none of 200 at 1e-4, and each step costs 1 to 3 products).
         v0: ``[n]`` or ``[m, n]``, of any length; all m are multiplied before anything else, and random ones
-            are added up to k. None for random vectors.
+            are added up to k. Where they have converged as they are,
+            a random vector is looked at besides. None for random
+            vectors.
         max_matvecs: the most products to spend; at least k and m.
         generator: of random vectors, on the CPU; None for seed 0.
         which: "largest", "smallest", or "both": 2k eigenvalues, descending, of one basis.
@@ -91,14 +92,17 @@ def lanczos(
         wanted = _wanted(which, k, basis.size)
         complete = basis.size == n
         residuals, norms = basis.residuals(theta[wanted], Y[:, wanted])
-        rounding = rounding_level(op, theta) * (_COMPLETE if complete else 1.0)
-        if converged(norms, theta[wanted], goal, rounding) or complete or basis.matvecs >= max_matvecs:
+        rounding = basis.rounding() * (OF_PRODUCTS if complete else 1.0)
+        reached = converged(norms, theta[wanted], goal, rounding)
+        # A start that is an eigenvector tells nothing of the others, nor how large the operator's rounding is.
+        blind = reached and v0 is not None and basis.size == ends * k
+        if (reached and not blind) or complete or basis.matvecs >= max_matvecs:
             break
         if basis.size == basis.limit:
             basis.restart(Y[:, _wanted(which, max(k + 1, basis.limit // (2 * ends)), basis.size)])
         # A residual beside its own limit: with both ends wanted, the eigenvalues may differ much in size.
         worst = int((norms / allowed_norms(theta[wanted], goal, rounding)).argmax())
-        basis.extend(residuals[worst : worst + 1])
+        basis.extend(random_rows(1, op, generator) if blind else residuals[worst : worst + 1])
     done = converged(norms, theta[wanted], tol, rounding)
     # A whole space has exact eigenvectors: a residual that is left is the operator's fault, not the budget's.
     if complete and not done:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .basis import Basis
-from .common import EigenResult, SymmetricOperator, check_arguments, dimension, rounding_level, start_rows
+from .common import EigenResult, SymmetricOperator, check_arguments, dimension, random_rows, start_rows
 from .stopping import converged, reason_of
 
 
@@ -27,7 +27,8 @@ def lobpcg(
         op: symmetric operator.
         k: how many eigenvalues, and vectors in the block; 3k <= n.
         tol: relative residual norm at which to stop.
-        v0: ``[n]`` or ``[m, n]``, m <= k, of any length, filled up to k with random vectors.
+        v0: ``[n]`` or ``[m, n]``, m <= k, of any length, filled up to k with random vectors. Where they have converged
+            as they are, k random ones are looked at besides.
         max_matvecs: the most products to spend; at least k.
         generator: of random vectors, on the CPU; None for seed 0.
 
@@ -53,8 +54,10 @@ def lobpcg(
     while True:
         theta, Y = basis.ritz()
         residuals, norms = basis.residuals(theta[:k], Y[:, :k])
-        done = converged(norms, theta[:k], tol, rounding_level(op, theta))
-        if done or basis.matvecs + k > max_matvecs:
+        done = converged(norms, theta[:k], tol, basis.rounding())
+        # A start that is an eigenvector tells nothing of the others, nor how large the operator's rounding is.
+        blind = done and v0 is not None and basis.size == k
+        if (done and not blind) or basis.matvecs + k > max_matvecs:
             break
         # X is a combination of the old X and of what was added to it: without the rows of the old X, the second part
         # remains. Orthogonalised against X it is the conjugate direction, which saves the products of a full Krylov
@@ -63,6 +66,6 @@ def lobpcg(
         added[:k] = 0  # rows of the old X
         kept = torch.linalg.qr(torch.cat([Y[:, :k], added], 1))[0] if basis.size > k else Y[:, :k]
         basis.restart(kept)
-        basis.extend(residuals)
+        basis.extend(random_rows(k, op, generator) if blind else residuals)
     reason = reason_of(done, norms, theta[:k], tol, max_matvecs)
     return basis.result(theta, Y, list(range(k)), norms, done=done, reason=reason)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 from torch import Tensor
@@ -10,20 +11,24 @@ from torch import Tensor
 from .. import kernels
 from ..kernels.cholesky_qr import cholesky_qr
 from .common import (
+    OF_PRODUCTS,
     EigenResult,
     SymmetricOperator,
     check_arguments,
     check_finite,
     dimension,
     gram,
-    lengths_of,
     multiply,
+    norms_of,
     random_rows,
     rounding_level,
     space_of,
     start_rows,
+    unit_rows,
 )
 from .stopping import converged, reason_of
+
+_SMALL, _LARGE = 1e-30, 1e30  # sizes between which no square of either dtype is lost
 
 
 def power_iteration(
@@ -49,7 +54,8 @@ def power_iteration(
         op: symmetric operator.
         k: how many eigenvalues, and vectors in the block.
         tol: relative residual norm at which to stop.
-        v0: ``[n]`` or ``[m, n]``, m <= k, of any length, filled up to k with random vectors.
+        v0: ``[n]`` or ``[m, n]``, m <= k, of any length, filled up to k with random vectors. Where they have converged
+            as they are, a random one is looked at besides; where they are eigenvectors to rounding, they are stirred.
         max_matvecs: the most products to spend; at least k.
         generator: of random vectors, on the CPU; None for seed 0.
 
@@ -69,8 +75,8 @@ def power_iteration(
     start = start_rows(op, k, v0, generator)
     if len(start) > k:
         raise ValueError(f"v0 must have at most k = {k} rows, got {len(start)}: lanczos takes any number.")
-    V = _orthonormal_block(start, op, generator)
-    lowest = shift = 0.0
+    V = _orthonormal_block(unit_rows(op, start) if v0 is not None else start, op, generator)
+    lowest = shift = largest = 0.0
     matvecs = 0
     before = None
     while True:
@@ -83,38 +89,62 @@ def power_iteration(
             rotation = torch.linalg.eigh((T + T.t()) / 2)[1].flip(1).t().contiguous().to(V.device)
             V, products = kernels.combine(rotation, V), kernels.combine(rotation, products)
         theta, norms, following = _power_step(op, V, products)
-        theta, norms = theta.cpu(), norms.cpu()
+        largest = max(largest, float(torch.hypot(theta, norms).max()))
         lowest = min(lowest, float(theta.min()), _lower_end(op, V, products, before))
         before = V, products
         needed = -lowest * (1.05 if float(theta.min()) <= 0 else 0.55)
         # A shift within 10% of what is needed is left as it is: each growth stirs the block, and progress is lost.
         settled = shift >= 0.9 * needed or k == dimension(op)
-        rounding = rounding_level(op, theta)
+        rounding = rounding_level(op, largest)
         done = settled and converged(norms, theta, tol, rounding)
-        if done or matvecs + k > max_matvecs:
+        blind = False
+        if done and v0 is not None and matvecs == k < min(dimension(op), max_matvecs):
+            # A start that is an eigenvector tells nothing of the others, nor how large the operator's rounding is.
+            largest = max(largest, float(norms_of(op, multiply(op, _random_unit(op, generator)))[0]))
+            matvecs += 1
+            rounding = rounding_level(op, largest)
+            blind = float(norms.min()) <= rounding
+        if (done and not blind) or matvecs + k > max_matvecs:
             break
         shift = needed
-        if not settled:
+        if not settled or blind:
             V = _orthonormal_block(V + 0.1 * random_rows(k, op, generator) / dimension(op) ** 0.5, op, generator)
         elif k == 1 and shift == 0:
             V = following  # power_step has normalised it in the same pass
         else:
-            V = _orthonormal_block(torch.add(products, V, alpha=shift), op, generator)
+            if (factor := _near_one(largest, op.dtype)) != 1:
+                products = products * factor
+            V = _orthonormal_block(torch.add(products, V, alpha=shift * factor), op, generator)
     order = theta.argsort(descending=True)
     theta, norms, V = theta[order], norms[order], V[order.to(V.device)]
     reason = reason_of(done, norms, theta, tol, max_matvecs)
-    bounds = norms + rounding
+    bounds = norms + OF_PRODUCTS * rounding
     return EigenResult(theta, V, norms, bounds, bounds, matvecs, done, reason)
 
 
 def _power_step(op: SymmetricOperator, V: Tensor, products: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return Rayleigh quotients, residual norms and normalised products, see ``kernels.power_step``."""
+    """Return Rayleigh quotients and residual norms on the CPU, and normalised products, see ``kernels.power_step``."""
     if space_of(op) is None:
-        return kernels.power_step(V, products)
+        theta, norms, following = kernels.power_step(V, products)
+        theta, norms = theta.cpu(), norms.cpu()
+        sizes = torch.hypot(theta, norms)
+        if bool(((sizes > _SMALL) & (sizes < _LARGE)).all()):  # else a square may have under- or overflowed
+            return theta, norms, following
     theta = gram(op, V, products).diagonal()
-    norms = lengths_of(op, torch.addcmul(products, V, theta[:, None].to(V.dtype), value=-1)).double()
-    lengths = lengths_of(op, products).clamp(min=torch.finfo(V.dtype).tiny)
-    return theta, norms, products / lengths[:, None]
+    norms = norms_of(op, torch.addcmul(products, V, theta[:, None].to(V.dtype), value=-1))
+    return theta.cpu(), norms.cpu(), unit_rows(op, products)
+
+
+def _random_unit(op: SymmetricOperator, generator: torch.Generator) -> Tensor:
+    return unit_rows(op, random_rows(1, op, generator))
+
+
+def _near_one(size: float, dtype: torch.dtype) -> float:
+    """Return the power of two that brings numbers near 1 whose squares may under- or overflow; 1 for others."""
+    if _SMALL < size < _LARGE:
+        return 1.0
+    most = 1000 if dtype == torch.float64 else 120
+    return 2.0 ** min(max(-math.frexp(size)[1], -most), most)
 
 
 def _lower_end(op: SymmetricOperator, V: Tensor, products: Tensor, before: tuple[Tensor, Tensor] | None) -> float:
@@ -136,8 +166,7 @@ def _orthonormal_block(V: Tensor, op: SymmetricOperator, generator: torch.Genera
         return _orthonormalised(V, op)
     except kernels.RankError:
         # unit rows, so that the random ones weigh the same in each; a zero row becomes random
-        V = V / lengths_of(op, V).clamp(min=torch.finfo(V.dtype).tiny)[:, None]
-        return _orthonormalised(V + random_rows(len(V), op, generator) / dimension(op) ** 0.5, op)
+        return _orthonormalised(unit_rows(op, V) + random_rows(len(V), op, generator) / dimension(op) ** 0.5, op)
 
 
 def _orthonormalised(V: Tensor, op: SymmetricOperator) -> Tensor:

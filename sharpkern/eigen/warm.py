@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .basis import Basis
-from .common import EigenResult, SymmetricOperator, dimension, gram, random_rows, rounding_level
+from .common import OF_PRODUCTS, EigenResult, SymmetricOperator, dimension, gram, random_rows
 from .stopping import converged, reason_of
 from .warm_start import FIRST_TOL, WarmStart, reaches, stepped
 
@@ -103,7 +103,7 @@ class WarmLanczos(WarmStart):
         while True:
             theta, Y = basis.ritz()
             residuals, norms = basis.residuals(theta[:k], Y[:, :k])
-            rounding = rounding_level(op, theta)
+            rounding = basis.rounding()
             if basis.size == n or basis.matvecs >= most:
                 break
             if not converged(norms, theta[:k], tol, rounding):
@@ -125,7 +125,7 @@ class WarmLanczos(WarmStart):
         result = basis.result(theta, Y, list(range(k)), norms, done=within, reason=reason, gaps=False)
         self._learn(basis, theta, Y, result.eigenvectors)
         self._remember(basis, theta, Y, sentinel=guards.sentinel)
-        return replace(result, error_bounds=self._bounds(basis, theta, Y, norms, rounding))
+        return replace(result, error_bounds=self._bounds(basis, theta, Y, norms) + OF_PRODUCTS * rounding)
 
     def _begin(self, op: SymmetricOperator, extra: Tensor | None, *, first: bool, near: bool) -> Basis:
         """Multiply what every solve multiplies: the start, the next Ritz vector while it is near, and the caller's."""

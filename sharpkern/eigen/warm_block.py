@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .basis import Basis
 from .chain import Chain
-from .common import EigenResult, SymmetricOperator, dimension, random_rows, rounding_level
+from .common import OF_PRODUCTS, EigenResult, SymmetricOperator, dimension, random_rows
 from .stopping import converged, reason_of
 from .warm_start import FIRST_TOL, WarmStart, reaches, stepped
 
@@ -73,7 +73,7 @@ class WarmBlockLanczos(WarmStart):
             theta, Y = basis.ritz()
             pairs = min(self.width, basis.size)
             residuals, norms = basis.residuals(theta[:pairs], Y[:, :pairs])
-            rounding = rounding_level(op, theta)
+            rounding = basis.rounding()
             room = min(n - basis.size, most - basis.matvecs)
             if not room:
                 break
@@ -95,7 +95,7 @@ class WarmBlockLanczos(WarmStart):
         self._chain.advance(op, product, result.eigenvectors)
         if pairs > k:  # a solve that was cut short saw none: the last ones are better than nothing
             self._others = stepped(basis, theta[k:pairs], Y[:, k:pairs])
-        return replace(result, error_bounds=self._bounds(basis, theta, Y, norms[:k], rounding))
+        return replace(result, error_bounds=self._bounds(basis, theta, Y, norms[:k]) + OF_PRODUCTS * rounding)
 
     def _begin(self, op: SymmetricOperator, extra: Tensor | None, most: int) -> tuple[Basis, Tensor | None]:
         """Multiply the first block; return the product of the chain's vector besides, if it was in the block."""

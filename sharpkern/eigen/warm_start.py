@@ -15,7 +15,6 @@ from .state import check_state
 FIRST_TOL = 0.1  # a random start stops more easily on a wrong eigenvector: ask for more, once
 _FORGET_FIT = 0.7  # weight of the older steps in the prediction's least squares, per step
 _RIDGE = 0.01  # keeps the fitted multiple finite, and a little short, where the block hardly changed
-_PRODUCTS = 10  # roundings of the basis's own, which are ten of the largest Ritz value: what products are off by
 _KEPT_BYTES = 16 << 20  # of a vector, up to which the memory of a basis is kept between steps
 _VERSION = 2  # of a saved state: raise it when a field changes its name or its meaning
 
@@ -83,11 +82,10 @@ class WarmStart:
             return self._block
         return torch.add(self._block, self._change, alpha=self._right / ((1 + _RIDGE) * self._normal))
 
-    def _bounds(self, basis: Basis, theta: Tensor, Y: Tensor, norms: Tensor, rounding: float) -> Tensor:
+    def _bounds(self, basis: Basis, theta: Tensor, Y: Tensor, norms: Tensor) -> Tensor:
         """Return the residual norms; of a pair and the next one together, where they are closer than twice ``tol``.
 
-        A residual of ``tol`` cannot tell two such eigenvalues apart: it may be small at the lower one. And rounding:
-        float32 products of networks with 10^5 parameters were off by up to 95 of its units, relative.
+        A residual of ``tol`` cannot tell two such eigenvalues apart: it may be small at the lower one.
         """
         k = self.k
         following = torch.zeros_like(norms)
@@ -97,7 +95,7 @@ class WarmStart:
         close[:seen] = theta[:seen] - theta[1 : seen + 1] < 2 * self.tol * theta[:seen].abs()
         if close[k - 1]:
             following[k - 1] = basis.residuals(theta[k : k + 1], Y[:, k : k + 1])[1][0]
-        return torch.where(close, torch.hypot(norms, following), norms) + _PRODUCTS * rounding
+        return torch.where(close, torch.hypot(norms, following), norms)
 
     def _learn(self, basis: Basis, theta: Tensor, Y: Tensor, vectors: Tensor) -> None:
         """Keep the next start, and fit the prediction."""
@@ -155,7 +153,9 @@ def stepped(basis: Basis, theta: Tensor, Y: Tensor, vectors: Tensor | None = Non
     """
     products = basis.combination(Y, basis.W)
     # Multiplied by a negative eigenvalue, a vector would turn its sign and a power step would favour the lower end.
-    if not bool((theta > 0).all()):
+    # Nor by one of rounding size: its product may be zero.
+    positive = theta > basis.rounding()
+    if not bool(positive.all()):
         vectors = basis.combination(Y) if vectors is None else vectors
-        products = torch.where((theta[:, None] > 0).to(products.device), products, vectors)
+        products = torch.where(positive[:, None].to(products.device), products, vectors)
     return products / lengths_of(basis.op, products)[:, None]

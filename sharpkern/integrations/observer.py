@@ -89,7 +89,7 @@ class Observer:
             self._rows.write({"step": step, "loss": None, "diverged": True})
             return {}
         self._compare()
-        self._rows.write({**vars(record), "step": step, "measured": record.measured})
+        self._rows.write({**record.row(), "step": step})
         return _logged(record)
 
     def forget(self) -> None:

@@ -40,7 +40,7 @@ def attention(
 
     Cost: 2 B T S (d + e) operations, half with ``causal``. Memory: o and lse, and blocks of a fixed size.
     """
-    result: Heads = choose("attention", q).attention(q, k, v, mask, causal, scale)
+    result: Heads = choose("attention", _smallest(q, k, v)).attention(q, k, v, mask, causal, scale)
     return result
 
 
@@ -57,7 +57,8 @@ def attention_tangent(h: Heads, dq: Tensor | None, dk: Tensor | None, dv: Tensor
 
     Cost: up to 2 B T S (d + k (2 d + 2 e)) operations.
     """
-    result: tuple[Tensor, Tensor] = choose("attention_tangent", h.q).attention_tangent(h, dq, dk, dv)
+    module = choose("attention_tangent", _smallest(h.q, h.k, h.v, dq, dk, dv))
+    result: tuple[Tensor, Tensor] = module.attention_tangent(h, dq, dk, dv)
     return result
 
 
@@ -74,7 +75,8 @@ def attention_backward(h: Heads, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     Cost: 2 B T S (d + k (2 d + 2 e)) operations.
     """
-    result: tuple[Tensor, Tensor, Tensor] = choose("attention_backward", h.q).attention_backward(h, g)
+    module = choose("attention_backward", _smallest(h.q, h.k, h.v, g))
+    result: tuple[Tensor, Tensor, Tensor] = module.attention_backward(h, g)
     return result
 
 
@@ -101,6 +103,11 @@ def attention_backward_tangent(
 
     Cost: up to 2 B T S (d + e + k (6 d + 4 e)) operations.
     """
-    module = choose("attention_backward_tangent", h.q)
+    module = choose("attention_backward_tangent", _smallest(h.q, h.k, h.v, dg))
     result: tuple[Tensor, Tensor, Tensor] = module.attention_backward_tangent(h, dq, dk, dv, do, m, g, dg)
     return result
+
+
+def _smallest(*operands: Tensor | None) -> Tensor:
+    """Return the operand by which a backend is chosen: an empty one if there is any, such as keys of which none is."""
+    return min((t for t in operands if t is not None), key=Tensor.numel)

@@ -32,6 +32,7 @@ class Version(NamedTuple):
     dtypes: tuple[torch.dtype, ...] | None = None
 
 
+_REFERENCE = Version("reference")
 COMPILED = Version("cpu.native", "cpu", (torch.float32, torch.float64))
 CUDA = Version("cuda", "cuda", (torch.float32, torch.float64))
 
@@ -99,6 +100,8 @@ def _module(version: Version) -> ModuleType:
 def choose(kernel: str, x: Tensor) -> ModuleType:
     """Return the module that runs a kernel on a tensor: the forced backend, else the fastest that fits.
 
+    An empty tensor goes to the reference, on any backend.
+
     Raises:
         TypeError: a DTensor, which has no memory of its own.
         ValueError: SHARPKERN_BACKEND names no backend.
@@ -107,7 +110,9 @@ def choose(kernel: str, x: Tensor) -> ModuleType:
     if type(x) is not Tensor and hasattr(x, "to_local"):  # its address is 0, and a compiled kernel would go there
         raise TypeError(f"{kernel} takes plain tensors, got a {type(x).__name__}: pass its part, t.to_local().")
     # The variable is part of the key, so that a change of it is seen at the next call.
-    return _choice(kernel, forced_backend(), x.device, x.dtype)
+    chosen = _choice(kernel, forced_backend(), x.device, x.dtype)
+    # Where there is nothing to compute no kernel is run: torch knows what each of its ops gives for no numbers.
+    return chosen if x.numel() else _module(_REFERENCE)
 
 
 def runs_on(backend: str, kernel: str, x: Tensor) -> bool:
@@ -126,7 +131,7 @@ def _choice(kernel: str, forced: str | None, device: torch.device, dtype: torch.
     if forced and (reason := _why_not(forced, kernel, device, dtype)):
         raise RuntimeError(f"{kernel} cannot run on backend {forced!r}: {reason}.")
     backend = forced or _fastest(kernel, device, dtype)
-    return _module(Version("reference") if backend == "reference" else _versions[kernel][backend])
+    return _module(_REFERENCE if backend == "reference" else _versions[kernel][backend])
 
 
 @functools.cache

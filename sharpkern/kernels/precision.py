@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-_inside = 0  # blocks of tf32_products
+_inside = 0  # blocks of tf32_products, of all threads
+_before: list[str] = []  # torch's settings outside of them
+_lock = threading.Lock()
 
 
 def wide(t: Tensor) -> Tensor:
@@ -29,21 +32,29 @@ def within_tf32_products() -> bool:
 
 @contextmanager
 def tf32_products(on: bool = True) -> Iterator[None]:
-    """Let float32 matrix products and convolutions on a GPU round their factors to TF32 within the block."""
+    """Let float32 matrix products and convolutions on a GPU round their factors to TF32 within the block.
+
+    The setting is torch's, of the whole process: other threads' products are rounded too while a block is open.
+    """
     global _inside  # noqa: PLW0603
     if not on:
         yield
         return
     # Both, for a convolution's products are cuDNN's.
     settings = torch.backends.cuda.matmul, torch.backends.cudnn.conv  # type: ignore[attr-defined]
-    before = [setting.fp32_precision for setting in settings]
-    # A count, since blocks may be nested.
-    _inside += 1
+    # A count, since blocks may be nested, and those of threads may end in any order: the first one keeps the settings,
+    # the last one brings them back.
+    with _lock:
+        if not _inside:
+            _before[:] = [setting.fp32_precision for setting in settings]
+            for setting in settings:
+                setting.fp32_precision = "tf32"
+        _inside += 1
     try:
-        for setting in settings:
-            setting.fp32_precision = "tf32"
         yield
     finally:
-        _inside -= 1
-        for setting, precision in zip(settings, before, strict=True):
-            setting.fp32_precision = precision
+        with _lock:
+            _inside -= 1
+            if not _inside:
+                for setting, precision in zip(settings, _before, strict=True):
+                    setting.fp32_precision = precision

@@ -77,7 +77,7 @@ def norm_tangent(
     if dx is not None:
         dxhat = _jacobian(s, dx)
         # With fixed statistics r does not move: along is what r moves by, dr = -r^2 along.
-        along = torch.zeros_like(dx[..., 0]) if s.mode == FIXED else (s.xhat * dx).mean(-1)
+        along = dx.new_zeros(dx.shape[:-1]) if s.mode == FIXED else _mean(s.xhat * dx)[..., 0]
         dy = dxhat if w is None else dxhat * _by_number(s, w)
     if dw is not None:
         dy = dy + s.xhat * _by_number(s, dw)
@@ -109,7 +109,7 @@ def norm_backward_tangent(
             # dJ u as in ``kernels.norm``; its mean(xhat dx) is ``along``.
             u = g if w is None else g * _by_number(s, w)
             out = out - r * along[..., None] * _jacobian(s, u)
-            out = out - r * (dxhat * (s.xhat * u).mean(-1, True) + s.xhat * (dxhat * u).mean(-1, True))
+            out = out - r * (dxhat * _mean(s.xhat * u) + s.xhat * _mean(dxhat * u))
     return out if needs[0] else None, _sum(s, by_channel) if needs[1] else None, _sum(s, dg) if needs[2] else None
 
 
@@ -291,8 +291,13 @@ def _jacobian(s: Standardised, u: Tensor) -> Tensor:
     if s.mode == FIXED:
         return s.r[:, None] * u
     # RMS norm subtracts no mean, so J has no such term.
-    centred = u - u.mean(-1, True) if s.mode == CENTRED else u
-    return s.r[:, None] * (centred - s.xhat * (s.xhat * u).mean(-1, True))
+    centred = u - _mean(u) if s.mode == CENTRED else u
+    return s.r[:, None] * (centred - s.xhat * _mean(s.xhat * u))
+
+
+def _mean(t: Tensor) -> Tensor:
+    """``[..., D]`` to ``[..., 1]``; zero where D is, not torch's NaN, which would spread to rows that have none."""
+    return t.sum(-1, keepdim=True) / max(1, t.shape[-1])
 
 
 def _by_number(s: Standardised, w: Tensor) -> Tensor:
@@ -305,4 +310,6 @@ def _by_number(s: Standardised, w: Tensor) -> Tensor:
 
 def _sum(s: Standardised, t: Tensor) -> Tensor:
     """``[k, rows, D]`` to ``[k, channels]``."""
-    return t.reshape(t.shape[0], -1, s.groups, t.shape[2] // s.inner, s.inner).sum((1, 4)).reshape(t.shape[0], -1)
+    k, rows, D = t.shape
+    # All sizes by name: torch cannot find out one of an empty tensor.
+    return t.reshape(k, rows // s.groups, s.groups, D // s.inner, s.inner).sum((1, 4)).reshape(k, s.channels)

@@ -133,7 +133,7 @@ class _Case:
     def check_products(self) -> None:
         """See that the tangent sweeps fit to ``backward``, keep nothing, and that ``prepare`` may run twice."""
         # The twin runs ``prepare`` twice, as the capture of a CUDA graph does, and must give the same product.
-        twin = copy.deepcopy(self.rule)
+        twin, unprepared = copy.deepcopy(self.rule), copy.deepcopy(self.rule)
         twin.prepare(self.g)
         for rule in (self.rule, twin):
             self._call(rule.prepare, self.g)
@@ -142,6 +142,8 @@ class _Case:
         before = _state(self.rule)
         dy = self._call(self.rule.tangent, *self.dargs)
         twin.tangent(*self.dargs)
+        for early, late in zip(_tensors(unprepared.tangent(*self.dargs)), _tensors(dy), strict=True):
+            _assert_close(early, late, f"{self.name}.tangent gives something else without prepare.")
         # <g, J d> = <J'g, d>: no truth is needed to see that the two disagree.
         self._check_tangent(dy)
         for a, b in zip(self._backward(self.g, " after tangent"), self.alone, strict=True):

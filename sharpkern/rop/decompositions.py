@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor, fx
 from torch._decomp import decomposition_table
 from torch.export.graph_signature import InputKind
 
+from .decomposition_table import DecompositionTable
 from .layout import memory_of
 from .rule import RULES
 
@@ -42,12 +42,12 @@ def decomposed(exported: Any, parameters: set[Any]) -> Any:
         exported: from ``torch.export``.
         parameters: ``memory_of`` each of the module's parameters, which may arrive as constants.
     """
-    program = exported.run_decompositions(dict(_table()))  # a copy: torch removes entries
+    program = _table().apply(exported)
     attention = aten.scaled_dot_product_attention.default
     masks = [node.args[3] for node in program.graph.nodes if node.target is attention and len(node.args) > 3]
     if any(isinstance(mask, fx.Node) and mask in _reached(program, parameters) for mask in masks):
         # All attention of the model then, for the table goes by op; the scores of the others cost memory only.
-        program = exported.run_decompositions(dict(_table()) | {attention: explicit_attention})
+        program = _table(explicit=True).apply(exported)
     return program
 
 
@@ -67,8 +67,11 @@ def _reached(program: Any, parameters: set[Any]) -> set[fx.Node]:
 
 
 @functools.cache
-def _table() -> dict[Any, Callable[..., Any]]:
-    table = {op: f for op, f in torch.export.default_decompositions().items() if op not in RULES and op not in _KEEP}
+def _table(*, explicit: bool = False) -> DecompositionTable:
+    """Return the table; with ``explicit`` attention is taken apart too."""
+    table: dict[Any, Any] = {
+        op: f for op, f in torch.export.default_decompositions().items() if op not in RULES and op not in _KEEP
+    }
     table[aten._weight_norm.default] = weight_norm
     table[aten._weight_norm_interface.default] = weight_norm_interface
     for op, f in {
@@ -83,7 +86,9 @@ def _table() -> dict[Any, Callable[..., Any]]:
     }.items():
         if op not in RULES:
             table[op] = f
-    return table
+    if explicit:
+        table[aten.scaled_dot_product_attention.default] = explicit_attention
+    return DecompositionTable(table)
 
 
 def weight_norm_interface(v: Tensor, g: Tensor, dim: int = 0) -> tuple[Tensor, Tensor]:

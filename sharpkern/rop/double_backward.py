@@ -10,7 +10,7 @@ weight norm, is composed of primitives here.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from .decompositions import pairwise_distances, weight_norm, weight_norm_interfa
 from .export import tensors_of
 from .layout import Layout
 from .rules.fallback import UnsupportedOpError
-from .sandbox import buffers_on_copies, differentiable_checkpoints, kept_random_states, requiring_grad
+from .sandbox import buffers_on_copies, differentiable_checkpoints, kept_random_states, requiring_grad, user_code
 
 
 class DoubleBackward:
@@ -35,6 +35,8 @@ class DoubleBackward:
         params: name -> parameter, the flat order of vectors.
         others: modules that the loss reaches without containing them; their buffers are kept, too.
         keep_outputs: keep the graph of the model's outputs too, as ``ggn`` needs it.
+        kept: makes a context that puts back the Python values that a pass changes; a ``forward`` that updates buffers
+            lets them move.
 
     Memory: the graph of loss and gradient, until the next ``forward``.
     """
@@ -47,8 +49,10 @@ class DoubleBackward:
         others: Sequence[nn.Module] = (),
         *,
         keep_outputs: bool = False,
+        kept: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self.module, self.spec, self.others, self.keep_outputs = module, spec, others, keep_outputs
+        self._kept = kept
         self.layout = Layout(params)
         self.fallback_ops = ["every op, through autograd"]
 
@@ -57,6 +61,8 @@ class DoubleBackward:
         batch = pytree.tree_unflatten(list(batch_leaves), self.spec)
         with ExitStack() as stack:
             for context in (
+                user_code,
+                nullcontext() if update_buffers else self._kept(),
                 requiring_grad(self.layout.tensors),
                 buffers_on_copies([module, *self.others], updated=module if update_buffers else None),
                 twice_differentiable(),
@@ -79,7 +85,7 @@ class DoubleBackward:
         points = {id(z): z.detach().requires_grad_() for z in self.outputs}
         self.points = list(points.values())
         apart = pytree.tree_map(lambda t: points.get(id(t), t), output)
-        with kept_random_states({self.layout.device}):  # both see the same noise
+        with kept_random_states({self.layout.device}), self._kept():  # both see the same noise, and the same values
             apart_loss = self.module.loss(apart, batch)  # type: ignore[operator]
         self.slopes = torch.autograd.grad(apart_loss, self.points, create_graph=True, materialize_grads=True)
         # The loss twice: at cut points for its own second derivative, and on the model's graph for the gradient.
@@ -113,7 +119,7 @@ class DoubleBackward:
     def _columns(self, product: Callable[[list[Tensor]], Tensor], block: Tensor) -> Tensor:
         tensors = self.layout.tensors
         try:
-            with requiring_grad(tensors):
+            with user_code, requiring_grad(tensors):
                 # One after the other: batched cotangents are an experiment of torch, without a rule for some ops, and
                 # the unusual ops are those that end here.
                 columns = zip(*self.layout.views(block), strict=True)

@@ -17,10 +17,10 @@ from torch import Tensor, fx
 from . import liveness
 from .export import Graph
 from .layout import Layout
-from .rule import any_of
 from .rules.fallback import Fallback
 from .rules.head import fuse_head
-from .step import NOTHING, Step, call, is_slot, step_of
+from .step import NOTHING, Step, step_of
+from .sweeps import run_backward, run_forward, run_gradient, run_reverse, run_tangent
 
 
 class Program:
@@ -32,8 +32,11 @@ class Program:
         keep_outputs: keep the model's outputs apart from the loss, as ``ggn`` needs it.
     """
 
+    replayable = True  # the sweeps make the same calls each time
+
     def __init__(self, graph: Graph, params: Mapping[str, Tensor], *, keep_outputs: bool = True) -> None:
         self.graph = graph
+        self._made_from = dict(params), keep_outputs
         self.layout = Layout(params)
         self.steps: list[Step] = []
         self._build(graph)
@@ -42,6 +45,11 @@ class Program:
             self.output_slots.clear()
             self.steps = fuse_head(self.steps, self.loss_slot, self._shapes)
         self._mark_live()
+
+    def anew(self) -> Program:
+        """Return a program of the same graph that has run nothing."""
+        params, keep_outputs = self._made_from
+        return type(self)(self.graph, params, keep_outputs=keep_outputs)
 
     # -- building -----------------------------------------------------------------------------------------------
 
@@ -126,33 +134,8 @@ class Program:
             The loss, 0-d, detached.
         """
         with torch.no_grad():
-            values: list[Any] = [None] * self.size
-            for slot, tensor in self._params:
-                # Detached: the fallback enables gradients, and a parameter outside the layout would become part of its
-                # graphs.
-                values[slot] = tensor.detach()
-            for slot, target in self._buffers:
-                values[slot] = module.get_buffer(target)
-            for slot, value in self._constants:
-                values[slot] = value
-            for slot_or_none, leaf in zip(self._user, batch_leaves, strict=True):
-                if slot_or_none is not None:
-                    values[slot_or_none] = leaf.detach()
-            for step in self.steps:
-                args = step.template.copy()
-                for position, slot in step.refs:
-                    args[position] = values[slot]
-                for position, slots in step.list_refs:
-                    args[position] = [values[s] if is_slot(s) else s for s in slots]
-                result = step.rule.forward(*args) if step.rule is not None else call(step, args)
-                if isinstance(result, tuple | list):
-                    for slot, value in zip(step.outputs, result, strict=True):
-                        values[slot] = value
-                else:
-                    values[step.outputs[0]] = result
-                # What a rule needs later it has saved; everything else is freed as early as in eager torch.
-                for slot in step.last_use:
-                    values[slot] = None
+            values = self._start_values(module, batch_leaves)
+            run_forward(self.steps, values)
             # Kept and not written: whether they are is the caller's choice at each call, which a recording of this
             # sweep could not make.
             self._new_buffers = [(target, values[slot]) for target, slot in self._mutations]
@@ -161,6 +144,22 @@ class Program:
             # A copy: the result may be a view of what a rule has saved, and belongs to the caller.
             loss: Tensor = values[self.loss_slot].clone()
         return loss
+
+    def _start_values(self, module: torch.nn.Module, batch_leaves: Iterable[Any]) -> list[Any]:
+        """Fill the slots of parameters, buffers, constants and the batch."""
+        values: list[Any] = [None] * self.size
+        for slot, tensor in self._params:
+            # Detached: the fallback enables gradients, and a parameter outside the layout would become part of its
+            # graphs.
+            values[slot] = tensor.detach()
+        for slot, target in self._buffers:
+            values[slot] = module.get_buffer(target)
+        for slot, value in self._constants:
+            values[slot] = value
+        for slot_or_none, leaf in zip(self._user, batch_leaves, strict=True):
+            if slot_or_none is not None:
+                values[slot_or_none] = leaf.detach()
+        return values
 
     def new_buffers(self) -> dict[str, Tensor]:
         """Return the buffers that the last ``forward`` changes, by qualified name."""
@@ -174,42 +173,32 @@ class Program:
 
     def backward(self) -> None:
         """Sweep from the loss to where the parameters enter; save what products and ``gradient`` need."""
-        # One more than there are slots: NOTHING is the index -1, so that its entry is the last one and stays None.
-        cotangents: list[Any] = [None] * (self.size + 1)
-        owned: set[int] = set()
         with torch.no_grad():
+            cotangents = self._empty_slots()
             cotangents[self.loss_slot] = self.empty_loss()[None].fill_(1)
-            for step in reversed(self.live):
-                assert step.rule is not None
-                # Complete by now: every step that uses these results comes later, and has been passed.
-                g = _take(cotangents, step)
-                # Only what leads on to other steps. The parameters' own cotangents, half of a backward sweep's matrix
-                # products, wait until somebody asks for the gradient; products never need them.
-                results = step.rule.pull_back(g, step.through)
-                step.rule.prepare(g)
-                # The others' cotangents are freed here: an activation's has become part of its curvature.
-                step.g = g if step.rule.keeps_cotangent or any_of(step.to_parameters) else None
-                _distribute(cotangents, owned, step.inputs, results)
+            run_backward(self.live, cotangents)
+
+    def _empty_slots(self) -> list[Any]:
+        # One more than there are slots: NOTHING is the index -1, so that its entry is the last one and stays None.
+        return [None] * (self.size + 1)
 
     def gradient(self, out: Tensor) -> None:
         """Write the gradient ``[1, n]``, after ``backward``."""
-        cotangents: list[Any] = [None] * (self.size + 1)
-        owned: set[int] = set()
         with torch.no_grad():
+            cotangents = self._empty_slots()
             parts = self._direct_to(out)
-            # In any order: parameters have no producer, so that nothing here depends on another step's result.
-            for step in self.live:
-                assert step.rule is not None
-                if any_of(step.to_parameters):
-                    results = step.rule.pull_back(step.g, step.to_parameters)
-                    _distribute(cotangents, owned, step.inputs, results)
+            run_gradient(self.live, cotangents, set())
             self._collect(cotangents, parts)
 
     @property
     def activation_bytes(self) -> int:
         """Size of all results on a path from a parameter to the loss."""
-        outputs = [slot for step in self.live for slot in step.outputs if slot in self._floating]
-        return sum(math.prod(self._shapes.get(slot, ())) for slot in outputs) * self.layout.dtype.itemsize
+        sizes = self.slot_bytes()
+        return sum(sizes.get(slot, 0) for step in self.live for slot in step.outputs if slot in self._floating)
+
+    def slot_bytes(self) -> dict[int, int]:
+        """Return the size of each slot's tensor, as if all had the parameters' dtype."""
+        return {slot: math.prod(shape) * self.layout.dtype.itemsize for slot, shape in self._shapes.items()}
 
     def empty_loss(self) -> Tensor:
         """Return memory for the loss, 0-d."""
@@ -261,53 +250,34 @@ class Program:
             second: where to add the second order of all others.
         """
         self._direct_to(out, linear_steps)
-        tangents: list[Any] = [None] * (self.size + 1)
+        run_tangent(self.live, self._tangents_of(block), linear_steps, second)
+
+    def _tangents_of(self, block: Tensor) -> list[Any]:
+        """Fill the slots of the parameters with their parts of the vectors."""
+        tangents = self._empty_slots()
         for slot, view, tensor in zip(self.param_slots, self.layout.views(block), self.layout.tensors, strict=True):
             if slot != NOTHING:
                 # Flat vectors are float32 at least, also where parameters are 16-bit floats.
                 tangents[slot] = view.to(tensor.dtype)
-        for step in self.live:
-            assert step.rule is not None
-            dargs = tuple(_pick(tangents, entry) for entry in step.inputs)
-            # Here and not at the end of ``backward``: a captured graph runs ``prepare`` twice.
-            step.rule.forget_primals()
-            result = step.rule.tangent(*dargs)
-            if second is not None and step.name not in linear_steps:
-                part = step.rule.second_order(dargs, step.g)
-                if part is not None:
-                    second += part
-            if second is not None:
-                # No reverse sweep will come and read them.
-                step.rule.forget_tangents()
-            if isinstance(result, tuple | list):
-                for slot, value in zip(step.outputs, result, strict=True):
-                    tangents[slot] = value
-            else:
-                tangents[step.outputs[0]] = result
-            for slot in step.last_use:
-                tangents[slot] = None
+        return tangents
 
     def _reverse(self, linear_steps: frozenset[str], out: Tensor) -> None:
         """Sweep from the loss to the parameters along the last tangents, into out.
 
         The steps named contribute only the part that is linear in the cotangent's tangent.
         """
-        cotangents: list[Any] = [None] * (self.size + 1)
-        owned: set[int] = set()
+        cotangents = self._seeded(out.shape[0])
+        parts = self._direct_to(out)
+        run_reverse(self.live, cotangents, set(), linear_steps)
+        self._collect(cotangents, parts)
+
+    def _seeded(self, k: int) -> list[Any]:
+        """Fill the slot of the loss for a reverse sweep of k vectors."""
+        cotangents = self._empty_slots()
         # The loss's cotangent is the constant 1, so its tangent is zero; a rule that can end a program knows by itself.
         if not self._ends_in_final:
-            cotangents[self.loss_slot] = self.empty_loss().new_zeros(out.shape[0])
-        parts = self._direct_to(out)
-        for step in reversed(self.live):
-            assert step.rule is not None
-            # None where the loss itself ends the program.
-            dg = _take(cotangents, step)
-            linear = step.name in linear_steps
-            # Of a linear step, without the term of g and dx, ``backward`` is the derivative (docs/design.md).
-            results = step.rule.backward(dg) if linear else step.rule.backward_tangent(dg, step.g)
-            step.rule.forget_tangents()
-            _distribute(cotangents, owned, step.inputs, results)
-        self._collect(cotangents, parts)
+            cotangents[self.loss_slot] = self.empty_loss().new_zeros(k)
+        return cotangents
 
     def _collect(self, cotangents: list[Any], parts: list[Tensor]) -> None:
         """Copy what rules have not written to its place."""
@@ -323,51 +293,12 @@ class Program:
                 part.copy_(value)
 
 
-def _pick(values: list[Any], entry: Any) -> Any:
-    return [values[s] for s in entry] if isinstance(entry, list) else values[entry]
-
-
-def _take(cotangents: list[Any], step: Step) -> Any:
-    """Take a step's cotangents out of their slots."""
-    taken = tuple(cotangents[slot] for slot in step.outputs)
-    # Gone from the table, so that each cotangent is freed as soon as its rule has used it.
-    for slot in step.outputs:
-        cotangents[slot] = None
-    return taken if step.many else taken[0]
-
-
-def _distribute(cotangents: list[Any], owned: set[int], inputs: list[Any], results: tuple[Any, ...]) -> None:
-    """Add a step's results to the slots of its arguments."""
-    for entry, result in zip(inputs, results, strict=True):
-        if entry == NOTHING:
-            continue
-        if isinstance(entry, list):
-            for slot, part in zip(entry, result or [None] * len(entry), strict=True):
-                _accumulate(cotangents, owned, slot, part)
-        else:
-            _accumulate(cotangents, owned, entry, result)
-
-
-def _accumulate(values: list[Any], owned: set[int], slot: int, value: Tensor | None) -> None:
-    """Add a cotangent into its slot; the first sum makes a tensor of its own, since rules may return aliases."""
-    if slot == NOTHING or value is None:
-        return
-    # As it is, without a copy: most values have one user.
-    if values[slot] is None:
-        values[slot] = value
-    elif slot in owned:
-        # In place, because the sum was made here and nobody else holds it.
-        values[slot] += value
-    else:
-        values[slot] = values[slot] + value
-        owned.add(slot)
-
-
 def _unique(tensors: Iterable[Tensor]) -> list[Tensor]:
     return list({id(t): t for t in tensors}.values())
 
 
 def _floating_slots(nodes: list[fx.Node], slot_of: Mapping[str, Any]) -> set[int]:
+    # But for empty ones, of which no derivative is anything but zero: no rule has to know what it does without numbers.
     floating = set()
     for node in nodes:
         value = node.meta.get("val")
@@ -377,6 +308,6 @@ def _floating_slots(nodes: list[fx.Node], slot_of: Mapping[str, Any]) -> set[int
             else None
         )
         for slot, val in entries or [(slot_of.get(node.name), value)]:
-            if isinstance(val, Tensor) and val.dtype.is_floating_point and isinstance(slot, int):
+            if isinstance(val, Tensor) and val.dtype.is_floating_point and 0 not in val.shape and isinstance(slot, int):
                 floating.add(slot)
     return floating

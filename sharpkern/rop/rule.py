@@ -39,6 +39,7 @@ class Rule:
     - ``backward`` is linear in g for any k, saves nothing of g, and gives the same before and after ``tangent``.
     - ``prepare`` runs after ``backward`` and before the first ``tangent``, perhaps twice: the capture of a CUDA graph
       warms up first.
+    - ``tangent`` gives the same without ``prepare``, of which it reads something only to begin a result in its place.
     - ``backward_tangent`` or ``second_order`` follows the ``tangent`` whose saved values it reads.
     - What ``tangent`` saves is named in ``freed_after_reverse``: it is set to None once the reverse sweep has passed.
       What only ``forward`` and ``prepare`` read may be named in ``freed_before_tangent``; a new ``forward`` sets it.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -13,6 +14,10 @@ from torch import Tensor, nn
 from torch.utils import checkpoint as checkpointing
 
 RandomState = tuple[Tensor, dict[int, Tensor]]
+
+# Held while a user's module runs or is exported: what torch.export, this file and its users change meanwhile (buffers,
+# random states, flags of parameters, functions of torch) belongs to all threads.
+user_code = threading.RLock()
 
 
 @contextmanager

@@ -15,6 +15,8 @@ from ..train.metrics import Row, replace_file
 from .grid import Cell, Sweep
 
 RESULT, DECLARED = "result.json", "cell.toml"
+_STATUSES = ("trained", "failed", "diverged")
+_WORDS = ("status", "regime")  # columns of a result that are no numbers
 # A multiple of the first loss, for a loss has no scale of its own.
 _OUT_OF_BOUNDS = 1e5
 _SMOOTH = 10  # steps over which a mini-batch run is averaged before catapults and regimes are looked for
@@ -24,17 +26,35 @@ def result_of(cell: Cell) -> dict[str, Any] | None:
     """Return a finished cell's result, None for any other.
 
     Raises:
-        ValueError: the folder belongs to a cell of the same name with other settings.
+        ValueError: the folder belongs to a cell of the same name with other settings, or the result is damaged.
     """
     declared = cell.folder / DECLARED
     # Compared as text: a cell is known by its folder's name, which tells its place on the axes and nothing of the rest.
-    if declared.exists() and declared.read_text(encoding="utf-8") != cell.declared():
+    if declared.exists() and declared.read_bytes() != cell.declared().encode():
         raise ValueError(
             f"{cell.folder} was declared with other settings (see its {DECLARED}): choose another --out, or remove it."
         )
     path = cell.folder / RESULT
-    result: dict[str, Any] | None = json.loads(path.read_text()) if path.is_file() else None
-    return result
+    if not path.is_file():
+        return None
+    try:
+        result = json.loads(path.read_bytes())
+    # Besides what is no JSON: bytes that are no text, numbers of thousands of digits, brackets as deep as that.
+    except (ValueError, RecursionError):
+        result = None
+    if not _is_result(result):
+        raise ValueError(f"{path} is damaged: remove it, and sharpkern sweep makes the cell's result again.")
+    found: dict[str, Any] = result
+    return found
+
+
+def _is_result(result: Any) -> bool:
+    if not isinstance(result, dict) or result.get("status") not in _STATUSES:
+        return False
+    return all(
+        value is None or (isinstance(value, str) if name in _WORDS else isinstance(value, int | float))
+        for name, value in result.items()
+    )
 
 
 def table(sweep: Sweep) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..train.config import TrainConfig, build, parse_toml, to_toml, value_of
+from ..train.config import TrainConfig, build, parse_toml, read_toml, to_toml, validate, value_of
 
 UNITS = ("1", "1/sharpness")
 
@@ -83,7 +83,7 @@ def read_sweep(path: Path, out: Path | None = None) -> Sweep:
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such sweep file.")
-    text = path.read_text(encoding="utf-8")
+    text = read_toml(path)
     tables = parse_toml(text, str(path))
     options = _table(tables.pop("sweep", {}), "sweep", path)
     folder = out or Path(tables.pop("out", Path("runs") / path.stem))
@@ -129,7 +129,7 @@ def _configure(tables: dict[str, Any], chosen: dict[str, Any], folder: Path, pat
     config: TrainConfig = build(TrainConfig, merged, str(path))
     # One thread by default: cells run side by side, and each would else take all cores.
     config = replace(config, out=folder, threads=config.threads or 1)
-    config.validate()
+    validate(config, str(path))
     # A result needs test data and a number of classes, which a user's own task does not tell.
     if config.task is not None:
         raise ValueError(f"{path}: a sweep is of reference models: task is for train, suggest and audit.")

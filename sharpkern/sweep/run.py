@@ -7,12 +7,12 @@ import json
 import math
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from ..train.config import TrainConfig, from_toml
+from ..train.config import TrainConfig, from_toml, read_toml
 from ..train.metrics import read, replace_file
 from .collect import DECLARED, RESULT, result_of, result_row
 from .grid import Cell
@@ -67,7 +67,9 @@ def locked(cell: Cell) -> Iterator[None]:
 
 def report_error(cell: Cell, error: Exception) -> CellEnd:
     """Leave an error's traceback in the cell's folder as ``error.txt``, and return an end of status "error"."""
-    (cell.folder / ERROR).write_text("".join(traceback.format_exception(error)))
+    # The error may be that the folder is gone, or the disk full.
+    with suppress(OSError):
+        (cell.folder / ERROR).write_text("".join(traceback.format_exception(error)))
     return CellEnd(cell.name, "error", (str(error) or type(error).__name__).splitlines()[0])
 
 
@@ -83,7 +85,8 @@ def begin(cell: Cell) -> Run:
     started = folder / "config.toml"
     if started.is_file():
         # Its learning rates are absolute already; the folder may have been moved since.
-        config = replace(from_toml(started.read_text(encoding="utf-8"), str(started)), out=folder)
+        text = read_toml(started)
+        config = replace(from_toml(text, str(started)), out=folder)
     else:
         config = _in_units(cell)
     shared = what_is_exported(config)

@@ -101,7 +101,7 @@ def _start(cell: Cell, firsts: dict[int, _First], stack: ExitStack) -> _Member |
     # All members of a stack begin at one step, and this one has a checkpoint of a later step.
     if run.done:
         return train(cell, run)
-    stack.callback(run.metrics.close)
+    stack.callback(run.close)
     parameters = list(run.model.parameters())
     first = firsts.get(run.config.seed)
     if first is None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
+from typing import Any
 
 from .budget import Status
 
@@ -40,6 +42,10 @@ class Record:
             before; None at the first. Small ones mark a crossing, or a cluster, whose single vectors mean nothing.
         upper: with ``certify``: with probability at least 0.99 over its random start, the (preconditioned) sharpness is
             at most this. None at steps without ``certify``.
+        batch_sharpness, update_curvature: see ``directional_curvatures``; None where not measured.
+        seconds: that tracking took: in ``step`` besides loss and gradient, in ``observe`` in all; 0 after ``carry``.
+        gradients: the same, in units of the last loss and gradient by the package's own sweeps; NaN at the first step,
+            where these are exported. Clocks differ from run to run, so both are left out of comparisons.
     """
 
     step: int
@@ -60,8 +66,15 @@ class Record:
     upper: float | None
     batch_sharpness: float | None = None
     update_curvature: float | None = None
+    seconds: float = field(default=0.0, compare=False)
+    gradients: float = field(default=math.nan, compare=False)
 
     @property
     def measured(self) -> bool:
         """Whether the sharpness was solved for at this step."""
         return self.status == "measured"
+
+    def row(self) -> dict[str, Any]:
+        """Return a row of metrics: the fields that no clock decides, by name, and ``measured``."""
+        kept = {name: value for name, value in vars(self).items() if name not in ("seconds", "gradients")}
+        return {**kept, "measured": self.measured}

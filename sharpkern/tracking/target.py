@@ -34,6 +34,7 @@ class Target:
         params: the parameters to differentiate by; None for all with ``requires_grad``.
         chunk: the most examples of a batch that are differentiated at a time; None for all.
         verify: compare programs with the eager model.
+        recompute: keep less of the forward pass; see ``HessianOperator``.
 
     Raises:
         ValueError: a kind of parallelism that is not supported, or an option that its operator does not have.
@@ -54,15 +55,16 @@ class Target:
         params: Mapping[str, Tensor] | Iterable[str] | Iterable[Tensor] | None,
         chunk: int | None,
         verify: bool,
+        recompute: bool = False,
     ) -> None:
         self.model, self.loss_fn = model, loss_fn
         self.kind = kind_of(model)
-        if self.kind != "plain" and not (loader is None and params is None and chunk is None):
+        if self.kind != "plain" and not (loader is None and params is None and chunk is None and not recompute):
             raise ValueError(
-                "loader=, params= and chunk= are for a model that one process holds, and this one is wrapped for "
-                f"several ({self.kind}): leave them out."
+                "loader=, params=, chunk= and recompute= are for a model that one process holds, and this one is "
+                f"wrapped for several ({self.kind}): leave them out."
             )
-        self.probe, self.loader, self.chunk, self.verify = probe, loader, chunk, verify
+        self.probe, self.loader, self.chunk, self.verify, self.recompute = probe, loader, chunk, verify, recompute
         # A generator of names would be empty the second time.
         self.params: Any = params if params is None or isinstance(params, Mapping | str) else list(params)
         self.hessian: StepHessian | None = None
@@ -97,6 +99,31 @@ class Target:
         fits = self._follow(self.hessian.params, optimizer, sets_gradients=training)
         return gradients_of(self.hessian), fits
 
+    def anew(self) -> Target:
+        """Return a target of the same options that has run nothing."""
+        return Target(
+            self.model,
+            self.loss_fn,
+            probe=self.probe,
+            loader=self.loader,
+            params=self.params,
+            chunk=self.chunk,
+            verify=self.verify,
+            recompute=self.recompute,
+        )
+
+    def plain_hessian(self, batch: Any) -> HessianOperator:
+        """Return the Hessian of a batch as a whole, of a model that one process holds; nothing is kept."""
+        options: dict[str, Any] = {"params": self.params, "verify": self.verify, "recompute": self.recompute}
+        return HessianOperator(self.model, self.loss_fn, batch, **options)
+
+    def operators(self, batch: Any) -> tuple[StepHessian, Tracked]:
+        """Return the Hessian of a batch, and the operator that is tracked; no buffer changes."""
+        if self.chunk is not None and not isinstance(batch, MicroBatches):
+            batch = MicroBatches.split(batch, self.chunk)
+        self.hessian = self._operator(batch, update_buffers=False)
+        return self.hessian, self._tracked()
+
     def __getstate__(self) -> dict[str, Any]:
         # Programs are made anew where the copy goes on: they hold views of this model's parameters.
         return {**vars(self), "hessian": None, "_instead": None, "_present": []}
@@ -126,7 +153,12 @@ class Target:
             self._instead.refresh()
         elif self._instead is None and self.loader is not None:
             self._instead = DatasetHessian(
-                self.model, self.loss_fn, self.loader, params=self.params, verify=self.verify
+                self.model,
+                self.loss_fn,
+                self.loader,
+                params=self.params,
+                verify=self.verify,
+                recompute=self.recompute,
             )
         elif self._instead is None:
             probe = self.probe if self.chunk is None else MicroBatches.split(self.probe, self.chunk)
@@ -141,7 +173,13 @@ class Target:
             )
         kind: Any = ChunkedHessian if isinstance(batch, MicroBatches) else HessianOperator
         operator: StepHessian = kind(
-            self.model, self.loss_fn, batch, params=self.params, update_buffers=update_buffers, verify=self.verify
+            self.model,
+            self.loss_fn,
+            batch,
+            params=self.params,
+            update_buffers=update_buffers,
+            verify=self.verify,
+            recompute=self.recompute,
         )
         return operator
 

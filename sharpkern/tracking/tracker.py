@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..curvature.losses import NonFiniteLossError
+from ..curvature.memory import Memory
 from ..curvature.preconditioned import PreconditionedOperator
 from ..eigen.state import check_state
 from ..optimizers.preconditioner import Preconditioner, is_adaptive, threshold_preconditioner
@@ -21,6 +22,7 @@ from ..optimizers.threshold import stability_threshold
 from ..rop import ReplayedProgram
 from ..rop.sandbox import kept_random_states
 from .budget import Status
+from .cost import Cost, cost_of, forecast
 from .directions import directional_curvatures
 from .failures import FAILURES, Failures
 from .following import Following, Look, Operator
@@ -66,6 +68,8 @@ class SharpnessTracker:
             because ``step`` sets every gradient.
         chunk: differentiate at most so many examples at a time, so that a product needs the memory of a micro-batch;
             see ``ChunkedHessian`` for the cost.
+        recompute: keep only a part of the forward pass and compute the rest again in each product: less memory, for
+            twice a product's time; see docs/cost.md.
         products: False spends no Hessian-vector product: only ``Record.batch_sharpness`` and
             ``Record.update_curvature`` are measured, at every step, and ``Record.sharpness`` is NaN.
         block: vectors in a product: None or 1 for one after the other. Blocks of 3 need about half as many products one
@@ -104,6 +108,7 @@ class SharpnessTracker:
         verify: bool = True,
         params: Mapping[str, Tensor] | Iterable[str] | Iterable[Tensor] | None = None,
         chunk: int | None = None,
+        recompute: bool = False,
         products: bool = True,
         block: int | Literal["auto"] | None = None,
         directions: bool | None = None,
@@ -115,7 +120,9 @@ class SharpnessTracker:
         self.model, self.loss_fn, self.optimizer = model, loss_fn, optimizer
         self.tol, self.every, self.max_matvecs, self.k = tol, every, max_matvecs, k
         self.tf32, self.products, self.directions = tf32, products, directions
-        self._target = Target(model, loss_fn, probe=probe, loader=loader, params=params, chunk=chunk, verify=verify)
+        self._target = Target(
+            model, loss_fn, probe=probe, loader=loader, params=params, chunk=chunk, verify=verify, recompute=recompute
+        )
         check_kind(self._target.kind, budget=budget, block=block, directions=directions or not products)
         self._steps = 0
         self._following = Following(
@@ -124,6 +131,7 @@ class SharpnessTracker:
         )  # fmt: skip
         self._failures = Failures()
         self._left_at: float | None = None  # clock at the end of the last call
+        self._primal_seconds = math.nan  # that the last loss and gradient took
         try:
             stability_threshold(optimizer)
             self._has_threshold = True
@@ -201,7 +209,7 @@ class SharpnessTracker:
         status = self._choose(own, certify=certify)
         if status == "carried" and not self.directions:
             self._steps += 1
-            return self._left(self._record(math.nan, math.nan, status))
+            return self._left(self._record(math.nan, math.nan, status), start)
         # The program draws the dropout masks that the eager model would, so it moves the generators as far.
         with kept_random_states({p.device for p in self.model.parameters()}):
             batch_gradients = self._differentiate(batch, training=False)
@@ -229,7 +237,7 @@ class SharpnessTracker:
             status, look, directions = "failed", Look(converged=False), (None, None)
         # Last, because reading a number waits for the device.
         loss, grad_norm = float(hessian.loss), float(torch.nn.utils.get_total_norm(gradients.values()))
-        return self._left(self._record(loss, grad_norm, status, look, directions))
+        return self._left(self._record(loss, grad_norm, status, look, directions), paid_from)
 
     def _look(
         self,
@@ -267,10 +275,36 @@ class SharpnessTracker:
         cheap = isinstance(self._target.hessian.engine, ReplayedProgram)
         return cheap and status == "measured" and self._following.budget is None
 
-    def _left(self, record: Record) -> Record:
-        """Note the time at which the caller's own work goes on."""
+    def _left(self, record: Record, paid_from: float) -> Record:
+        """Note the time at which the caller's own work goes on, and what the step has cost until then."""
         self._left_at = time.perf_counter()
-        return record
+        seconds = self._left_at - paid_from
+        # The first loss and gradient are exported and recorded: no unit to measure in.
+        unit = math.nan if self._steps == 1 else self._primal_seconds
+        return replace(record, seconds=seconds, gradients=seconds / unit if unit else math.nan)
+
+    def cost(self, batch: Any = None) -> Cost:
+        """Measure time and memory of tracking on this model; print it. Nothing of model or tracker changes.
+
+        Args:
+            batch: as for ``step``; None for that of the last step.
+
+        Raises:
+            ValueError: None before the first step; bad batch; a model that is wrapped for several processes.
+            NonFiniteLossError: the loss is NaN or infinite.
+
+        Cost: an export, and up to 17 rounds of the parts: two seconds, more for large models. Memory as for tracking.
+        """
+        last = getattr(self.hessian, "batch", None)  # there is none before the first step
+        return cost_of(self._target.anew(), last if batch is None else batch)
+
+    def memory(self, batch: Any) -> Memory:
+        """Forecast the memory that a batch (with ``chunk`` a chunk) will need; only a quarter of it is run.
+
+        Raises:
+            ValueError: it has one example, or cannot be cut into examples; see also ``cost``.
+        """
+        return forecast(self._target.anew(), batch)
 
     def carry(self, loss: float, grad_norm: float) -> Record:
         """Count a step whose loss and gradient were computed elsewhere, and carry the last value.
@@ -304,12 +338,14 @@ class SharpnessTracker:
         return replace(record, lr=learning_rate(self.optimizer.param_groups[0]), threshold=threshold, ratio=ratio)
 
     def _differentiate(self, batch: Any, *, training: bool) -> dict[Tensor, Tensor]:
+        start = time.perf_counter()
         try:
             gradients, fits = self._target.differentiate(batch, self.optimizer, training=training)
         except NonFiniteLossError as error:
             raise NonFiniteLossError(error.loss, self._steps + 1) from None
         if not fits:
             self._following.followed.clear()
+        self._primal_seconds = time.perf_counter() - start
         return gradients
 
     def _choose(self, own_seconds: float, *, certify: bool) -> Status:

@@ -258,8 +258,16 @@ def from_toml(text: str, source: str = "the configuration") -> TrainConfig:
         ValueError: no TOML, an unknown option, a value of the wrong type, or one that ``validate`` refuses.
     """
     result: TrainConfig = build(TrainConfig, parse_toml(text, source), source)
-    result.validate()
+    validate(result, source)
     return result
+
+
+def validate(config: TrainConfig, source: str) -> None:
+    """Refuse values that no run can have, as ``TrainConfig.validate``; the error names the file."""
+    try:
+        config.validate()
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
 
 
 def parse_toml(text: str, source: str) -> dict[str, Any]:
@@ -270,8 +278,21 @@ def parse_toml(text: str, source: str) -> dict[str, Any]:
     """
     try:
         return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    # Not TOMLDecodeError alone: numbers of thousands of digits and brackets as deep as that raise errors of Python's.
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{source}: not TOML: {error}.") from error
+
+
+def read_toml(path: Path) -> str:
+    """Return the text of a TOML file.
+
+    Raises:
+        ValueError: it is no UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not TOML: no UTF-8 at byte {error.start}.") from error
 
 
 def build(cls: Any, values: dict[str, Any], where: str) -> Any:
@@ -304,13 +325,20 @@ def build(cls: Any, values: dict[str, Any], where: str) -> Any:
             value = Path(value)
         # By type() and not isinstance(): True is an int for isinstance(), and ``lr = true`` must not become 1.0.
         if float in allowed and type(value) is int:
-            value = float(value)
+            value = _as_float(value)
         # A Path is asked for by isinstance(), because its type is PosixPath, which no annotation names.
         fits = value in allowed if isinstance(allowed[0], str) else type(value) in allowed or isinstance(value, Path)
         if not fits:
             raise ValueError(f"{where}: {name} = {value!r} does not fit {hint}.")
         arguments[name] = value
     return cls(**arguments)
+
+
+def _as_float(value: int) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf  # as TOML's own 1e999, which ``validate`` then refuses where it has no meaning
 
 
 def _is_table(value: Any) -> bool:

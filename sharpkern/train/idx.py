@@ -45,5 +45,8 @@ def read_idx(path: Path) -> NDArray[np.uint8]:
     expected = 4 + 4 * dims + math.prod(shape)
     if len(data) != expected:
         raise ValueError(f"{path}: {len(data)} bytes, expected {expected} for shape {list(shape)}.")
-    # A read-only view of the bytes, no copy: whoever trains on it converts to float32 anyway.
-    return np.frombuffer(data, np.uint8, offset=4 + 4 * dims).reshape(shape)
+    try:
+        # A read-only view of the bytes, no copy: whoever trains on it converts to float32 anyway.
+        return np.frombuffer(data, np.uint8, offset=4 + 4 * dims).reshape(shape)
+    except ValueError as error:  # more dimensions than NumPy has, or one of 0 beside huge ones
+        raise ValueError(f"{path}: NumPy has no array of shape {list(shape)} ({error}).") from error

@@ -21,12 +21,13 @@ from .build import (
     evaluated_at,
 )
 from .config import TrainConfig, to_toml
+from .lock import FolderLock
 from .metrics import MetricsFile, Row, replace_file
 from .moments import draw_second_moment, initial_preconditioned_sharpness
 
 
 class Run:
-    """A run in its folder: config.toml, metrics.jsonl, checkpoint.pt.
+    """A run in its folder: config.toml, metrics.jsonl, checkpoint.pt; and ``run.lock``, for one process at a time.
 
     A row of metrics.jsonl holds the fields of the step's ``Record``; what tells a failing Adam, ``m_norm``, ``v_norm``
     and ``theta_norm`` after the update and the share of ``dead_units`` (see ``optimizer_norms``, ``dead_units``); at
@@ -41,18 +42,18 @@ class Run:
             with it and without.
 
     Raises:
-        ValueError: the folder holds another run already, the configuration or its task is invalid, or ``like`` differs.
+        ValueError: the folder holds another run already, or is in use by another process; the configuration or its task
+            is invalid, ``like`` differs, or the folder's files are damaged.
         FileNotFoundError: nothing to resume, or missing data.
+        OSError: the folder cannot be written.
     """
 
     def __init__(self, config: TrainConfig, *, resume: bool = False, like: Run | None = None) -> None:
         config.validate()
         self.config: TrainConfig = config
         self.folder = config.out
-        if not resume and (self.folder / "metrics.jsonl").exists():
-            raise ValueError(
-                f"{self.folder} holds a run already: choose another --out, or continue with --resume {self.folder}."
-            )
+        if not resume:
+            self._check_new()
         self.task: Task = build_task(config, like=None if like is None else like.task)
         self.model: nn.Module = self.task.model
         self.optimizer = build_optimizer(config, self.model)
@@ -65,26 +66,38 @@ class Run:
             # Its program reads this run's parameters, as both runs have one model; the first step refreshes it.
             self.tracker.hessian = like.tracker.hessian
         self.done = 0
-        if resume:
-            self._load()
-        else:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            # The configuration first: a folder that has it is a run that can be resumed, if only from its start.
-            replace_file(self.folder / "config.toml", to_toml(config).encode())
-            self._save()
-        self.metrics = MetricsFile(self.folder / "metrics.jsonl", keep=self.done)
+        # Only now: a configuration whose task cannot be built leaves no folder behind.
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = FolderLock(self.folder)
+        try:
+            if resume:
+                self._load()
+            else:
+                self._check_new()  # again: another process may have begun meanwhile, and even have ended
+                self._save_config()
+                self._save()
+            self.metrics = MetricsFile(self.folder / "metrics.jsonl", keep=self.done)
+        except BaseException:
+            self._lock.release()
+            raise
 
     def steps(self) -> Iterator[Row]:
         """Train to the end; yield each step's row after it is written.
 
         Raises:
             NonFiniteLossError: the loss is NaN or infinite; the last row says so.
+            OSError: as ``update``.
         """
         try:
             while self.done < self.config.steps:
                 yield self.step()
         finally:
-            self.metrics.close()
+            self.close()
+
+    def close(self) -> None:
+        """Close the run's files, and let other processes use its folder."""
+        self.metrics.close()
+        self._lock.release()
 
     def step(self) -> Row:
         """Take the next step, write its row, and return it.
@@ -122,15 +135,34 @@ class Run:
         Args:
             record, figures: of ``measure``.
             start: of the step, by ``time.perf_counter``.
+
+        Raises:
+            OSError: the disk is full: rows and checkpoint are those of earlier steps, whole. Or the folder was removed:
+                it has been written again, with everything up to this step.
         """
         self.optimizer.step()
         norms = optimizer_norms(self.optimizer)  # moments with this step's gradient in them; its norm is in the record
         figures = figures | {f"{name}_norm": value for name, value in norms.items() if name != "g"}
         # Row before checkpoint. A resumed run can cut rows that its checkpoint does not know, and cannot make up
         # missing ones.
-        row = self.count(record, figures, time.perf_counter() - start)
-        if self.done % self.config.checkpoint_every == 0 or self.done == self.config.steps:
-            self._save()
+        try:
+            row = self.count(record, figures, time.perf_counter() - start)
+            if self.metrics.removed:
+                self._save_config()
+                self._save()
+                raise OSError(
+                    f"{self.folder} was removed during the run: it is there again, with the {self.done} steps that "
+                    f"were done; --resume {self.folder} continues."
+                )
+            if self.done % self.config.checkpoint_every == 0 or self.done == self.config.steps:
+                self._save()
+        except OSError as error:
+            if error.errno is None:
+                raise
+            raise OSError(
+                f"{self.folder}: {error.strerror} at step {record.step}; earlier rows and the last checkpoint are "
+                f"whole: --resume {self.folder} continues from there."
+            ) from error
         return row
 
     def count(self, record: Record, figures: Row, seconds: float) -> Row:
@@ -143,14 +175,23 @@ class Run:
         """
         self.schedule.step()
         self.done = record.step
-        # ``measured`` is a property of the record, so it is not among its fields.
-        row = vars(record) | {"measured": record.measured} | figures | {"seconds": seconds}
+        row = record.row() | figures | {"seconds": seconds}
         self.metrics.write(row)
         return row
 
     def diverge(self) -> None:
         """Write the row of a step whose loss is not finite."""
         self.metrics.write({"step": self.done + 1, "loss": None, "diverged": True})
+
+    def _check_new(self) -> None:
+        if (self.folder / "metrics.jsonl").exists():
+            raise ValueError(
+                f"{self.folder} holds a run already: choose another --out, or continue with --resume {self.folder}."
+            )
+
+    def _save_config(self) -> None:
+        # First of a folder's files: one that has it is a run that can be resumed, if only from its start.
+        replace_file(self.folder / "config.toml", to_toml(self.config).encode())
 
     def _save(self) -> None:
         checkpoint.save(
@@ -169,12 +210,18 @@ class Run:
         if not (self.folder / "checkpoint.pt").exists() and not (rows.exists() and rows.stat().st_size):
             self._save()  # killed before the first checkpoint: nothing is done yet
             return
-        state = checkpoint.load(self.folder / "checkpoint.pt")
-        self.done = state["step"]
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
-        self.tracker.load_state_dict(state["tracker"])
+        path = self.folder / "checkpoint.pt"
+        state = checkpoint.load(path)
+        try:
+            self.done = state["step"]
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.schedule.load_state_dict(state["schedule"])
+            self.tracker.load_state_dict(state["tracker"])
+        # A whole file, but of another model, or of none: each part has its own errors.
+        except Exception as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(":.")
+            raise ValueError(f"{path}: not a checkpoint of this run ({reason}).") from error
 
 
 def _dead_units(model: nn.Module) -> Row:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import math
@@ -13,12 +14,19 @@ Row = dict[str, Any]
 
 
 class MetricsFile:
-    """Appends rows; each is one write of a whole line.
+    """Appends rows; each is one write of a whole line. A file that is removed meanwhile is made again, rows and all.
 
     Args:
         path: the file.
         keep: rows of steps up to this one are kept, later ones and a torn last line are cut (atomically), as a resumed
             run needs it.
+
+    Attributes:
+        removed: whether that has happened.
+
+    Raises:
+        ValueError: a line of the file is no row; see ``read``.
+        OSError: the file cannot be written; an old one is then as it was.
     """
 
     def __init__(self, path: Path, *, keep: int = 0) -> None:
@@ -27,9 +35,10 @@ class MetricsFile:
         rows = [row for row in read(path) if row["step"] <= keep] if path.exists() else []
         replace_file(path, "".join(_line(row) for row in rows).encode())
         self._path = path
+        self.removed = False
         # Not a buffered file: that writes whenever its buffer is full, in the middle of a line, and holds rows back
         # from whoever follows the run.
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
+        self._descriptor = os.open(path, os.O_RDWR | os.O_APPEND)
 
     def write(self, row: Row) -> None:
         """Append a row; numbers that are not finite become null.
@@ -38,7 +47,10 @@ class MetricsFile:
             OSError: the disk is full; the file is then as it was before.
         """
         line = _line(row).encode()
-        size = os.fstat(self._descriptor).st_size
+        state = os.fstat(self._descriptor)
+        if not state.st_nlink:
+            self._make_again()
+        size = state.st_size
         try:
             # On a full disk ``write`` may store a part and raise nothing. The file is then cut back to whole rows.
             written = os.write(self._descriptor, line)
@@ -47,6 +59,17 @@ class MetricsFile:
         except OSError:
             os.ftruncate(self._descriptor, size)
             raise
+
+    def _make_again(self) -> None:
+        # The system keeps what was written for as long as the file is open, whatever name it has lost.
+        rows = os.pread(self._descriptor, os.fstat(self._descriptor).st_size, 0)
+        if self._path.exists():
+            raise FileExistsError(errno.EEXIST, "was replaced by another file during the run", str(self._path))
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(self._path, rows)
+        os.close(self._descriptor)
+        self._descriptor = os.open(self._path, os.O_RDWR | os.O_APPEND)
+        self.removed = True
 
     def close(self) -> None:
         """Close the file."""
@@ -57,19 +80,21 @@ def read(path: Path) -> list[Row]:
     """Read all whole rows; a torn last line is left out.
 
     Raises:
-        ValueError: a line that is not the last is no JSON object with a step.
+        ValueError: a line that is not the last is no JSON object with a step, or has a step that is no whole number.
     """
-    lines = path.read_text().split("\n")
+    lines = path.read_bytes().split(b"\n")
     rows: list[Row] = []
     # Behind the last newline stands nothing, or the part of a line that a kill left.
     for number, line in enumerate(lines[:-1], 1):
         try:
             row = json.loads(line)
-            rows.append(row)
-            # A line such as ``3`` is JSON too; asking for the step tells it from a row.
-            row["step"]
-        except (json.JSONDecodeError, TypeError, KeyError) as error:
-            raise ValueError(f"{path}: line {number} is no metrics row.") from error
+        # Besides what is no JSON: bytes that are no text, numbers of thousands of digits, brackets as deep as that.
+        except (ValueError, RecursionError):
+            row = None
+        # A line such as ``3`` is JSON too.
+        if not isinstance(row, dict) or type(row.get("step")) is not int:
+            raise ValueError(f"{path}: line {number} is no metrics row.")
+        rows.append(row)
     return rows
 
 
@@ -85,12 +110,18 @@ def replace_file(path: Path, data: bytes) -> None:
     """
     # In the same folder, because renaming is atomic within one file system only.
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        # Else the new name may reach the disk before the data, and a power cut leaves an empty file under it.
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            # Else the new name may reach the disk before the data, and a power cut leaves an empty file under it.
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        # On a full disk a part of it would take the room that is left.
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
 
 
 def _line(row: Row) -> str:

@@ -28,7 +28,7 @@ class WarmupSuggestion:
         regime: the natural trend of the sharpness below the threshold.
         lr_init, warmup_steps, lr_target: recommended, as arguments of ``WarmupLR``; linear.
         lr_target_max: the largest target that held, in runs this short: the loss stayed below twice the first, and fell
-            at least half as much as in the best run.
+            at least 0.8 times as much as in the best run.
         trials: the runs behind it.
         evidence: why, a sentence for each of "sharpness", "critical_lr", "regime", "lr_target_max", "lr_target",
             "lr_init", "warmup_steps", "cost".
@@ -62,14 +62,15 @@ def suggest_warmup(
     lr_target: float | None = None,
     probe_steps: int = 64,
     batches: int = 4,
+    on_run: Callable[[str], None] | None = None,
 ) -> WarmupSuggestion:
     """Measure a model at its present state, and recommend where to start, how long to warm up and how far to go.
 
     1. Sharpness lambda_0 and critical learning rate eta_c, on a few batches.
     2. Natural trend: a warmup of a copy from 0 to the threshold ``kappa / lambda_0``, its sharpness tracked.
     3. Targets eta_c, 2 eta_c, 4 eta_c, ... with the longest warmup, each on a fresh copy, while they hold: the loss
-       stays below twice the first and falls at least half as much as in the best run. The last is ``lr_target_max``.
-       If not even eta_c holds, eta_c / 2, eta_c / 4, ... until two hold.
+       stays below twice the first and falls at least 0.8 times as much as in the best run. The last is
+       ``lr_target_max``. Then eta_c / 2, eta_c / 4, ... while the loss falls more, at least until two hold.
     4. For the target, warmups of 1, 4, 16, ... steps; the shortest that holds.
 
     eta_init is eta_c: a warmup from zero spends steps below it, where no catapult can happen. Where training at eta_c
@@ -85,6 +86,7 @@ def suggest_warmup(
         lr_target: the target that you want; None recommends the one that learnt most.
         probe_steps: longest warmup tried; a run has a quarter more steps. Longer training may fail later.
         batches: how many batches lambda_0 and eta_c are measured on.
+        on_run: called after each of the 7 to 20 short runs with a few words about it, to show progress.
 
     Returns:
         A ``WarmupSuggestion``.
@@ -96,10 +98,10 @@ def suggest_warmup(
         NonFiniteLossError: the loss is NaN or infinite at the present state.
         RuntimeError: no target trained, down to eta_c / 64.
 
-    Cost: 6 to 16 runs of ``1.25 probe_steps`` training steps, a few dozen forward passes, 100 to 600 Hessian-vector
+    Cost: 7 to 20 runs of ``1.25 probe_steps`` training steps, a few dozen forward passes, 100 to 600 Hessian-vector
     products; counted in the result. Memory: one copy of model and optimizer.
     Source: Kalra and Barkeshli, Why warmup the learning rate? (2024), for eta_init = eta_c, a tenth of the target, and
-    raising T_wrm until spikes are small; the trials and their limits (half, twice) are ours.
+    raising T_wrm until spikes are small; the trials and their limits (0.8, twice) are ours.
     """
     if probe_steps < 8 or batches < 1:
         raise ValueError(f"probe_steps must be at least 8 and batches at least 1, got {probe_steps} and {batches}.")
@@ -111,6 +113,7 @@ def suggest_warmup(
     # Short runs draw dropout masks and orders of batches; training afterwards must draw what it would have drawn.
     with torch.random.fork_rng(devices):
         probe = Probe(model, loss_fn, batches_of(data), optimizer, probe_steps)
+        probe.on_run = on_run or probe.on_run
         sharpness, gi_adam = probe.sharpness(batches)
         if sharpness <= 0:
             raise ValueError(f"the sharpness is {sharpness:.4g}, not positive: train a few steps first.")
@@ -126,8 +129,9 @@ def suggest_warmup(
             )
         top = max(t.lr_target for t in held)
         target = max(held, key=lambda t: t.fall).lr_target if lr_target is None else lr_target
-        # The first trial was at eta_c without a warmup.
-        start = min(critical, target) if trials[0] in held else min(critical, target / 10)
+        # The first trial was at eta_c without a warmup. Below eta_c it need not have learnt well, only not have failed.
+        jumps = trials[0] in held or (target < critical and bool(holding(trials[:1])))
+        start = min(critical, target) if jumps else min(critical, target / 10)
         warmups = probe.warmups(target, start)
     # Judged together: "half the fall of the best run" is about all runs to all targets.
     all_held = holding([*trials, *warmups])

@@ -33,7 +33,7 @@ def say_critical(critical: float, first: CriticalLR, sharpness: float, kappa: fl
 
 def say_largest(top: float, trials: list[Trial]) -> str:
     """Say which targets were tried."""
-    tried = ", ".join(f"{t.lr_target:.3g}: {_told(t)}" for t in trials)
+    tried = ", ".join(f"{t.lr_target:.3g}: {_told(t)}" for t in sorted(trials, key=lambda t: t.lr_target))
     return f"Largest sensible target: {top:.4g}. Short runs by target, largest loss over first, and fall: {tried}."
 
 

@@ -30,7 +30,9 @@ from .schedule import WarmupLR, set_rates
 
 # A model that holds 4096 eta_c is not limited by its learning rate: the search for a limit ends.
 _DOUBLINGS = 12
+_HALVINGS = 6
 _SPIKE = 2.0  # a run holds only if its loss stays below so many times the first
+_LEARNS = 0.8  # and falls at least so many times the best run's fall
 _HOPELESS = 100.0  # a loss so many times the first ends a run
 
 
@@ -64,6 +66,7 @@ class Probe:
         seen: batches that ``sharpness`` was measured on.
         ratios: of each parameter group's learning rate to the first group's.
         width: steps over which losses are averaged: 5 for several batches, 1 for a single one.
+        on_run: called after each short run with a few words about it.
 
     Raises:
         ValueError: the first group's lr is 0 and another's is not.
@@ -78,6 +81,7 @@ class Probe:
     gradients: int = 0
     matvecs: int = 0
     seen: int = 0
+    on_run: Callable[[str], None] = lambda _: None
     ratios: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -168,27 +172,35 @@ class Probe:
             schedule.step()
         self.gradients += len(records)
         self.matvecs += sum(r.matvecs for r in records)
+        self.on_run(f"warmup to {top:.3g}, its sharpness tracked")
         adaptive = is_adaptive(optimizer)
         curvature = [r.preconditioned_sharpness if adaptive else r.sharpness for r in records]
         return classify_regime(curvature, [r.lr for r in records], kappa, smooth=self.width)
 
     def targets(self, critical: float) -> list[Trial]:
-        """Try targets around eta_c, the first at eta_c without a warmup: doubled while they hold, else halved."""
+        """Try targets around eta_c, first eta_c without a warmup: doubled while they hold, halved while that helps.
+
+        A run holds only in comparison with the best one, so the halves go on until two runs hold.
+        """
         trials = [self.run(critical, critical, 1)]
         recovers = bool(holding(trials))
         # Training at eta_c from the first step on did not hold: a long warmup to the same rate tells whether the jump
         # was at fault, or the rate.
         if not recovers:
             trials.append(self.run(critical, critical / 10, self.steps))
-        if trials[-1] in holding(trials):
-            while trials[-1] in holding(trials) and trials[-1].lr_target < 2**_DOUBLINGS * critical:
-                target = 2 * trials[-1].lr_target
-                trials.append(self.run(target, critical if recovers else target / 10, self.steps))
-            return trials
-        # Two, because a run holds only in comparison with the best one: a single calm one always does.
-        while len(holding(trials)) < 2 and trials[-1].lr_target > critical / 64:
-            target = trials[-1].lr_target / 2
-            trials.append(self.run(target, target / 10, self.steps))
+        while trials[-1] in holding(trials) and trials[-1].lr_target < 2**_DOUBLINGS * critical:
+            target = 2 * trials[-1].lr_target
+            trials.append(self.run(target, critical if recovers else target / 10, self.steps))
+        # eta_c says what the first step can bear. What training learns most at may lie far below. Two in a row, for
+        # one may be worse by the noise of its batches.
+        misses = 0
+        for target in (critical / 2**i for i in range(1, _HALVINGS + 1)):
+            best = max(t.fall for t in trials)
+            # A short warmup: a long one would leave too few steps at a rate that is slow already.
+            trials.append(self.run(target, target, 1) if recovers else self.run(target, target / 10, self.steps // 4))
+            misses = 0 if trials[-1].fall > best else misses + 1
+            if misses > 1 and len(holding(trials)) > 1:
+                break
         return trials
 
     def warmups(self, target: float, start: float) -> list[Trial]:
@@ -199,9 +211,7 @@ class Probe:
         """
         if start >= target:
             return [self.run(target, target, 1)]
-        # By factors of 4, as each length costs a whole run.
-        lengths = [4**k for k in range(20) if 4**k < self.steps]
-        return [self.run(target, start, length) for length in (*lengths, self.steps)]
+        return [self.run(target, start, length) for length in _lengths(self.steps)]
 
     def run(self, target: float, start: float, warmup: int) -> Trial:
         """Train a copy with a linear warmup to a target, for a quarter more steps than the longest warmup.
@@ -210,6 +220,11 @@ class Probe:
             target, start: learning rates of the first group; the others keep their ratio to it.
             warmup: steps until the target is reached; 1 is no warmup.
         """
+        trial = self._run(target, start, warmup)
+        self.on_run(f"warmup of {warmup} steps to {target:.3g}")
+        return trial
+
+    def _run(self, target: float, start: float, warmup: int) -> Trial:
         model, optimizer = copy.deepcopy((self.model, self.optimizer))
         module, params = LossModule(model, self.loss_fn), list(trainable(model).values())
         losses: list[float] = []
@@ -231,6 +246,20 @@ class Probe:
         means = [statistics.fmean(losses[i : i + self.width]) for i in range(len(losses) - self.width + 1)]
         last = statistics.fmean(losses[-max(self.width, self.steps // 8) :])
         return Trial(target, start, warmup, max(means) / means[0], 1 - last / means[0])
+
+
+def most_runs(steps: int) -> int:
+    """Return how many short runs a suggestion takes at most: the trend, targets, warmups.
+
+    Args:
+        steps: of the longest warmup.
+    """
+    return 1 + (2 + _DOUBLINGS + _HALVINGS) + len(_lengths(steps))
+
+
+def _lengths(steps: int) -> list[int]:
+    """Return lengths of warmups to try, by factors of 4 because each costs a whole run."""
+    return [*(4**k for k in range(20) if 4**k < steps), steps]
 
 
 def batches_of(data: Any) -> Iterable[Any]:
@@ -258,10 +287,10 @@ def _endless(data: Iterable[Any]) -> Iterator[Any]:
 
 
 def holding(trials: list[Trial]) -> list[Trial]:
-    """Return the runs without a spike whose loss fell at least half as much as in the best of them.
+    """Return the runs without a spike whose loss fell at least 0.8 times as much as in the best of them.
 
     Without a spike: the loss stayed at or below twice the first.
     """
     calm = [t for t in trials if t.peak <= _SPIKE and t.fall > 0]
-    # Half of the best fall: a rate so small that the loss hardly moves is calm as well.
-    return [t for t in calm if t.fall >= 0.5 * max(c.fall for c in calm)]
+    # A part of the best fall: where weights are scale-invariant, as before batch norm, no rate makes the loss rise.
+    return [t for t in calm if t.fall >= _LEARNS * max(c.fall for c in calm)]

@@ -54,6 +54,8 @@ class Blocks:
 
     def __iter__(self) -> Iterator[Block]:
         (B, T, _), S = self._q.shape, self._k.shape[1]
+        if not S:
+            return
         for head in range(0, B, self._heads):
             for row in range(0, T, self._rows):
                 heads, rows = slice(head, min(head + self._heads, B)), slice(row, min(row + self._rows, T))
@@ -84,7 +86,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool
     """See ``kernels.attention``."""
     values = wide(v)
     blocks = Blocks(wide(q) * scale, wide(k), mask, causal, 1)
-    o, lse = values.new_zeros(*q.shape[:2], v.shape[2]), values.new_empty(q.shape[:2])
+    # as without keys, when there is no block
+    o, lse = values.new_zeros(*q.shape[:2], v.shape[2]), values.new_full(q.shape[:2], math.inf)
     for block in blocks:
         heads, rows, keys, _ = block
         S = blocks.scores(0, block)

@@ -1,5 +1,8 @@
 """The compiled CPU kernels in ``sharpkern._C``: tensors become addresses.
 
+The interpreter lock is released while a kernel runs. A forked process runs them on one thread, as OpenMP's do not live
+on in it.
+
 Vector kernels are launched from ``kernels.vectors``. The others have a function here, with the name and the results of
 the one in ``reference``.
 """
@@ -8,6 +11,8 @@ from __future__ import annotations
 
 import functools
 import os
+import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -23,6 +28,9 @@ try:
 except ImportError as error:
     _C = None
     REASON: str | None = f"the compiled module is missing ({error}): reinstall with a C++ compiler present"
+    # Once, as a module is imported once, and not where that is what was asked for.
+    if os.environ.get("SHARPKERN_BACKEND") != "reference":
+        warnings.warn(f"CPU kernels run in plain torch, right but slower: {REASON}.", RuntimeWarning, stacklevel=2)
 else:
     REASON = None
 
@@ -39,17 +47,30 @@ if _C is not None:
 _ALWAYS_FRESH = 32 << 20  # bytes, from which glibc's malloc maps new pages at each call
 
 Recorder = Callable[[Any, tuple[Any, ...], tuple[Any, ...]], None]
-_recorders: list[Recorder] = []
+
+
+class _Recorders(threading.local):
+    """Those of each thread: a recording must not hold the calls of another one."""
+
+    def __init__(self) -> None:
+        self.stack: list[Recorder] = []
+
+
+_recorders = _Recorders()
 
 
 @contextmanager
 def recorded(recorder: Recorder) -> Iterator[None]:
-    """Within the block, show each call of a compiled kernel: ``recorder(function, addresses, arguments)``."""
-    _recorders.append(recorder)
+    """Within the block, show each call of a compiled kernel that this thread makes.
+
+    Args:
+        recorder: called as ``recorder(function, addresses, arguments)``.
+    """
+    _recorders.stack.append(recorder)
     try:
         yield
     finally:
-        _recorders.pop()
+        _recorders.stack.pop()
 
 
 def launch(kernel: str, x: Tensor, *arguments: float | Tensor) -> None:
@@ -60,7 +81,7 @@ def launch(kernel: str, x: Tensor, *arguments: float | Tensor) -> None:
     # Copies made on the way here live until the call is over, since ``arguments`` holds them.
     function(*addresses, torch.get_num_threads())
     # After the call: a kernel that raises is not recorded.
-    if _recorders:
+    if _recorders.stack:
         _show(function, addresses, arguments)
 
 
@@ -70,12 +91,12 @@ def _call(x: Tensor, struct: tuple[dict[torch.dtype, Any], tuple[Any, ...]]) -> 
     addresses = [0 if a is None else a if type(a) is int else a.data_ptr() for a in fields]
     function = functions[x.dtype]
     function(*addresses, torch.get_num_threads())
-    if _recorders:
+    if _recorders.stack:
         _show(function, addresses, fields)
 
 
 def _show(function: Any, addresses: list[float], arguments: tuple[Any, ...]) -> None:
-    for recorder in _recorders:
+    for recorder in _recorders.stack:
         # With the number of threads, which a replay is thus bound to.
         recorder(function, (*addresses, torch.get_num_threads()), arguments)
 

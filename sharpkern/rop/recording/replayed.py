@@ -35,7 +35,7 @@ class ReplayedProgram:
         large = program.layout.device.type == "cpu" and program.activation_bytes > _CACHED
         self._at_once = 1 if large else _MOST_VECTORS
         # The fallback keeps autograd's graphs between sweeps, and its first product makes other calls than the next.
-        self._live = not program.fallback_ops
+        self._live = program.replayable and not program.fallback_ops
         self._moves = 0
         self._forget()
 

@@ -1,0 +1,208 @@
+"""Python values: those that the forward pass itself changes, and those that change where only its code can reach."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import random
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from small_models import agrees, batch, eager, net
+from torch import Tensor, nn
+
+import sharpkern as sk
+from sharpkern.rop.double_backward import DoubleBackward
+
+SLOPE = 1.0
+
+
+class Moving(nn.Module):
+    """A layer whose forward pass changes something that the next pass sees."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.count, self.values, self.last = kind, 0, [1.0], None
+        self.noise, self.numpy, self.python = (
+            torch.Generator().manual_seed(3),
+            np.random.default_rng(3),
+            random.Random(3),
+        )
+        self.steps = itertools.count(1)
+        self.table = torch.ones(6, dtype=torch.float64)
+        self.teacher = nn.Linear(4, 6).double().requires_grad_(False)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return torch.tanh(getattr(self, self.kind)(h))
+
+    def counter(self, h: Tensor) -> Tensor:
+        self.count += 1
+        return h * self.count
+
+    def appended(self, h: Tensor) -> Tensor:
+        self.values.append(0.5)
+        return h * sum(self.values)
+
+    def remembered(self, h: Tensor) -> Tensor:
+        before, self.last = self.last, h.detach()
+        return h if before is None else h + before
+
+    def rebound(self, h: Tensor) -> Tensor:
+        self.table = 0.5 * self.table + h.detach().mean(0)
+        return h * self.table
+
+    def written(self, h: Tensor) -> Tensor:
+        result = h * self.table.clone()
+        self.table.mul_(0.5).add_(h.detach().mean(0))
+        return result
+
+    def followed(self, h: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.teacher.weight.mul_(0.5).add_(h.mean())
+        return h + self.teacher.weight.sum()
+
+    def torch_noise(self, h: Tensor) -> Tensor:
+        return h * torch.rand(6, generator=self.noise, dtype=torch.float64)
+
+    def numpy_noise(self, h: Tensor) -> Tensor:
+        return h * float(self.numpy.uniform(0.5, 1))
+
+    def python_noise(self, h: Tensor) -> Tensor:
+        return h * self.python.uniform(0.5, 1)
+
+
+REWOUND = [
+    "counter", "appended", "remembered", "rebound", "written", "followed", "torch_noise", "numpy_noise", "python_noise",
+]  # fmt: skip
+
+
+class Taking(Moving):
+    def taken(self, h: Tensor) -> Tensor:
+        return h / next(self.steps)
+
+
+def twins(kind: str) -> tuple[nn.Module, nn.Module]:
+    torch.manual_seed(0)
+    model = net(Taking(kind) if kind == "taken" else Moving(kind))
+    twin = net(Taking(kind) if kind == "taken" else Moving(kind))
+    twin.load_state_dict(model.state_dict())
+    return model, twin
+
+
+@pytest.mark.filterwarnings("ignore:sharpkern. this model does not export")
+@pytest.mark.parametrize("kind", [*REWOUND, "taken"])
+def test_a_tracker_moves_what_the_forward_pass_moves_once_per_step(kind: str) -> None:
+    model, twin = twins(kind)
+    tracker = sk.SharpnessTracker(model, F.cross_entropy, torch.optim.SGD(model.parameters(), lr=0.0), max_matvecs=2)
+    for _ in range(3):
+        data = batch()
+        record = tracker.step(data)
+        loss = F.cross_entropy(twin(data[0]), data[1])
+        twin.zero_grad()
+        loss.backward()
+        assert record.loss == pytest.approx(float(loss.detach()), rel=1e-12)
+        for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+            assert p.grad is None if q.grad is None else torch.allclose(p.grad, q.grad, rtol=1e-10, atol=1e-13)
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+
+
+@pytest.mark.parametrize("kind", REWOUND)
+def test_an_operator_leaves_what_the_forward_pass_moves(kind: str) -> None:
+    model, twin = twins(kind)
+    data = batch()
+    what = "a tensor of shape" if kind in ("written", "followed") else "model.1."
+    with pytest.warns(UserWarning, match=f"its own forward pass changes \\({what}"):
+        H = sk.HessianOperator(model, F.cross_entropy, data)
+    assert isinstance(H.engine, DoubleBackward)
+    H.refresh()  # sees the same values again
+    loss, gradient, dense = eager(twin, F.cross_entropy, data, params=trained(twin))
+    torch.testing.assert_close(H.loss, loss)
+    torch.testing.assert_close(H.gradient, gradient)
+    torch.testing.assert_close(H @ torch.eye(H.n, dtype=torch.float64), dense)
+
+
+def trained(model: nn.Module) -> list[Tensor]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def scaled(h: Tensor) -> Tensor:
+    return SLOPE * h
+
+
+class Slotted:
+    __slots__ = ("slope",)
+
+    def __init__(self, slope: float) -> None:
+        self.slope = slope
+
+
+class Configured:
+    slope = 1.0
+
+
+class Global(nn.Module):
+    def forward(self, h: Tensor) -> Tensor:
+        return torch.tanh(scaled(h))
+
+
+class OfClass(nn.Module):
+    slope = 1.0
+
+    def forward(self, h: Tensor) -> Tensor:
+        return torch.tanh(self.slope * h)
+
+
+class Reading(nn.Module):
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config = config
+
+    def forward(self, h: Tensor) -> Tensor:
+        return torch.tanh(self.config.slope * h)
+
+
+def test_values_that_only_the_code_can_reach_are_followed() -> None:
+    slots, space, hooked = Slotted(1.0), SimpleNamespace(slope=1.0), {"slope": 1.0}
+    model, data = net(Global(), OfClass(), Reading(slots), Reading(space), Reading(Configured)), batch()
+    model[0].register_forward_hook(lambda m, inputs, h: hooked["slope"] * h)  # noqa: ARG005
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    smooth = functools.partial(F.cross_entropy, label_smoothing=0.0)
+
+    def loss_fn(output: Tensor, targets: Tensor) -> Tensor:
+        return smooth(output, targets) + optimizer.param_groups[0]["lr"] * output.square().mean()
+
+    H = sk.HessianOperator(model, loss_fn, data)
+    agrees(H, model, loss_fn, data)
+    for i, change in enumerate([
+        lambda: globals().update(SLOPE=0.5),
+        lambda: setattr(OfClass, "slope", 0.6),
+        lambda: setattr(slots, "slope", 0.7),
+        lambda: setattr(space, "slope", 0.8),
+        lambda: setattr(Configured, "slope", 0.9),
+        lambda: hooked.update(slope=1.1),
+        lambda: smooth.keywords.update(label_smoothing=0.2),
+        lambda: optimizer.param_groups[0].update(lr=0.3),
+        lambda: setattr(model[1], "forward", torch.sin),
+        lambda: setattr(OfClass, "forward", lambda self, h: torch.cos(h)),  # noqa: ARG005
+    ]):  # fmt: skip
+        change()
+        assert not H._engines.unchanged(), i
+        loss = loss_fn(model(data[0]), data[1]).detach()
+        # The fourth is one export too many, and double backward takes over.
+        with pytest.warns(UserWarning, match="changes from step to step") if i == 3 else nullcontext():
+            H.refresh()
+        torch.testing.assert_close(H.loss, loss, rtol=1e-12, atol=0)
+    agrees(H, model, loss_fn, data)
+
+
+def test_a_global_is_not_taken_for_an_attribute_or_a_local_of_its_name() -> None:
+    globals().update(h=0.0, config=0.0)
+    H = sk.HessianOperator(net(Reading(SimpleNamespace(slope=1.0))), F.cross_entropy, batch())
+    globals().update(h=1.0, config=1.0)
+    assert H._engines.unchanged()
