@@ -25,6 +25,7 @@ from sharpkern.curvature.parameters import gradients_of
 from sharpkern.curvature.preconditioned import PreconditionedOperator
 from sharpkern.eigen import SymmetricOperator, lanczos
 from sharpkern.optimizers.preconditioner import Preconditioner
+from sharpkern.tracking.popups import PopUps
 from sharpkern.train.models import FCN
 
 TUNING_SEEDS, HELD_OUT_SEEDS = (0,), (101, 102)
@@ -72,6 +73,18 @@ SPECS = (
     Spec("Adam 64 MSE GELU sp", "adam", "mse", "gelu", "sp", 0.02, 80, batch=64),
 )
 
+# Kinds of runs that no rule or constant was chosen on, with any seed.
+UNSEEN_SPECS = (
+    Spec("GD MSE tanh sp, catapult", "sgd", "mse", "tanh", "sp", 3.4, 1, steps=100, width=48),
+    Spec("GD MSE ReLU zero readout, deep", "sgd", "mse", "relu", "sp", 20.0, 60, steps=150, depth=6, zero_readout=True),
+    Spec("SGD 64 CE ReLU sp, no warmup", "sgd", "ce", "relu", "sp", 2.5, 1, batch=64, steps=120, width=48),
+    Spec("momentum MSE GELU mup", "momentum", "mse", "gelu", "mup", 3.0, 60, steps=120, width=64),
+    Spec("Adam CE ReLU wide, no warmup", "adam", "ce", "relu", "sp", 0.003, 1, steps=100, width=128),
+    Spec("Adam 32 CE ReLU wide", "adam", "ce", "relu", "sp", 0.005, 30, batch=32, steps=100, width=96),
+    Spec("Adam MSE tanh wide", "adam", "mse", "tanh", "sp", 0.004, 20, steps=100, width=96, depth=3),
+)
+UNSEEN_SEEDS = (201,)
+
 
 @dataclass
 class Trajectory:
@@ -94,6 +107,7 @@ class Moment:
     step: int
     operator: SymmetricOperator
     probes: dict[str, Tensor]  # [n], in the operator's coordinates: gradient, update, momentum
+    hint: Tensor | None  # [1, n] of the pop-up guard, with a preconditioner
     truth: Tensor  # [TOP]
 
 
@@ -222,7 +236,7 @@ def replay(run: Trajectory, series: str = "H") -> Iterator[Moment]:
     """
     model, loss_fn, x, y = problem(run.spec, torch.float32)
     hessian = HessianOperator(model, loss_fn, (x, y))
-    last = run.params[0]
+    last, popups = run.params[0], PopUps()
     for t, flat in enumerate(run.params):
         _set(model, flat)
         chosen = slice(None) if run.spec.full_hessian or run.batches[t] is None else run.batches[t]
@@ -230,11 +244,13 @@ def replay(run: Trajectory, series: str = "H") -> Iterator[Moment]:
         probes = {"gradient": hessian.gradient, "update": flat - last, "momentum": run.momentum[t]}
         last = flat
         operator: SymmetricOperator = hessian
+        hint = None
         if series == "P":
             s = run.inv_sqrt[t]
             operator = PreconditionedOperator(hessian, _diagonal(hessian, s))
+            hint = popups.look(operator, hessian.gradient)
             probes = {name: v / s if name == "update" else v * s for name, v in probes.items()}
-        yield Moment(t, operator, probes, run.truth[series][t])
+        yield Moment(t, operator, probes, hint, run.truth[series][t])
 
 
 if __name__ == "__main__":

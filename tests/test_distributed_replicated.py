@@ -65,13 +65,14 @@ def operators_agree(rank: int, world: int) -> dict[str, Any]:
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     P = sk.preconditioner(optimizer, gradients={p: g for p, g in zip(A.params.values(), _pieces(A), strict=True)})
     s = P.inv_sqrt(list(A.params.values()))
-    warm = sk.eigen.WarmLanczos(tol=1e-6)
+    warm, blocks = sk.eigen.WarmLanczos(tol=1e-6), sk.eigen.WarmBlockLanczos(tol=1e-6)
     values = {
         "lanczos": sk.lanczos(A, tol=1e-7).eigenvalues[0],
         "lobpcg": sk.lobpcg(A, tol=1e-6).eigenvalues[0],
         "power": sk.power_iteration(A, tol=1e-4, max_matvecs=2000).eigenvalues[0],
         "warm": warm.step(A).eigenvalues[0],
         "warm again": warm.step(A).eigenvalues[0],
+        **{f"blocks, step {t}": blocks.step(A).eigenvalues[0] for t in range(9)},  # with a product of the chain
         # its seed is fresh, and another one on every process
         "certified": torch.tensor(sk.certify(A).value),
         "preconditioned": sk.lanczos(sk.PreconditionedOperator(A, P), tol=1e-7).eigenvalues[0],

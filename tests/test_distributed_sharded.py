@@ -92,6 +92,8 @@ def operators_agree(rank: int, world: int) -> dict[str, Any]:
         if name == "mlp" and world == 2:
             warm = sk.eigen.WarmLanczos(tol=1e-7)
             found |= {"warm": warm.step(A), "warm again": warm.step(A), "lobpcg": sk.lobpcg(A, tol=1e-7)}
+            blocks = sk.eigen.WarmBlockLanczos(tol=1e-7)
+            found |= {f"blocks, step {t}": blocks.step(A) for t in range(9)}  # with a product of the chain
             # Too few products for the value, so it is held to its own bound: an eigenvalue lies within.
             power = sk.power_iteration(A, k=2, tol=1e-3, max_matvecs=20)
             gap = float((spectrum - float(power.eigenvalues[0])).abs().min())

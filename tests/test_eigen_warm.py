@@ -168,10 +168,10 @@ def test_a_state_of_another_version_or_with_other_fields_is_refused_by_name() ->
         other.load_state_dict({name: v for name, v in state.items() if name not in ("theta", "gap")})
     with pytest.raises(ValueError, match="unknown fields: momentum"):
         other.load_state_dict(state | {"momentum": 1.0})
-    for version in (0, 2):
-        with pytest.raises(ValueError, match=f"must have version 1, got {version}"):
+    for version in (1, 3):
+        with pytest.raises(ValueError, match=f"must have version 2, got {version}"):
             other.load_state_dict(state | {"version": version})
-    with pytest.raises(ValueError, match="must have version 1, got None"):
+    with pytest.raises(ValueError, match="must have version 2, got None"):
         other.load_state_dict({name: v for name, v in state.items() if name != "version"})
     assert other._block is None  # nothing was loaded by halves
 
@@ -194,7 +194,7 @@ def test_where_two_eigenvalues_are_closer_than_the_tolerance_the_bound_is_of_bot
         result = solver.step(Dense(A))
         V, theta = result.eigenvectors, result.eigenvalues
         r = torch.linalg.vector_norm(V @ A - theta[:, None] * V, dim=1)
-        rounding = 10 * torch.finfo(F64).eps * float(theta[0])
+        rounding = 100 * torch.finfo(F64).eps * float(theta[0])
         assert float(result.error_bounds[0]) == pytest.approx(math.hypot(*r.tolist()) + rounding, abs=1e-12)
         assert float(result.error_bounds[1]) == pytest.approx(float(r[1]) + rounding, abs=1e-12)
 

@@ -281,13 +281,13 @@ def test_a_state_of_another_version_or_with_other_fields_is_refused_by_name() ->
     state = tracker.state_dict()
     with pytest.raises(ValueError, match="state of SharpnessTracker lacks budget"):
         tracker.load_state_dict({name: v for name, v in state.items() if name != "budget"})
-    with pytest.raises(ValueError, match="version 1, got 3"):
+    with pytest.raises(ValueError, match="version 2, got 3"):
         tracker.load_state_dict(state | {"version": 3})
     one = state["followed"]["sharpness"]
     for part, match in (
         ({name: v for name, v in one.items() if name != "speed"}, "state of a tracked operator lacks speed"),
         (one | {"pace": 1.0}, "unknown fields: pace"),
-        (one | {"solver": one["solver"] | {"version": 0}}, "state of WarmLanczos must have version 1, got 0"),
+        (one | {"solver": one["solver"] | {"version": 0}}, "state of WarmLanczos must have version 2, got 0"),
     ):
         with pytest.raises(ValueError, match=match):
             tracker.load_state_dict(state | {"followed": {"sharpness": part}})

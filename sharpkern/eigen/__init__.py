@@ -14,3 +14,4 @@ from .krylov import lanczos as lanczos
 from .locally_optimal import lobpcg as lobpcg
 from .power import power_iteration as power_iteration
 from .warm import WarmLanczos as WarmLanczos
+from .warm_block import WarmBlockLanczos as WarmBlockLanczos

@@ -182,13 +182,17 @@ def multiply(op: SymmetricOperator, rows: Tensor) -> Tensor:
     return products
 
 
+class NonFiniteProductError(RuntimeError):
+    """A product of the operator holds NaN or infinity: no number can be made of it."""
+
+
 def check_finite(block: Tensor, before: int) -> None:
     """Check ``Q W'`` ``[m, k]`` of k new products, of which some were made before."""
     # Through the small Gram block that is needed anyway: a NaN anywhere in a product spoils its column.
     bad = ~block.isfinite().all(0)
     if bool(bad.any()):
         index = before + int(bad.nonzero()[0]) + 1
-        raise RuntimeError(f"product {index} of the operator is not finite: its values cannot be trusted.")
+        raise NonFiniteProductError(f"product {index} of the operator is not finite: its values cannot be trusted.")
 
 
 def rounding_level(op: SymmetricOperator, size: float) -> float:

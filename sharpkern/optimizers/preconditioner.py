@@ -16,6 +16,10 @@ from .threshold import relative_lr, threshold_scales
 Gradients = Literal["next"] | Mapping[Tensor, Tensor] | None
 
 
+class NonFinitePreconditionerError(RuntimeError):
+    """P is zero or not finite somewhere, so that there is no P^-1/2."""
+
+
 class Preconditioner:
     """A positive diagonal P, one number for each element of the optimizer's parameters; made by
     ``preconditioner``.
@@ -192,7 +196,7 @@ def _check_finite(inv_sqrt: Tensor, p: Tensor, group: dict[str, Any]) -> None:
     # By the largest, which a NaN would be too: one pass, and no mask.
     if inv_sqrt.numel() and not math.isfinite(float(inv_sqrt.amax())):
         bad = int((~inv_sqrt.isfinite()).sum())
-        raise RuntimeError(
+        raise NonFinitePreconditionerError(
             f"P is zero or not finite for {bad} of {inv_sqrt.numel()} elements of a parameter of shape "
             f"{list(p.shape)} (eps={group.get('eps')}): use a larger eps, or check the gradients."
         )

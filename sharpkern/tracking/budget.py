@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from ..eigen.state import check_state
 
-Status = Literal["measured", "bounded", "carried", "untracked"]
+Status = Literal["measured", "bounded", "carried", "untracked", "failed"]
 _FORGET_COST = 0.7  # weight of the older looks in the running means of what a look costs, per look
 _NEAR = 0.1  # of the threshold: every step matters there
 _TURNED = 0.3  # relative change of the forms since the solve: their vector is out of date by then

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..eigen import EigenResult, WarmLanczos
-from ..eigen.common import gram, lengths_of
+from ..eigen import EigenResult, WarmBlockLanczos, WarmLanczos
+from ..eigen.common import NonFiniteProductError, gram, lengths_of
 from ..eigen.state import check_state
 from ..kernels.precision import tf32_products
+from .popups import PopUps
 
 _FIRST_SPEED = 0.05  # relative change of the sharpness per step, until it has been seen to change
 _FORGET_SPEED = 0.7  # weight of the older looks in the running mean of the speed, per look
 _TINY = torch.finfo(torch.float64).tiny
 _ROUNDING_EVERY = 32  # solves
-_VERSION = 1  # of a saved state: raise it when a field changes its name or its meaning
+_VERSION = 2  # of a saved state: raise it when a field changes its name or its meaning
 # What a later step depends on, besides the solver's own state; tf32 is the tracker's option.
 _KEPT = (
     "value", "seen", "speed", "error_bound", "rounding", "solves", "shortfall", "eigenvalues", "overlaps", "vectors"
@@ -28,8 +30,9 @@ _KEPT = (
 class Followed:
     """One tracked operator: its solver, and what was last seen."""
 
-    solver: WarmLanczos
+    solver: WarmLanczos | WarmBlockLanczos
     tf32: bool = False
+    popups: PopUps = field(default_factory=PopUps, repr=False)
     value: float = 0.0
     seen: int = 0  # step of the value
     speed: float = _FIRST_SPEED
@@ -67,10 +70,16 @@ class Followed:
         return 2
 
     def bound(self, operator: Any, step: int) -> None:
-        """Take the Rayleigh quotient of the last vector; it misses what the vector has turned since."""
+        """Take the Rayleigh quotient of the last vector; it misses what the vector has turned since.
+
+        Raises:
+            NonFiniteProductError: it is not finite.
+        """
         assert self.vectors is not None
         with tf32_products(on=self.tf32):
             value = float(operator.quadratic_form(self.vectors[0]))
+        if not math.isfinite(value):  # it would spoil the mean of the speed for good
+            raise NonFiniteProductError(f"the quadratic form of the last vector is {value}.")
         self._see(value, step)
 
     def _see(self, value: float, step: int) -> None:
@@ -96,7 +105,7 @@ class Followed:
     def state_dict(self) -> dict[str, Any]:
         """Return what continues identically: tensors and plain Python only."""
         kept = {name: getattr(self, name) for name in _KEPT}
-        return {"version": _VERSION, **kept, "solver": self.solver.state_dict()}
+        return {"version": _VERSION, **kept, "inv_sqrt": self.popups.inv_sqrt, "solver": self.solver.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore ``state_dict()``'s result.
@@ -104,7 +113,8 @@ class Followed:
         Raises:
             ValueError: a field is missing or unknown, here or in the solver's state, or a version is another one.
         """
-        check_state("a tracked operator", state, (*_KEPT, "solver"), _VERSION)
+        check_state("a tracked operator", state, (*_KEPT, "inv_sqrt", "solver"), _VERSION)
+        self.popups.inv_sqrt = state["inv_sqrt"]
         self.solver.load_state_dict(state["solver"])
         for name in _KEPT:
             setattr(self, name, state[name])

@@ -8,11 +8,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from ..curvature.negative import NegativeOperator
 from ..curvature.preconditioned import PreconditionedOperator
-from ..eigen import WarmLanczos
+from ..eigen import WarmBlockLanczos, WarmLanczos
 from ..eigen import certify as certificate_of
+from ..eigen.common import NonFiniteProductError
+from ..kernels.precision import tf32_products
+from .block_width import width_that_pays
 from .budget import Budget, Status
 from .followed import Followed
 from .target import Tracked
@@ -47,13 +52,18 @@ class Following:
         max_matvecs: the most products of a solve.
         budget: the fraction of the steps' own time that may be spent; None for no limit.
         tf32: let all solves but the first round factors to TF32.
+        width: vectors in a product of each solve, 1 for one after the other; None to measure at the first look whether
+            blocks pay.
 
     Attributes:
         followed: name -> what is known of the operator; empty before the first look.
     """
 
-    def __init__(self, *, k: int, tol: float, every: int, max_matvecs: int, budget: float | None, tf32: bool) -> None:
+    def __init__(
+        self, *, k: int, tol: float, every: int, max_matvecs: int, budget: float | None, tf32: bool, width: int | None
+    ) -> None:
         self.k, self.tol, self.every, self.max_matvecs, self.tf32 = k, tol, every, max_matvecs, tf32
+        self.width = width
         self.budget = None if budget is None else Budget(budget, tol)
         self.followed: dict[str, Followed] = {}
 
@@ -86,6 +96,7 @@ class Following:
         step: int,
         paid_from: float,
         *,
+        gradient: Tensor,
         certify: bool,
     ) -> Look:
         """Solve for the eigenvalues, or take forms of the last vectors.
@@ -96,9 +107,37 @@ class Following:
             deciding: name of the one that the threshold is about.
             step: 1 for the first.
             paid_from: clock, from which on the time is charged to the budget.
+            gradient: ``[n]`` of the step's loss.
             certify: bound each largest eigenvalue from above by a solve from a random start.
+
+        Raises:
+            NonFiniteProductError, LinAlgError: nothing can be said of this step. What was followed before
+                is as it was, and the next look may go on.
         """
+        try:
+            return self._look(status, operators, deciding, step, paid_from, gradient, certify=certify)
+        except (NonFiniteProductError, LinAlgError):
+            # What never was solved has nothing to carry: the next step must measure.
+            self.followed = {name: followed for name, followed in self.followed.items() if followed.solves}
+            if self.budget is not None and self.budget.started:
+                self.budget.purse -= time.perf_counter() - paid_from
+            raise
+
+    def _look(
+        self,
+        status: Status,
+        operators: Mapping[str, Operator],
+        deciding: str,
+        step: int,
+        paid_from: float,
+        gradient: Tensor,
+        *,
+        certify: bool,
+    ) -> Look:
         matvecs, converged, upper = 0, True, None
+        if self.width is None:
+            with tf32_products(on=self.tf32):
+                self.width, matvecs = width_that_pays(next(iter(operators.values())))
         at_most = None
         if self.budget is not None and self.budget.started and not certify:
             at_most = min(self.max_matvecs, max(self.k, self.budget.matvecs))
@@ -109,13 +148,18 @@ class Following:
             if status == "bounded":
                 followed.bound(operator, step)
                 continue
-            extra = None
+            extras: list[Tensor] = []
+            # Not where the budget pays too little: the start alone is what improves the vector.
+            if isinstance(operator, PreconditionedOperator) and (at_most is None or at_most > self.k + 1):
+                direction = followed.popups.look(operator, gradient)
+                extras += [] if direction is None else [direction]
             if certify:
                 # A fresh seed: the promise holds for a start that has had no part in the run.
                 certificate = certificate_of(operator, failure=_CERTIFY_FAILURE)
                 matvecs += certificate.matvecs
-                upper, extra = certificate.upper, certificate.vector[None]
-            result = followed.solve(operator, step, extra, at_most)
+                upper = certificate.upper
+                extras.append(certificate.vector[None])
+            result = followed.solve(operator, step, torch.cat(extras) if extras else None, at_most)
             matvecs += result.matvecs + followed.measure_rounding(operator)
             converged = converged and result.converged
         # The first step is not paid for: its solve is long, and the sweeps are recorded during it.
@@ -145,21 +189,33 @@ class Following:
     def _new(self) -> Followed:
         """Start to follow an operator. Its random numbers are its own: no other operator changes what is found."""
         generator = torch.Generator().manual_seed(0)
-        return Followed(WarmLanczos(self.k, self.tol, self.max_matvecs, generator), self.tf32)
+        options = self.k, self.tol, self.max_matvecs, generator
+        assert self.width is not None
+        wide = self.width > 1
+        return Followed(WarmBlockLanczos(*options, width=self.width) if wide else WarmLanczos(*options), self.tf32)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what continues identically: tensors and plain Python only."""
         return {
             "followed": {name: f.state_dict() for name, f in self.followed.items()},
             "budget": None if self.budget is None else self.budget.state_dict(),
+            "width": self.width,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore ``state_dict()``'s result.
 
         Raises:
-            ValueError: a field of a part's state is missing or unknown, or its version is another one.
+            ValueError: a field of a part's state is missing or unknown, or its version is another one; or the state is
+                of another ``width``.
         """
+        if None not in (self.width, state["width"]) and self.width != state["width"]:
+            raise ValueError(
+                f"the state is of solves by blocks of {state['width']}, and this tracker's are of {self.width}: "
+                "make it with the same block=."
+            )
+        # What was measured once holds for the whole run, so that a resumed one makes the same products.
+        self.width = self.width if state["width"] is None else state["width"]
         self.followed = {name: self._new() for name in state["followed"]}
         for name, followed in self.followed.items():
             followed.load_state_dict(state["followed"][name])

@@ -33,6 +33,8 @@ class Record:
         matvecs: Hessian-vector products spent at this step.
         status: "measured": solved to ``tol``, or ``converged`` is False. "bounded": the Rayleigh quotient of the last
             measured vector, a lower bound. "carried": the last value. "untracked": none, with ``products=False``.
+            "failed": a product or a preconditioner was not finite, so that sharpness, its error and ratio are NaN;
+            what was spent before it failed is not in ``matvecs``. The next step is measured as if nothing had been.
         converged: every solve of this step reached ``tol``.
         eigenvalues: the k largest at the last measured step, of ``preconditioned_sharpness``'s operator if there is
             one, else of the Hessian.

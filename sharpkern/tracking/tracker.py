@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from ..curvature.losses import NonFiniteLossError
 from ..curvature.memory import Memory
 from ..curvature.preconditioned import PreconditionedOperator
-from ..curvature.wrappers import Kind
 from ..eigen.state import check_state
 from ..optimizers.preconditioner import Preconditioner, is_adaptive, threshold_preconditioner
 from ..optimizers.rules import learning_rate
@@ -25,14 +24,14 @@ from ..rop.sandbox import kept_random_states
 from .budget import Status
 from .cost import Cost, cost_of, forecast
 from .directions import directional_curvatures
-from .followed import Followed
+from .failures import FAILURES, Failures
 from .following import Following, Look, Operator
 from .gradients import climbs, gradients_to_step_with
+from .options import check_kind, check_options
 from .record import Record
 from .target import StepHessian, Target
 
-_VERSION = 1  # of a saved state: raise it when a field changes its name or its meaning
-_TF32_TOL = 0.005  # ten times TF32's rounding of a number: below, residuals would be mostly rounding
+_VERSION = 2  # of a saved state: raise it when a field changes its name or its meaning
 
 
 class SharpnessTracker:
@@ -41,7 +40,8 @@ class SharpnessTracker:
     ``observe(batch)`` stands beside a loop of your own and changes nothing: call it before ``optimizer.step()``.
     ``step(batch)`` replaces the forward and backward pass, which saves one gradient: it sets ``p.grad`` for every
     trainable parameter (nothing is accumulated), and lets batch-norm statistics change as a training forward does.
-    Both find the sharpness by ``WarmLanczos`` (docs/tracking.md).
+    Both find the sharpness by ``WarmLanczos``, or by ``WarmBlockLanczos`` with ``block`` (docs/tracking.md). A step
+    that cannot be measured, as a product is not finite, has a record with ``status="failed"``, and training goes on.
 
     Args:
         model: a module; one that ``torch.compile`` has wrapped is looked into. Under ``DistributedDataParallel`` or
@@ -72,6 +72,11 @@ class SharpnessTracker:
             twice a product's time; see docs/cost.md.
         products: False spends no Hessian-vector product: only ``Record.batch_sharpness`` and
             ``Record.update_curvature`` are measured, at every step, and ``Record.sharpness`` is NaN.
+        block: vectors in a product: None or 1 for one after the other. Blocks of 3 need about half as many products one
+            after the other, each with 3 vectors, and miss fewer steps; they need memory for 3 tangents of each
+            activation. "auto": at the first step, for 20 products more, it is measured what a block costs here, and
+            blocks are used where it is at most 1.8 times as much as one vector; which it is then depends on the clock,
+            and stays in ``state_dict``.
         directions: True: measure these two as well, at every step, for about half a product each. False: neither.
             None: spend one such half product at measured steps, if no ``budget`` is set and a program gives it: for
             the batch sharpness, and for the update curvature too where the update is along the gradient.
@@ -105,31 +110,26 @@ class SharpnessTracker:
         chunk: int | None = None,
         recompute: bool = False,
         products: bool = True,
+        block: int | Literal["auto"] | None = None,
         directions: bool | None = None,
     ) -> None:
-        if not 0 < tol < 1:
-            raise ValueError(f"tol must lie between 0 and 1, got {tol}.")
-        if tf32 and tol < _TF32_TOL:
-            raise ValueError(f"tol must be at least {_TF32_TOL} with tf32=True, whose rounding is 0.0005; got {tol}.")
-        if every < 1 or k < 1 or max_matvecs < k:
-            raise ValueError(f"need every >= 1, k >= 1 and max_matvecs >= k, got {every}, {k} and {max_matvecs}.")
-        if budget is not None and not budget > 0:
-            raise ValueError(f"budget must be a positive fraction of a step's time, got {budget}.")
-        if probe is not None and loader is not None:
-            raise ValueError("give probe or loader, not both.")
-        if chunk is not None and chunk < 1:
-            raise ValueError(f"chunk must be at least 1 example, got {chunk}.")
-        if not products and directions is False:
-            raise ValueError("products=False and directions=False leave nothing to measure.")
+        check_options(
+            tol=tol, every=every, max_matvecs=max_matvecs, k=k, budget=budget, probe=probe, loader=loader, tf32=tf32,
+            chunk=chunk, products=products, block=block, directions=directions,
+        )  # fmt: skip
         self.model, self.loss_fn, self.optimizer = model, loss_fn, optimizer
         self.tol, self.every, self.max_matvecs, self.k = tol, every, max_matvecs, k
         self.tf32, self.products, self.directions = tf32, products, directions
         self._target = Target(
             model, loss_fn, probe=probe, loader=loader, params=params, chunk=chunk, verify=verify, recompute=recompute
         )
-        _check_kind(self._target.kind, budget=budget, directions=directions or not products)
+        check_kind(self._target.kind, budget=budget, block=block, directions=directions or not products)
         self._steps = 0
-        self._following = Following(k=k, tol=tol, every=every, max_matvecs=max_matvecs, budget=budget, tf32=tf32)
+        self._following = Following(
+            k=k, tol=tol, every=every, max_matvecs=max_matvecs, budget=budget, tf32=tf32,
+            width=None if block == "auto" else block or 1,
+        )  # fmt: skip
+        self._failures = Failures()
         self._left_at: float | None = None  # clock at the end of the last call
         self._primal_seconds = math.nan  # that the last loss and gradient took
         try:
@@ -228,25 +228,42 @@ class SharpnessTracker:
         self._steps += 1
         if status in ("bounded", "carried") and self._decisive() not in self._following.followed:
             status = "measured"  # parameters were replaced since the choice, so there is nothing to carry
-        along = self._measures_directions(status)
-        # Made once: the preconditioned operator and the norm of the update are about the same P.
-        P = None
-        if self._decisive() != "sharpness" and (along or status in ("measured", "bounded")):
-            P = threshold_preconditioner(self.optimizer, gradients)
-        look = Look()
-        if status in ("measured", "bounded"):
-            look = self._following.look(
-                status, self._operators(P), self._decisive(), self._steps, paid_from, certify=certify
-            )
         hessian = self._target.hessian
         assert hessian is not None
-        directions: tuple[float | None, float | None] = (None, None)
-        if along:
-            both = self.directions is True or not self.products
-            directions = directional_curvatures(hessian, self.optimizer, gradients, P, two_forms=both)
+        try:
+            look, directions = self._look(hessian, status, gradients, paid_from, certify=certify)
+        except FAILURES as error:
+            self._failures.note(error, self._steps, self._target.kind)
+            status, look, directions = "failed", Look(converged=False), (None, None)
         # Last, because reading a number waits for the device.
         loss, grad_norm = float(hessian.loss), float(torch.nn.utils.get_total_norm(gradients.values()))
         return self._left(self._record(loss, grad_norm, status, look, directions), paid_from)
+
+    def _look(
+        self,
+        hessian: StepHessian,
+        status: Status,
+        gradients: dict[Tensor, Tensor],
+        paid_from: float,
+        *,
+        certify: bool,
+    ) -> tuple[Look, tuple[float | None, float | None]]:
+        """Look at the eigenvalues and along the directions, as far as the status says."""
+        along, solves = self._measures_directions(status), status in ("measured", "bounded")
+        # Made once: the preconditioned operator and the norm of the update are about the same P.
+        P = None
+        if self._decisive() != "sharpness" and (along or solves):
+            P = threshold_preconditioner(self.optimizer, gradients)
+        look = Look()
+        if solves:
+            look = self._following.look(
+                status, self._operators(P), self._decisive(), self._steps, paid_from, gradient=hessian.gradient,
+                certify=certify,
+            )  # fmt: skip
+        if not along:
+            return look, (None, None)
+        both = self.directions is True or not self.products
+        return look, directional_curvatures(hessian, self.optimizer, gradients, P, two_forms=both)
 
     def _measures_directions(self, status: Status) -> bool:
         if self.directions is not None:
@@ -350,15 +367,15 @@ class SharpnessTracker:
         adaptive = self._has_threshold and is_adaptive(self.optimizer)
         return "preconditioned_sharpness" if adaptive else "sharpness"
 
-    def _deciding(self) -> Followed:
-        return self._following.followed[self._decisive()]
-
     def _threshold_and_ratio(self) -> tuple[float | None, float | None]:
         if not self._has_threshold:
             return None, None
         lr, kappa = learning_rate(self.optimizer.param_groups[0]), stability_threshold(self.optimizer)
-        ratio = lr * self._deciding().value / kappa if self.products else None
-        return kappa / lr if lr > 0 else math.inf, ratio
+        threshold = kappa / lr if lr > 0 else math.inf
+        if not self.products:
+            return threshold, None
+        deciding = self._following.followed.get(self._decisive())  # there is none after a first step that failed
+        return threshold, math.nan if deciding is None else lr * deciding.value / kappa
 
     def _record(
         self,
@@ -369,10 +386,13 @@ class SharpnessTracker:
         directions: tuple[float | None, float | None] = (None, None),
     ) -> Record:
         threshold, ratio = self._threshold_and_ratio()
-        look, followed = look or Look(), self._following.followed
+        failed = status == "failed"
+        look, followed = look or Look(), {} if failed else self._following.followed
         sharpness = followed.get("sharpness")  # there is none with products=False
         preconditioned = followed.get("preconditioned_sharpness") if self._decisive() != "sharpness" else None
         deciding = preconditioned or sharpness
+        # A failed step has NaN where others have a number, and None where they have None.
+        adaptive = math.nan if failed and self.products and self._decisive() != "sharpness" else None
         return Record(
             step=self._steps,
             loss=loss,
@@ -380,10 +400,10 @@ class SharpnessTracker:
             grad_norm=grad_norm,
             sharpness=math.nan if sharpness is None else sharpness.value,
             sharpness_error=math.nan if sharpness is None else sharpness.doubt(self._steps),
-            preconditioned_sharpness=None if preconditioned is None else preconditioned.value,
-            preconditioned_sharpness_error=None if preconditioned is None else preconditioned.doubt(self._steps),
+            preconditioned_sharpness=adaptive if preconditioned is None else preconditioned.value,
+            preconditioned_sharpness_error=adaptive if preconditioned is None else preconditioned.doubt(self._steps),
             threshold=threshold,
-            ratio=ratio,
+            ratio=math.nan if failed and ratio is not None else ratio,
             matvecs=look.matvecs,
             status=status,
             converged=look.converged,
@@ -412,17 +432,7 @@ class SharpnessTracker:
         Raises:
             ValueError: a field is missing or unknown, here or in a part's state, or a version is another one.
         """
-        check_state("SharpnessTracker", state, ("steps", "followed", "budget"), _VERSION)
+        parts = ("followed", "budget", "width")
+        check_state("SharpnessTracker", state, ("steps", *parts), _VERSION)
+        self._following.load_state_dict({name: state[name] for name in parts})
         self._steps = state["steps"]
-        self._following.load_state_dict({name: state[name] for name in ("followed", "budget")})
-
-
-def _check_kind(kind: Kind, *, budget: float | None, directions: bool) -> None:
-    """Raise a ValueError for options that a model over several processes does not have."""
-    if kind != "plain" and budget is not None:
-        raise ValueError(
-            "budget= goes by the clock, which differs between processes, so that some would measure and others not: "
-            "use every=."
-        )
-    if kind == "fsdp2" and directions:
-        raise ValueError("directions=True and products=False need whole vectors, and fully_shard's are sharded.")

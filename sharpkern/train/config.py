@@ -94,6 +94,11 @@ class TrackingConfig:
         "track the Hessian of the first so many training examples, instead of that of each step's own batch",
     ] = None
     dataset: Annotated[bool, "track the Hessian of the whole training set, added up over its batches"] = False
+    block: Annotated[
+        Literal["no", "yes", "auto"],
+        "multiply three vectors at a time: half the products one after the other, and more memory; auto measures at "
+        "the first step whether that pays",
+    ] = "no"
     tf32: Annotated[bool, "on a GPU, let the products round to TF32; needs a tol of at least 0.005"] = False
     chunk: Annotated[int | None, "differentiate at most so many examples of a batch at a time, to save memory"] = None
     products: Annotated[
