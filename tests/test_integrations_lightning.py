@@ -105,8 +105,16 @@ def test_values_are_true_and_logged(tmp_path: Path) -> None:
     assert logged == {"1": pytest.approx(rows[0]["sharpness"]), "3": pytest.approx(rows[1]["sharpness"])}
 
 
-def test_an_offline_run_of_weights_and_biases_gets_the_values(tmp_path: Path) -> None:
+def test_a_module_of_lightnings_becomes_a_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr("sharpkern.curvature.engines._warn", told.append)
+    fit(Network(), loader_of(), tmp_path, [SharpnessCallback(nn.CrossEntropyLoss())])
+    assert not told
+
+
+def test_an_offline_run_of_weights_and_biases_gets_the_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wandb = pytest.importorskip("wandb")
+    monkeypatch.chdir(tmp_path)
     from lightning.pytorch.loggers import WandbLogger
 
     logger = WandbLogger(project="sharpness", offline=True, save_dir=str(tmp_path))

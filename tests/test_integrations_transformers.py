@@ -213,6 +213,7 @@ def test_an_offline_run_of_weights_and_biases_gets_the_values(tmp_path: Path, mo
     wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
     trainer = trainer_for(vit(), images(12), tmp_path / "out", report_to=["wandb"])
     trainer.add_callback(SharpnessCallback(trainer))
     trainer.train()

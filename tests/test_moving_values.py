@@ -206,3 +206,19 @@ def test_a_global_is_not_taken_for_an_attribute_or_a_local_of_its_name() -> None
     H = sk.HessianOperator(net(Reading(SimpleNamespace(slope=1.0))), F.cross_entropy, batch())
     globals().update(h=1.0, config=1.0)
     assert H._engines.unchanged()
+
+
+def test_products_see_the_numbers_that_the_pass_wrote_and_the_tensor_keeps_its_own() -> None:
+    memory, shift = torch.rand(4).double(), torch.randn(4).double()
+
+    def loss_fn(params: dict[str, torch.Tensor], batch: torch.Tensor) -> torch.Tensor:
+        memory.mul_(0.5).add_(batch)
+        return torch.tanh(params["w"] * memory).square().sum()
+
+    before, w, v = memory.clone(), torch.randn(4).double(), torch.randn(4).double()
+    with pytest.warns(UserWarning, match="autograd"):
+        H = sk.HessianOperator(None, loss_fn, shift, params={"w": w})
+    now = 0.5 * before + shift
+    dense = torch.autograd.functional.hessian(lambda w: torch.tanh(w * now).square().sum(), w)
+    torch.testing.assert_close(H @ v, dense @ v, rtol=1e-10, atol=1e-12)
+    assert torch.equal(memory, before)

@@ -268,7 +268,8 @@ class Engines:
             return
         kept = Kept(self.module)
         try:
-            yield
+            with kept.for_graph():
+                yield
         finally:
             kept.put_back()
 

@@ -33,6 +33,8 @@ _FRAMEWORKS = {
     "transformers", "peft", "accelerate", "diffusers", "huggingface_hub", "lightning", "pytorch_lightning", "timm",
     "torchvision", "torchaudio", "einops", "scipy", "triton",
 }  # fmt: skip
+# What they keep around a model, in attributes of its own too, is the training loop's: no forward pass reads it.
+_TRAINERS = {"lightning", "pytorch_lightning", "lightning_fabric", "accelerate"}
 _FUNCTIONS: tuple[type, ...] = (types.FunctionType, types.MethodType, functools.partial)
 _CONTAINERS: tuple[type, ...] = (list, tuple, set, frozenset, collections.deque, collections.abc.Mapping)
 
@@ -182,7 +184,7 @@ class Reader:
 
     def _object(self, value: Any, where: str, names: frozenset[str], depth: int) -> None:
         """Read those attributes of an object that the code mentions."""
-        if id(value) in self._seen:
+        if id(value) in self._seen or is_trainers(type(value)):
             return
         self._seen.add(id(value))
         # A library's object, such as an optimizer: what the user's code names, and what a function named there reads.
@@ -313,7 +315,7 @@ def _slots(cls: type) -> frozenset[str]:
 def names_in_class(cls: Any) -> frozenset[str]:
     """Return all names that the functions of a class mention, those of torch's and Python's base classes apart."""
     # Their functions mention every name that torch itself uses, and would make all attributes look read.
-    bases = [base for base in cls.__mro__ if base is not nn.Module and base is not object]
+    bases = [b for b in cls.__mro__ if b is not nn.Module and b is not object and not is_trainers(b)]
     functions = [_function_of(member) for base in bases for member in vars(base).values()]
     # What the constructor alone mentions is read once, before the export.
     return _names_in_all(tuple(f.__code__ for f in functions if f is not None and f.__name__ != "__init__"))
@@ -351,6 +353,11 @@ def globals_in_code(code: types.CodeType) -> frozenset[str]:
 def is_library(module: str | None) -> bool:
     """Whether code belongs to torch, NumPy or Python itself, which keep no numbers of the user's."""
     return (module or "builtins").partition(".")[0] in _LIBRARIES
+
+
+def is_trainers(cls: type) -> bool:
+    """Whether a class belongs to a library that trains other people's modules."""
+    return cls.__module__.partition(".")[0] in _TRAINERS
 
 
 def is_standard(module: str | None) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import operator
 from collections import deque
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -114,6 +115,24 @@ class Kept:
     def written(self) -> list[str]:
         """Describe the tensors whose numbers have changed."""
         return [f"a tensor of shape {list(t.shape)}" for t, copy in self._copies if was_written(t.detach(), copy)]
+
+    def for_graph(self) -> AbstractContextManager[Any]:
+        """Let a graph that is recorded within the block hold copies of these tensors, so that they can be put back."""
+        held = {t.untyped_storage().data_ptr() for t, _ in self._copies if t.layout is torch.strided}
+
+        def pack(t: Tensor) -> tuple[Tensor, int]:
+            mine = not t.requires_grad and t.layout is torch.strided and t.untyped_storage().data_ptr() in held
+            t = t.detach().clone() if mine else t
+            return t, t._version
+
+        def unpack(packed: tuple[Tensor, int]) -> Tensor:
+            t, version = packed
+            # Torch looks itself only where there are no such functions.
+            if t._version != version:
+                raise RuntimeError("a tensor that the graph needs has been modified by an inplace operation")
+            return t
+
+        return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
     def put_back(self) -> None:
         """Put values and numbers back; a tensor that was not written is not touched."""
