@@ -29,18 +29,25 @@ def test_lobpcg_refuses_blocks_that_do_not_fit() -> None:
 def test_lobpcg_spends_far_fewer_products_than_steepest_ascent() -> None:
     """The part of X that the last step added is what makes it a conjugate method."""
     op = Dense(prescribed(torch.linspace(0, 1, 60, dtype=F64) ** 2))
-    values, x, ascent = torch.linalg.eigvalsh(op.A), torch.randn(60, dtype=F64), 0
-    for ascent in range(1, 2000):  # noqa: B007
+    top = float(torch.linalg.eigvalsh(op.A)[-1])
+    results = [lobpcg(op, 1, tol=1e-5, max_matvecs=2000, generator=g(i)) for i in range(5)]
+    assert all(float(r.eigenvalues[0]) == pytest.approx(top, rel=1e-5) for r in results)
+    # Of five starts each, for one of them may be lucky.
+    assert sum(r.matvecs for r in results) <= 0.5 * sum(ascent_products(op.A) for _ in range(5))
+
+
+def ascent_products(A: torch.Tensor) -> int:
+    """Count the products of steepest ascent from a random start to a relative residual of 1e-5."""
+    x, products = torch.randn(len(A), dtype=F64), 0
+    while True:
+        products += 1
         x = x / x.norm()
-        theta = x @ op.A @ x
-        r = op.A @ x - theta * x
+        theta = x @ A @ x
+        r = A @ x - theta * x
         if float(r.norm()) <= 1e-5 * float(theta):
-            break
+            return products
         plane = torch.linalg.qr(torch.stack([x, r], 1))[0]
-        x = plane @ torch.linalg.eigh(plane.t() @ op.A @ plane).eigenvectors[:, -1]
-    result = lobpcg(op, 1, tol=1e-5, max_matvecs=2000)
-    assert float(result.eigenvalues[0]) == pytest.approx(float(values[-1]), rel=1e-5)
-    assert result.matvecs <= 0.5 * ascent
+        x = plane @ torch.linalg.eigh(plane.t() @ A @ plane).eigenvectors[:, -1]
 
 
 def test_lobpcg_spends_no_more_than_three_times_lanczos() -> None:

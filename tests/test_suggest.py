@@ -63,8 +63,6 @@ MAKE: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 def test_the_suggestion_trains_and_costs_what_it_says(name: str) -> None:
     model, batch = network(), images()
     optimizer = MAKE[name](model.parameters())
-    calls = [0]
-    model.register_forward_hook(lambda *_: calls.__setitem__(0, calls[0] + 1))
     before = [*(p.detach().clone() for p in model.parameters()), torch.get_rng_state()]
     told: list[str] = []
     s = sk.suggest_warmup(model, half_mean_squares, batch, optimizer, probe_steps=32, on_run=told.append)

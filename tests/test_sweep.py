@@ -125,10 +125,10 @@ def test_mistakes_in_the_file_are_one_line(tmp_path: Path, text: str, message: s
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "the following arguments are required: file; see sharpkern sweep --help"),
+        ([], "Missing argument 'file' - see sharpkern sweep --help."),
         (["nowhere.toml"], "nowhere.toml: no such sweep file"),
         (["FILE", "--processes", "0"], "--processes must be at least 1, got 0"),
-        (["FILE", "--executor", "ray"], "invalid choice: 'ray'"),
+        (["FILE", "--executor", "ray"], "'ray' is not one of 'local', 'submitit'"),
         (["FILE", "--executor", "submitit", "--submitit", "debug"], "--submitit needs KEY=VALUE, got 'debug'"),
     ],
 )

@@ -7,6 +7,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from .. import kernels
 from ..kernels.cpu.huge_pages import empty
@@ -82,7 +83,7 @@ class Basis:
                     break
                 self.Q[m + i] = random_rows(1, self.op, self.generator)[0]
             else:
-                raise RuntimeError(f"no direction beside {m + i} vectors of length {self.op.n} in {_ATTEMPTS} tries.")
+                raise LinAlgError(f"no direction beside {m + i} vectors of length {self.op.n} in {_ATTEMPTS} tries.")
         self.W[m : m + j] = multiply(self.op, self.Q[m : m + j])
         self.size = m + j
         # T on the CPU in float64: it is small, and Ritz values must not lose what float32 vectors still hold.
