@@ -18,7 +18,9 @@ class PopUps:
     A ReLU neuron that was silent has second moments near zero, so P of its weights is tiny. In the step in which it
     becomes active it can own the top eigenvector of P^-1/2 H P^-1/2, by factors of the value, and be gone at the next.
     That vector is orthogonal to all that a warm solver knows. But the weights are known, and their gradient is not
-    zero any more: the gradient of these weights alone, scaled by P^-3/2, has cosines of 0.3 to 0.6 with it.
+    zero any more. For one neuron and one example, the top eigenvector is P^-1/2 times the gradient of these weights.
+    Of several neurons, the one with the smallest P owns it, which asks for another factor P^-1/2. The vector P^-1 g of
+    these weights has cosines of 0.5 to 0.9 with it for one neuron, and of 0.1 to 0.5 in networks of 1e5 weights.
 
     Attributes:
         inv_sqrt: P^-1/2 ``[n]`` of the last look; None before the first.
@@ -50,4 +52,4 @@ class PopUps:
         if float(count if space is None else space.total(count)) < _LEAST:
             return None
         # No scaling to length one: each process would divide its part by its own length. The basis normalises.
-        return torch.where(fallen, now * now * (now * gradient.to(now)), 0.0)[None]
+        return torch.where(fallen, now * (now * gradient.to(now)), 0.0)[None]
