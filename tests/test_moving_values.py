@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 import random
@@ -15,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from small_models import agrees, batch, eager, net
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import sharpkern as sk
 from sharpkern.rop.double_backward import DoubleBackward
@@ -222,3 +224,41 @@ def test_products_see_the_numbers_that_the_pass_wrote_and_the_tensor_keeps_its_o
     dense = torch.autograd.functional.hessian(lambda w: torch.tanh(w * now).square().sum(), w)
     torch.testing.assert_close(H @ v, dense @ v, rtol=1e-10, atol=1e-12)
     assert torch.equal(memory, before)
+
+
+class Checkpointed(nn.Module):
+    """A region that runs once more in every backward pass, and moves statistics and a counter each time."""
+
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)
+        self.reentrant, self.passes = reentrant, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(checkpoint(self.region, self.first(x), use_reentrant=self.reentrant))
+
+    def region(self, h: Tensor) -> Tensor:
+        self.passes += 1
+        return torch.tanh(self.norm(h))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.filterwarnings("ignore:sharpkern. this model does not export")
+def test_products_through_a_checkpoint_move_nothing(reentrant: bool) -> None:
+    model = Checkpointed(reentrant).double()
+    twin = copy.deepcopy(model)
+    optimizer, plain = (torch.optim.SGD(m.parameters(), lr=0.1) for m in (model, twin))
+    x, y = torch.randn(12, 4).double(), torch.randint(0, 3, (12,))
+    tracker = sk.SharpnessTracker(model, F.cross_entropy, optimizer)
+    for _ in range(3):
+        tracker.step((x, y))
+        before = [b.clone() for b in model.buffers()]
+        tracker.observe((x, y))
+        assert all(torch.equal(a, b) for a, b in zip(before, model.buffers(), strict=True))
+        optimizer.step()
+        plain.zero_grad()
+        F.cross_entropy(twin(x), y).backward()
+        plain.step()
+        assert model.passes == twin.passes
+        for a, b in zip([*model.buffers(), *model.parameters()], [*twin.buffers(), *twin.parameters()], strict=True):
+            assert torch.allclose(a, b, rtol=1e-12, atol=1e-12)

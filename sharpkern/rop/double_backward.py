@@ -119,7 +119,15 @@ class DoubleBackward:
     def _columns(self, product: Callable[[list[Tensor]], Tensor], block: Tensor) -> Tensor:
         tensors = self.layout.tensors
         try:
-            with user_code, requiring_grad(tensors):
+            with ExitStack() as stack:
+                for context in (
+                    user_code,
+                    requiring_grad(tensors),
+                    # A checkpointed region runs again in every product, with what it does to buffers and values.
+                    self._kept(),
+                    buffers_on_copies([self.module, *self.others]),
+                ):
+                    stack.enter_context(context)
                 # One after the other: batched cotangents are an experiment of torch, without a rule for some ops, and
                 # the unusual ops are those that end here.
                 columns = zip(*self.layout.views(block), strict=True)
