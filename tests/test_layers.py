@@ -21,8 +21,8 @@ LAYERS = {
     "eigen": "common stopping state basis certificate krylov locally_optimal power chain warm_start warm warm_block",
     "optimizers": "parts held gi_adam rules.rule rules.sgd rules.adam rules.squares rules.adafactor rules.table norms "
     "threshold preconditioner next_update unit_ball geometry",
-    "curvature": "losses parameters wrappers reading watch eager gate engines freshness base operators fisher dataset "
-    "chunked memory negative preconditioned distributed.group distributed.shards distributed.blocks "
+    "curvature": "losses parameters wrappers reading watch eager gate engines freshness base operators repeatable "
+    "fisher dataset chunked memory negative preconditioned distributed.group distributed.shards distributed.blocks "
     "distributed.skeleton distributed.replicated distributed.sharded distributed.choose sharpness audit",
     "spectrum": "probes trace diagonal density layers",
     "dynamics": "",

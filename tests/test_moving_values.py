@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import sharpkern as sk
+from sharpkern.curvature.repeatable import ChangedLossError, NotRepeatableError
 from sharpkern.rop.double_backward import DoubleBackward
 
 SLOPE = 1.0
@@ -262,3 +263,36 @@ def test_products_through_a_checkpoint_move_nothing(reentrant: bool) -> None:
         assert model.passes == twin.passes
         for a, b in zip([*model.buffers(), *model.parameters()], [*twin.buffers(), *twin.parameters()], strict=True):
             assert torch.allclose(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:sharpkern. this model does not export")
+def test_passes_beside_training_are_refused_where_they_would_take_from_an_iterator() -> None:
+    sgd = functools.partial(torch.optim.SGD, lr=0.1)
+    for use in (
+        lambda m: sk.SharpnessTracker(m, F.cross_entropy, sgd(m.parameters())).observe(batch()),
+        lambda m: sk.SharpnessTracker(m, F.cross_entropy, sgd(m.parameters()), probe=batch()).step(batch()),
+        lambda m: sk.SharpnessTracker(m, F.cross_entropy, sgd(m.parameters())).step(
+            sk.MicroBatches([batch(), batch()])
+        ),
+        lambda m: sk.DatasetHessian(m, F.cross_entropy, [batch(), batch()]),
+    ):
+        model, _ = twins("taken")
+        with pytest.raises(NotRepeatableError, match=r"reads an iterator \(model\.1\.steps\)"):
+            use(model)
+
+
+@pytest.mark.filterwarnings("ignore:sharpkern. this model does not export")
+@pytest.mark.parametrize("kind", REWOUND)
+def test_micro_batches_that_are_run_again_see_the_same_values_or_are_refused(kind: str) -> None:
+    model, twin = twins(kind)
+    parts = [batch(), batch()]
+    H = sk.ChunkedHessian(model, F.cross_entropy, sk.MicroBatches(parts), update_buffers=True)
+    total = sum(len(y) for _, y in parts)
+    losses = [F.cross_entropy(twin(x), y) * len(y) / total for x, y in parts]
+    torch.testing.assert_close(H.loss, sum(losses).detach())
+    with pytest.raises(ChangedLossError, match=r"micro-batch \d gave a loss of"):
+        H.matvec(torch.ones(H.n, dtype=torch.float64))
+    # A tracker notes that it could not measure, and training goes on.
+    tracker = sk.SharpnessTracker(model, F.cross_entropy, torch.optim.SGD(model.parameters(), lr=0.1))
+    with pytest.warns(UserWarning, match=r"micro-batch \d gave a loss of"):
+        assert tracker.step(sk.MicroBatches(parts)).status == "failed"

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from ..rop.sandbox import RandomState, kept_random_states, random_state, set_random_state
 from .base import ParameterOperator
 from .operators import HessianOperator
+from .repeatable import check_no_iterator, check_same_loss
 
 
 class MicroBatches:
@@ -109,6 +110,8 @@ class ChunkedHessian(ParameterOperator):
 
     Raises:
         As ``HessianOperator``.
+        NotRepeatableError: there are several micro-batches, and the model reads an iterator.
+        ChangedLossError: the loss of a micro-batch is another when a product runs it again.
 
     Cost: with c micro-batches, c gradients and c products for each product: the primal values of one micro-batch make
     room for those of the next. With a single one, just a product. Memory: that of one micro-batch.
@@ -156,10 +159,14 @@ class ChunkedHessian(ParameterOperator):
     def _take_over(self, *, update_buffers: bool, first_done: bool) -> None:
         """Run every micro-batch once, with the noise and the changes of buffers that a training step has."""
         loss = gradient = None
+        self._losses: list[Tensor] = []
         for i, (batch, weight) in enumerate(zip(self.batch.batches, self.batch.weights, strict=True)):
             if i or not first_done:
                 with self._noise(i):
                     self.part.refresh(batch, update_buffers=update_buffers)
+            elif len(self.batch.batches) > 1:
+                check_no_iterator(self.part.iterators)
+            self._losses.append(self.part.loss)
             part = self.part.gradient * weight
             gradient = part if gradient is None else gradient.add_(part)
             # In float64, so that a thousand micro-batches add up like one.
@@ -183,6 +190,11 @@ class ChunkedHessian(ParameterOperator):
         with kept_random_states(_cuda_devices()):
             set_random_state(self._random[-1])
             yield
+
+    @property
+    def iterators(self) -> list[str]:
+        """Where the forward pass can reach an iterator."""
+        return self.part.iterators
 
     @property
     def engine(self) -> Any:
@@ -212,6 +224,7 @@ class ChunkedHessian(ParameterOperator):
                 with kept_random_states(_cuda_devices()):
                     set_random_state(self._random[i])
                     self.part.refresh(self.batch.batches[i])
+                check_same_loss(self.part.loss, self._losses[i], f"micro-batch {i}")
                 self._held = i
             yield self.batch.weights[i]
 

@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 from ..rop.sandbox import kept_random_states, random_state, set_random_state
 from .base import ParameterOperator
 from .operators import HessianOperator
+from .repeatable import check_no_iterator
 
 
 class DatasetHessian(ParameterOperator):
@@ -31,6 +32,7 @@ class DatasetHessian(ParameterOperator):
     Raises:
         ValueError: no batch, an empty one, or an unknown reduction.
         NonFiniteLossError: the loss of a batch is NaN or infinite.
+        NotRepeatableError: the model reads an iterator.
 
     Cost: for a block of k vectors, as many gradients and k-vector products as there are batches. Memory: one batch.
     """
@@ -55,6 +57,7 @@ class DatasetHessian(ParameterOperator):
             raise ValueError("the loader gives no batch.")
         self._random = random_state()
         self._hessian = HessianOperator(model, loss_fn, first, params=params, verify=verify, recompute=recompute)
+        check_no_iterator(self._hessian.iterators)
         self.params = self._hessian.params
         self.n, self.dtype, self.device = self._hessian.n, self._hessian.dtype, self._hessian.device
 

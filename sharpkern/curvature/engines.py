@@ -84,6 +84,11 @@ class Engines:
         """Modules that the loss function reaches without containing them."""
         return [] if self._snapshot is None else self._snapshot.others
 
+    @property
+    def iterators(self) -> list[str]:
+        """Where the forward pass can reach an iterator, as the names of attributes."""
+        return [] if self._snapshot is None else self._snapshot.iterators
+
     def unchanged(self) -> bool:
         """Look whether modules, parameters and the Python values that their code reads are as at the last refresh."""
         self._holds = self._snapshot is not None and self._snapshot.holds()

@@ -133,6 +133,11 @@ class LossCurvature(ParameterOperator):
         return self._engines.others
 
     @property
+    def iterators(self) -> list[str]:
+        """Where the forward pass can reach an iterator, of which every ``refresh`` takes a value."""
+        return self._engines.iterators
+
+    @property
     def fallback_ops(self) -> list[str]:
         """Names of the ops without a rule of their own: right, but slow."""
         return self._engine.fallback_ops

@@ -7,12 +7,13 @@ import warnings
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from ..curvature.losses import NonFiniteLossError
+from ..curvature.repeatable import ChangedLossError
 from ..curvature.wrappers import Kind
 from ..eigen.common import NonFiniteProductError
 from ..optimizers.preconditioner import NonFinitePreconditionerError
 
 # The loss is that of a probe or of a loader: a step's own is raised before anything is measured.
-FAILURES = (NonFiniteProductError, NonFinitePreconditionerError, NonFiniteLossError, LinAlgError)
+FAILURES = (NonFiniteProductError, NonFinitePreconditionerError, NonFiniteLossError, ChangedLossError, LinAlgError)
 
 
 class Failures:

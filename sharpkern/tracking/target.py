@@ -16,6 +16,7 @@ from ..curvature.distributed.sharded import ShardedHessian
 from ..curvature.negative import NegativeOperator
 from ..curvature.operators import HessianOperator
 from ..curvature.parameters import gradients_of, select_parameters
+from ..curvature.repeatable import check_no_iterator
 from ..curvature.wrappers import kind_of
 from ..optimizers.held import check_held
 
@@ -87,6 +88,7 @@ class Target:
 
         Raises:
             NonFiniteLossError: the loss is NaN or infinite.
+            NotRepeatableError: the model reads an iterator, and this is not the training step itself.
             ValueError: bad batch, or see ``check_held``.
         """
         if self.chunk is not None and not isinstance(batch, MicroBatches):
@@ -96,6 +98,8 @@ class Target:
             self.hessian.refresh(batch, update_buffers=training)
         else:
             self.hessian = self._operator(batch, update_buffers=training)
+        if not training:
+            _check_beside(self.hessian)
         fits = self._follow(self.hessian.params, optimizer, sets_gradients=training)
         return gradients_of(self.hessian), fits
 
@@ -163,6 +167,7 @@ class Target:
         elif self._instead is None:
             probe = self.probe if self.chunk is None else MicroBatches.split(self.probe, self.chunk)
             self._instead = self._operator(probe, update_buffers=False)
+            _check_beside(self._instead)
         return self._instead
 
     def _operator(self, batch: Any, *, update_buffers: bool) -> StepHessian:
@@ -201,3 +206,9 @@ class Target:
             self._instead = None
         self.order = order
         return fits
+
+
+def _check_beside(operator: StepHessian) -> None:
+    """Refuse passes beside training's own where each would take a value from an iterator of the model's."""
+    if isinstance(operator, HessianOperator | ChunkedHessian):
+        check_no_iterator(operator.iterators)

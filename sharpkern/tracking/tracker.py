@@ -199,6 +199,7 @@ class SharpnessTracker:
 
         Raises:
             NonFiniteLossError: the loss is NaN or infinite.
+            NotRepeatableError: the model reads an iterator; what a pass takes from it, training would miss.
             ValueError: bad batch; the optimizer lacks a parameter; a gradient has another shape; or ``p.grad`` is a
                 hundred times the batch's own gradient and parallel to it, as a ``GradScaler`` leaves it.
 
