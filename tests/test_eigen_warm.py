@@ -217,3 +217,32 @@ def test_the_bound_covers_an_unresolved_top_whose_residual_does_not() -> None:
     missing = 2.01 - float(result.eigenvalues[0])
     assert float(result.residual_norms[0]) < 0.9 * missing
     assert missing <= float(result.error_bounds[0]) <= 0.05
+
+
+def test_a_hint_shortens_the_first_step() -> None:
+    hinted = plain = 0
+    for _ in range(10):
+        A = prescribed(with_top(3.0, 2.4, 2.0, n=90))
+        vectors = torch.linalg.eigh(A)[1]
+        hint = 0.3 * vectors[:, -1:].T + torch.randn(1, 90, dtype=F64) / math.sqrt(90)
+        result = WarmLanczos(tol=0.01).step(Dense(A), hint=hint)
+        assert float(result.eigenvalues[0]) == pytest.approx(3.0, rel=0.01)
+        hinted += result.matvecs
+        plain += WarmLanczos(tol=0.01).step(Dense(A)).matvecs
+    assert hinted <= 0.6 * plain
+
+
+def test_a_hint_at_the_second_eigenvector_does_not_hide_the_first() -> None:
+    A = prescribed(with_top(3.0, 2.0, 1.5, n=90))
+    hint = torch.linalg.eigh(A)[1][:, -2:-1].T
+    result = WarmLanczos(tol=0.01).step(Dense(A), hint=hint)
+    assert float(result.eigenvalues[0]) == pytest.approx(3.0, rel=0.01)
+
+
+@pytest.mark.parametrize("bad", [0.0, math.nan, math.inf])
+def test_a_hint_without_a_length_counts_as_none(bad: float) -> None:
+    A = prescribed(with_top(3.0, 2.4, 2.0, n=90))
+    hint = torch.full((1, 90), bad, dtype=F64)
+    with_hint, without = (WarmLanczos(tol=0.01).step(Dense(A), hint=h) for h in (hint, None))
+    assert with_hint.matvecs == without.matvecs
+    assert torch.equal(with_hint.eigenvalues, without.eigenvalues)

@@ -12,7 +12,7 @@ from .basis import Basis
 from .chain import Chain
 from .common import OF_PRODUCTS, EigenResult, SymmetricOperator, dimension, random_rows
 from .stopping import converged, reason_of
-from .warm_start import FIRST_TOL, WarmStart, reaches, stepped
+from .warm_start import FIRST_TOL, WarmStart, reaches, stepped, usable
 
 _BASIS = 40
 _FIRST_ROUNDS = 3  # beyond convergence at the first step, the first of them with a random vector
@@ -56,7 +56,13 @@ class WarmBlockLanczos(WarmStart):
         self._others: Tensor | None = None  # [at most width - k, n], the next Ritz vectors
         self._chain = Chain()
 
-    def step(self, op: SymmetricOperator, extra: Tensor | None = None, at_most: int | None = None) -> EigenResult:
+    def step(
+        self,
+        op: SymmetricOperator,
+        extra: Tensor | None = None,
+        at_most: int | None = None,
+        hint: Tensor | None = None,
+    ) -> EigenResult:
         """Solve for the present operator; arguments, result and errors as for ``WarmLanczos.step``.
 
         Cost: ``matvecs`` products, of 3 to 12 vectors with a width of 3, one to four after the other; 40 to 60 and 15
@@ -66,7 +72,7 @@ class WarmBlockLanczos(WarmStart):
         k, first = self.k, self._block is None
         tol = self.tol * (FIRST_TOL if first else 1.0)
         most = self.max_matvecs if at_most is None else at_most
-        basis, product = self._begin(op, extra, min(most, n))
+        basis, product = self._begin(op, extra, usable(op, hint) if first else None, min(most, n))
         self.start_value = float(basis.T[0, 0])
         looks, hinted = _FIRST_ROUNDS if first else 0, extra is not None
         while True:
@@ -97,7 +103,9 @@ class WarmBlockLanczos(WarmStart):
             self._others = stepped(basis, theta[k:pairs], Y[:, k:pairs])
         return replace(result, error_bounds=self._bounds(basis, theta, Y, norms[:k]) + OF_PRODUCTS * rounding)
 
-    def _begin(self, op: SymmetricOperator, extra: Tensor | None, most: int) -> tuple[Basis, Tensor | None]:
+    def _begin(
+        self, op: SymmetricOperator, extra: Tensor | None, hint: Tensor | None, most: int
+    ) -> tuple[Basis, Tensor | None]:
         """Multiply the first block; return the product of the chain's vector besides, if it was in the block."""
         first, asked = self._block is None, 0 if extra is None else len(extra)
         size = min(max(_BASIS, 4 * self.width), dimension(op))
@@ -108,7 +116,7 @@ class WarmBlockLanczos(WarmStart):
         guards = [rows for rows in (extra, guard) if rows is not None]
         # Blocks are all of one width, as each width has a recording of its own: a guard takes the last one's place.
         places = max(0, self.width - self.k - sum(len(rows) for rows in guards)) if roomy else 0
-        rows = [self._start(op), *guards]
+        rows = [self._start(op, hint), *guards]
         if first:
             rows.insert(1, random_rows(places, op, self.generator))
         elif self._others is not None:

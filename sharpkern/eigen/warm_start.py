@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from .. import kernels
 from .basis import Basis, Workspace
-from .common import SymmetricOperator, dimension, gram, lengths_of, random_rows
+from .common import SymmetricOperator, dimension, gram, lengths_of, norms_of, random_rows, unit_rows
 from .state import check_state
 
 FIRST_TOL = 0.1  # a random start stops more easily on a wrong eigenvector: ask for more, once
@@ -73,10 +74,17 @@ class WarmStart:
         self.workspace = self.workspace or Workspace(op)
         return self.workspace
 
-    def _start(self, op: SymmetricOperator) -> Tensor:
-        """Return the block plus the fitted multiple of its last change; random vectors at the first step."""
+    def _start(self, op: SymmetricOperator, hint: Tensor | None) -> Tensor:
+        """Return the block plus the fitted multiple of its last change.
+
+        At the first step random vectors, the first of them with as much of ``hint`` in it: it must not be lost where
+        the hint has no part along the eigenvector.
+        """
         if self._block is None:
-            return random_rows(self.k, op, self.generator)
+            rows = random_rows(self.k, op, self.generator)
+            if hint is not None:
+                rows[:1] = unit_rows(op, rows[:1]) + unit_rows(op, hint)
+            return rows
         assert self._change is not None
         if not self._predicts or self._normal == 0:
             return self._block
@@ -133,6 +141,11 @@ class WarmStart:
         for name in self._kept:
             setattr(self, f"_{name}", state[name])
         self.generator.set_state(state["generator"])
+
+
+def usable(op: SymmetricOperator, hint: Tensor | None) -> Tensor | None:
+    """Return a hint ``[1, n]`` that has a length, and None in the place of one that is zero or not finite."""
+    return hint if hint is not None and 0 < float(norms_of(op, hint)[0]) < math.inf else None
 
 
 def reaches(theta: Tensor, norms: Tensor, k: int) -> bool:

@@ -44,10 +44,12 @@ class Followed:
     overlaps: tuple[float, ...] | None = None
     vectors: Tensor | None = field(default=None, repr=False)  # [k, n]
 
-    def solve(self, operator: Any, step: int, extra: Tensor | None, at_most: int | None) -> EigenResult:
+    def solve(
+        self, operator: Any, step: int, extra: Tensor | None, at_most: int | None, hint: Tensor | None = None
+    ) -> EigenResult:
         """Solve at a step, see ``WarmLanczos.step``, and keep what was found."""
-        with tf32_products(on=self.tf32 and self.solves > 0):  # the first one asks for a tenth of tol
-            result = self.solver.step(operator, extra, at_most)
+        with tf32_products(on=self.tf32 and self.solves > 0):  # the first one asks for more than tol
+            result = self.solver.step(operator, extra, at_most, hint)
         self.solves += 1
         if self.vectors is not None:
             cosines = gram(operator, result.eigenvectors, self.vectors)

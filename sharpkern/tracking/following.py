@@ -159,7 +159,8 @@ class Following:
                 matvecs += certificate.matvecs
                 upper = certificate.upper
                 extras.append(certificate.vector[None])
-            result = followed.solve(operator, step, torch.cat(extras) if extras else None, at_most)
+            hint = None if followed.solves else _whitened(operator, gradient)
+            result = followed.solve(operator, step, torch.cat(extras) if extras else None, at_most, hint)
             matvecs += result.matvecs + followed.measure_rounding(operator)
             converged = converged and result.converged
         # The first step is not paid for: its solve is long, and the sweeps are recorded during it.
@@ -221,3 +222,9 @@ class Following:
             followed.load_state_dict(state["followed"][name])
         if self.budget is not None and state["budget"] is not None:
             self.budget.load_state_dict(state["budget"])
+
+
+def _whitened(operator: Operator, gradient: Tensor) -> Tensor:
+    """Return the gradient in the operator's coordinates, ``[1, n]``."""
+    scale = operator.inv_sqrt if isinstance(operator, PreconditionedOperator) else 1.0
+    return (gradient.to(operator.dtype) * scale)[None]
