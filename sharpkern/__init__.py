@@ -1,4 +1,4 @@
-"""sharpkern: sharpness of neural-network training at every step, cheap enough to leave switched on.
+"""sharpkern: the sharpness of neural-network training, step by step.
 
 Public names are loaded on first use, so that ``import sharpkern`` and the command line's ``--help`` do not wait for
 torch.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import sys
 
 import pytest
@@ -176,6 +177,17 @@ def test_a_function_whose_backward_is_wrong_is_named(factor: float, place: str) 
         report = sk.audit(model, lambda o, t: Scaled.apply(F.cross_entropy(o, t), factor), batch)
     assert report.status == ("trustworthy" if factor == 1 else "wrong"), report.lines
     assert ("the autograd.Function Scaled" in report.verdict) == (factor != 1)
+
+
+@pytest.mark.filterwarnings("ignore:sharpkern. this model does not export")
+def test_noise_from_elsewhere_than_torch_is_suspected_before_a_rule() -> None:
+    class Noisy(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) * (1 + random.random())
+
+    random.seed(0)  # two numbers that are far apart
+    report = sk.audit(Noisy(4, 2), nn.MSELoss(), (torch.randn(8, 4), torch.randn(8, 2)))
+    assert "random numbers from elsewhere than torch" in report.verdict
 
 
 @pytest.mark.filterwarnings("ignore:sharpkern. this model does not export")

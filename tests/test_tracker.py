@@ -241,6 +241,21 @@ def test_bounded_steps_report_the_rayleigh_quotient_of_the_last_vector(monkeypat
     assert bounded >= 5
 
 
+def test_a_printed_record_is_short_and_its_repr_is_whole() -> None:
+    record = sk.Record(
+        step=3, loss=1 / 3, lr=0.1, grad_norm=2 / 3, sharpness=20000 / 3, sharpness_error=1e-9 / 3,
+        preconditioned_sharpness=None, preconditioned_sharpness_error=None, threshold=20.0, ratio=float("nan"),
+        matvecs=5, status="failed", converged=False, eigenvalues=(200 / 3, 1.0), overlaps=None, upper=None,
+    )  # fmt: skip
+    assert str(record) == (
+        "Record(step=3, loss=0.3333, lr=0.1, grad_norm=0.6667, sharpness=6667, sharpness_error=3.333e-10, "
+        "threshold=20, ratio=nan, matvecs=5, status=failed, converged=False, eigenvalues=[66.67, 1], seconds=0, "
+        "gradients=nan)"
+    )
+    assert "loss=0.3333333333333333, " in repr(record)
+    assert "upper=None" in repr(record)
+
+
 def test_resumed_tracker_continues_identically(tmp_path) -> None:
     problem = mlp()
     optimizer = torch.optim.Adam(problem.model.parameters(), lr=0.01)

@@ -304,6 +304,11 @@ def _advice(failed: list[Check], unseen: tuple[str, ...]) -> str:
             "The gradient is not that of a scalar function, so there is no Hessian (scale_grad_by_freq changes it), or "
             "a rule is wrong: then please report the model."
         )
+    if failed[0].name.startswith("gradient against eager"):
+        return (
+            "Do two forward passes of the model differ? Then it has random numbers from elsewhere than torch, and no "
+            "Hessian: draw them with torch. Otherwise please report the model."
+        )
     return "Please report the model; until then, use sharpkern only for models that pass."
 
 

@@ -19,8 +19,8 @@ class DatasetHessian(ParameterOperator):
     """The exact Hessian over all batches of a loader: each product runs through them, primal sweeps included.
 
     Args:
-        model: a module; in training mode batch norm makes the Hessian one of these batches, and dropout's masks are
-            the same in every product.
+        model: a module; in training mode batch norm normalises each batch by itself, so that the Hessian depends on how
+            the data are cut into batches; dropout's masks are the same in every product.
         loss_fn: ``(output, targets) -> scalar``, averaged or summed over the examples of a batch.
         batches: can be iterated again and again and gives the same examples (a list, a ``DataLoader``); a batch as for
             ``HessianOperator``, its first tensor one row per example.

@@ -29,7 +29,7 @@ class SpectralDensity:
 
     Attributes:
         nodes: ``[m]`` float64, in the units of the operator. The outermost ones are Ritz values: close to the extreme
-            eigenvalues, and within them.
+            eigenvalues, and never beyond them.
         weights: ``[m]`` float64, of sum one.
         probe: ``[m]`` int64, the probe of each node, from 0.
         n: size of the operator: how many eigenvalues the whole weight stands for.

@@ -23,9 +23,9 @@ class Estimate(Generic[T]):
 
     Attributes:
         value: float, or float64 tensor.
-        standard_error: like ``value``; one standard deviation of the estimate, itself estimated from the spread of its
-            probes, so that few probes tell it roughly. Rounding is not in it. Zero if ``exact``, infinite where one
-            probe cannot tell.
+        standard_error: like ``value``; one standard deviation of the estimate. It is itself estimated from the spread
+            of the probes, so that it is rough where there are few of them. It leaves rounding out. Zero if ``exact``;
+            infinite where there was a single probe, which has no spread.
         matvecs: vectors that the operator was applied to, as product or as quadratic form.
         exact: no probe was random: n was small enough for the identity.
         method: what was done, in words.

@@ -13,39 +13,55 @@ from .budget import Status
 class Record:
     """One training step as the tracker saw it, before the update.
 
+    ``print`` shows the numbers to four digits and leaves out fields that are None; ``repr`` shows everything.
+
     Attributes:
         step: 1 for the first step.
-        loss: at the parameters before the update, on the step's batch. NaN where ``observe`` computed nothing.
+        loss: on the step's batch, at the parameters before the update. NaN where ``observe`` computed nothing.
         lr: learning rate of the optimizer's first group, as it was when the step was tracked.
-        grad_norm: Euclidean norm of the gradient; for ``observe``, of the gradients to step with.
-        sharpness: largest algebraic eigenvalue of the Hessian; of minus the loss for an optimizer that maximises it.
-            NaN with ``products=False``.
-        sharpness_error: at a measured step the residual norm (of the two largest Ritz pairs, where they are closer
-            than twice ``tol``) and rounding: an eigenvalue lies this close to ``sharpness``. Else an estimate: that of
-            the last measured step, and by how much the sharpness has probably moved since.
-        preconditioned_sharpness: largest eigenvalue of P^-1 H for an adaptive optimizer, and for parameter groups with
-            learning rates or thresholds of their own, each group scaled so that one threshold holds for all
-            (``optimizers.threshold.threshold_scales``); else None.
-        preconditioned_sharpness_error: likewise.
-        threshold: kappa / lr: training is stable on a quadratic while the (preconditioned) sharpness is below it.
-            Infinite when lr is 0; None for an optimizer without a known threshold.
-        ratio: (preconditioned) sharpness / threshold; above 1 is beyond the edge of stability.
+        grad_norm: Euclidean norm of the gradient; for ``observe``, of the gradients that the optimizer steps with.
+        sharpness: largest algebraic eigenvalue of the loss's Hessian. For an optimizer with ``maximize=True``, that of
+            minus the loss. NaN with ``products=False`` and at a failed step.
+        sharpness_error: at a measured step, some eigenvalue lies within this distance of ``sharpness``: the norm of the
+            residual and an allowance for rounding. Where the two largest Ritz values are closer than twice ``tol``, the
+            norm of both residuals together is taken. At a carried or bounded step it is an estimate: the error of the
+            last measured step, and by how much the sharpness has probably moved since.
+        preconditioned_sharpness: largest eigenvalue of P^-1 H, where P is the diagonal by which an adaptive optimizer
+            divides its step. Also there where parameter groups have learning rates or thresholds of their own: each
+            group is then scaled so that one threshold holds for all (``optimizers.threshold.threshold_scales``).
+            None for other optimizers.
+        preconditioned_sharpness_error: as ``sharpness_error``, of ``preconditioned_sharpness``.
+        threshold: kappa / lr. On a quadratic loss, training is stable while the sharpness, or the preconditioned
+            sharpness where there is one, is below this. Infinite where lr is 0; None for an optimizer whose threshold
+            is not known.
+        ratio: the sharpness, or the preconditioned sharpness where there is one, divided by ``threshold``. Above 1 is
+            beyond the edge of stability.
         matvecs: Hessian-vector products spent at this step.
-        status: "measured": solved to ``tol``, or ``converged`` is False. "bounded": the Rayleigh quotient of the last
-            measured vector, a lower bound. "carried": the last value. "untracked": none, with ``products=False``.
-            "failed": a product or a preconditioner was not finite, so that sharpness, its error and ratio are NaN;
-            what was spent before it failed is not in ``matvecs``. The next step is measured as if nothing had been.
-        converged: every solve of this step reached ``tol``.
-        eigenvalues: the k largest at the last measured step, of ``preconditioned_sharpness``'s operator if there is
-            one, else of the Hessian.
-        overlaps: for each of their vectors, the length of its projection onto the span of those of the measured step
-            before; None at the first. Small ones mark a crossing, or a cluster, whose single vectors mean nothing.
-        upper: with ``certify``: with probability at least 0.99 over its random start, the (preconditioned) sharpness is
-            at most this. None at steps without ``certify``.
-        batch_sharpness, update_curvature: see ``directional_curvatures``; None where not measured.
-        seconds: that tracking took: in ``step`` besides loss and gradient, in ``observe`` in all; 0 after ``carry``.
-        gradients: the same, in units of the last loss and gradient by the package's own sweeps; NaN at the first step,
-            where these are exported. Clocks differ from run to run, so both are left out of comparisons.
+        status: how the sharpness of this step was found.
+            "measured": by a solve to ``tol``; where it ended early, ``converged`` is False.
+            "bounded": as the Rayleigh quotient of the last measured vector, which is a lower bound.
+            "carried": not at all; the last value is repeated.
+            "untracked": not at all, because of ``products=False``.
+            "failed": it could not be, for example as a product was not finite. Sharpness, its error and ratio are NaN,
+            and ``matvecs`` leaves out what was spent before. The next step is measured as if nothing had been.
+        converged: whether every solve of this step reached ``tol``.
+        eigenvalues: the k largest at the last measured step, in descending order: of P^-1 H where there is a
+            preconditioned sharpness, else of the Hessian.
+        overlaps: one number for each of these eigenvalues' vectors: the length of its projection onto the span of the
+            vectors of the measured step before. Close to 1 means that the direction has stayed. A small one means that
+            eigenvalues have crossed, or lie so close together that their single vectors mean nothing. None at the
+            first measured step.
+        upper: only with ``certify``: with probability at least 0.99 over a random start, the (preconditioned) sharpness
+            is at most this.
+        batch_sharpness: g'Hg / g'g, the curvature of the batch's loss along the batch's own gradient g; None where it
+            was not measured.
+        update_curvature: u'Hu / u'Pu, the curvature along the optimizer's next update u; None where it was not
+            measured.
+        seconds: time that tracking took: for ``step`` besides loss and gradient, for ``observe`` in all; 0 after
+            ``carry``.
+        gradients: ``seconds`` divided by the time that the package's own sweeps take for loss and gradient; NaN at the
+            first step, where the sweeps are made. This and ``seconds`` differ from run to run, so that comparing two
+            records with ``==`` leaves both out.
     """
 
     step: int
@@ -69,6 +85,10 @@ class Record:
     seconds: float = field(default=0.0, compare=False)
     gradients: float = field(default=math.nan, compare=False)
 
+    def __str__(self) -> str:
+        fields = ((name, _rounded(value)) for name, value in vars(self).items() if value is not None)
+        return f"Record({', '.join(f'{name}={value}' for name, value in fields)})"
+
     @property
     def measured(self) -> bool:
         """Whether the sharpness was solved for at this step."""
@@ -78,3 +98,10 @@ class Record:
         """Return a row of metrics: the fields that no clock decides, by name, and ``measured``."""
         kept = {name: value for name, value in vars(self).items() if name not in ("seconds", "gradients")}
         return {**kept, "measured": self.measured}
+
+
+def _rounded(value: Any) -> str:
+    """Write a field's value for a reader: numbers to four digits."""
+    if isinstance(value, tuple):
+        return f"[{', '.join(_rounded(v) for v in value)}]"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

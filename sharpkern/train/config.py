@@ -24,7 +24,7 @@ TF32_TOL = 0.005  # the tracker's own limit: below it TF32's rounding would be m
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The model."""
+    """The reference model. Its kind says which of the other options play a part."""
 
     kind: Annotated[Literal["fcn", "cnn", "gpt"], "fully connected, convolutional with layer norm, or a small GPT"] = (
         "fcn"
@@ -43,7 +43,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """The data."""
+    """The data, of which the test set gives the accuracy."""
 
     name: Annotated[
         Literal["fashion-mnist-5k", "fashion-mnist", "mnist", "cifar-10", "digits", "text"],
@@ -126,7 +126,7 @@ class TrainConfig:
     loss: Annotated[
         Literal["mse", "cross-entropy"], "mse: half the mean over batch and outputs of (output - one-hot)^2"
     ] = "cross-entropy"
-    steps: Annotated[int, "optimizer steps"] = 200
+    steps: Annotated[int, "number of optimizer steps"] = 200
     batch_size: Annotated[int | None, "examples in a mini-batch; full batch by default"] = None
     seed: Annotated[int, "of weights and data order"] = 0
     threads: Annotated[int | None, "torch threads; torch's own choice by default"] = None
@@ -141,7 +141,7 @@ class TrainConfig:
             ValueError: which option, its value, and what is needed.
         """
         # Flags and files come here alike, and before data and model are made: a wrong value costs no time.
-        for key, is_right, need in (*_limits(self), *_tracking_limits(self.tracking)):
+        for key, is_right, need in limits(self):
             if not is_right:
                 raise ValueError(f"{key} must {need}, got {value_of(self, key)}.")
         if self.task is not None:
@@ -165,18 +165,50 @@ class TrainConfig:
                 )
 
 
-_Limit = tuple[str, bool, str]  # key, whether its value is right, what it must do
+Limit = tuple[str, bool, str]  # key, whether its value is right, what it must do
 
 
-def _limits(config: TrainConfig) -> list[_Limit]:
-    # WarmupLR refuses the last five too, but speaks of its arguments and not of options.
-    o, at_least = config.optimizer, "be at least 1"
+def limits(config: TrainConfig) -> list[Limit]:
+    """List what the values of options must do, and whether a configuration's own do."""
+    return [
+        *_run_limits(config),
+        *_problem_limits(config),
+        *_optimizer_limits(config),
+        *_tracking_limits(config.tracking),
+    ]
+
+
+def _run_limits(config: TrainConfig) -> list[Limit]:
+    at_least = "be at least 1"
     return [
         ("steps", config.steps >= 1, at_least),
         ("eval_every", config.eval_every >= 1, at_least),
         ("checkpoint_every", config.checkpoint_every >= 1, at_least),
         ("batch_size", config.batch_size is None or config.batch_size >= 1, at_least),
         ("threads", config.threads is None or config.threads >= 1, at_least),
+    ]
+
+
+def _problem_limits(config: TrainConfig) -> list[Limit]:
+    model, data = config.model, config.data
+    return [
+        ("model.depth", model.kind != "fcn" or model.depth >= 2, "be at least 2"),
+        ("model.width", model.width >= 1, "be at least 1"),
+        ("model.heads", model.heads >= 1, "be at least 1"),
+        ("model.blocks", model.blocks >= 0, "be at least 0"),
+        ("data.context", data.context >= 1, "be at least 1"),
+        ("data.limit", data.limit is None or data.limit >= 1, "be at least 1"),
+    ]
+
+
+def _optimizer_limits(config: TrainConfig) -> list[Limit]:
+    # WarmupLR refuses the last five too, but speaks of its arguments and not of options.
+    o, fraction = config.optimizer, "be at least 0 and less than 1"
+    return [
+        ("optimizer.momentum", 0 <= o.momentum < math.inf, "be finite and at least 0"),
+        ("optimizer.beta1", 0 <= o.beta1 < 1, fraction),
+        ("optimizer.beta2", 0 <= o.beta2 < 1, fraction),
+        ("optimizer.eps", 0 <= o.eps < math.inf, "be finite and at least 0"),
         ("optimizer.lr", 0 < o.lr < math.inf, "be positive and finite"),
         ("optimizer.lr_init", 0 <= o.lr_init <= o.lr, f"lie between 0 and optimizer.lr = {o.lr}"),
         ("optimizer.warmup_steps", o.warmup_steps >= 1, "be at least 1, which is no warmup"),
@@ -184,12 +216,12 @@ def _limits(config: TrainConfig) -> list[_Limit]:
         (
             "optimizer.decay",
             o.decay == "constant" or config.steps > o.warmup_steps,
-            f"be constant, as cosine needs more steps than the warmup's {o.warmup_steps}",
+            f"be constant unless steps is above optimizer.warmup_steps = {o.warmup_steps}",
         ),
     ]
 
 
-def _tracking_limits(t: TrackingConfig) -> list[_Limit]:
+def _tracking_limits(t: TrackingConfig) -> list[Limit]:
     return [
         ("tracking.tol", 0 < t.tol < 1, "lie between 0 and 1"),
         ("tracking.tol", not t.tf32 or t.tol >= TF32_TOL, f"be at least {TF32_TOL} with tracking.tf32"),

@@ -23,8 +23,8 @@ class WarmupSuggestion:
 
     Attributes:
         sharpness: lambda_0, mean over batches; of ``P^-1 H`` for an adaptive optimizer.
-        critical: eta_c of the first batch, whole; ``critical_lr`` is the median over batches.
-        critical_lr: the smallest learning rate whose first step raises the loss.
+        critical: the result of ``critical_learning_rate`` for the first batch.
+        critical_lr: the smallest learning rate whose first step raises the loss, median over batches.
         regime: the natural trend of the sharpness below the threshold.
         lr_init, warmup_steps, lr_target: recommended, as arguments of ``WarmupLR``; linear.
         lr_target_max: the largest target that held, in runs this short: the loss stayed below twice the first, and fell
