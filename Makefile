@@ -47,10 +47,10 @@ bench: .venv/installed
 	$(BIN)/python -m pytest -q benchmarks/bench_kernels.py
 
 conformance: .venv/installed
-	$(BIN)/python scripts/conformance.py --samples 3 --out docs/conformance.md
+	$(BIN)/python scripts/conformance.py --samples 3 --out docs/lab/conformance.md
 
 models: .venv/installed
-	OMP_NUM_THREADS=1 $(BIN)/python scripts/models.py --jobs 2 --out docs/models.md
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/models.py --jobs 2 --out docs/lab/models.md
 
 # The sdist and wheels for the oldest and the newest Python here, each installed and run where there is no compiler.
 wheels:

@@ -32,13 +32,13 @@ def test_links_and_paths_exist(page: Path) -> None:
 
 def test_a_lost_link_and_a_lost_path_are_seen() -> None:
     page = ROOT / "README.md"
-    assert missing(page, "[a](docs/none.md) `rop/none.py` [b](docs/design.md#layers) `rop/rule.py`") == [
+    assert missing(page, "[a](docs/none.md) `rop/none.py` [b](docs/explain/design.md#layers) `rop/rule.py`") == [
         "docs/none.md",
         "rop/none.py",
     ]
 
 
-@pytest.mark.parametrize("name", ["correctness.md", "index.md", "spectra.md"])
+@pytest.mark.parametrize("name", ["explain/correctness.md", "index.md", "explain/spectra.md"])
 def test_python_blocks_run(name: str) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / name).read_text(), re.DOTALL)
     assert blocks
