@@ -108,7 +108,7 @@ class ChunkedHessian(ParameterOperator):
         loss: 0-d tensor, of the whole step.   gradient: ``[n]``.   params, n, dtype, device: as ``HessianOperator``.
 
     Raises:
-        As ``HessianOperator``.
+        ValueError, NonFiniteLossError: as ``HessianOperator``.
 
     Cost: with c micro-batches, c gradients and c products for each product: the primal values of one micro-batch make
     room for those of the next. With a single one, just a product. Memory: that of one micro-batch.
