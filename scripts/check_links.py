@@ -23,13 +23,10 @@ class Page(HTMLParser):
         self.links: list[str] = []
         self.feed(text)
 
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+    def handle_starttag(self, _tag: str, attrs: list[tuple[str, str | None]]) -> None:
         """Keep ids, and what href and src name."""
-        for name, value in attrs:
-            if name in ("id", "name") and value:
-                self.anchors.add(value)
-            if name in ("href", "src") and value:
-                self.links.append(value)
+        self.anchors.update(value for name, value in attrs if name == "id" and value)
+        self.links += [value for name, value in attrs if name in ("href", "src") and value]
 
 
 def dead_links(site: Path) -> list[str]:

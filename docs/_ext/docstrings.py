@@ -1,9 +1,9 @@
 """What this package's docstrings have beside Google's style, made into what napoleon and Sphinx read.
 
-    a formula, table or code, indented between paragraphs     a literal block
-    "Cost: ..." and "Source: ..." that begin on their line    sections (napoleon_custom_sections in conf.py)
-    "a, b: text" in a section, and "a: text.   b: text"       a field for each name
-    ``Name`` of a public class, docs/explain/memory.md        links
+a formula, table or code, indented between paragraphs     a literal block
+"Cost: ..." and "Source: ..." that begin on their line    sections (napoleon_custom_sections in conf.py)
+"a, b: text" in a section, and "a: text.   b: text"       a field for each name
+``Name`` of a public class, docs/explain/memory.md        links
 """
 
 from __future__ import annotations
@@ -46,6 +46,10 @@ def with_sections(lines: list[str]) -> list[str]:
     return out
 
 
+def _deeper(lines: list[str], indent: int) -> list[str]:
+    return list(takewhile(lambda line: _indent(line) > indent, lines))
+
+
 def _each_name(field: list[str]) -> list[str]:
     match = _NAMES.match(field[0])
     if not match:
@@ -62,7 +66,7 @@ def with_fields(lines: list[str]) -> list[str]:
         out.append(rest.pop(0))
         if not _FIELDS.match(out[-1]):
             continue
-        section = list(takewhile(lambda line: _indent(line) > _indent(out[-1]), rest))
+        section = _deeper(rest, _indent(out[-1]))
         del rest[: len(section)]
         depth = min(map(_indent, section), default=0)
         fields: list[list[str]] = []
@@ -96,7 +100,7 @@ def process(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: li
     """Rewrite a docstring in place, before napoleon reads it."""
     lines[:] = map(with_links, with_literal_blocks(with_fields(with_sections(lines))))
     if what == "property":
-        # napoleon takes what stands before a colon in a property's first line for its type: an empty comment comes first
+        # napoleon takes what stands before a colon in a property's first line for its type: now that is a comment
         lines[:0] = ["..", ""]
 
 

@@ -1,7 +1,7 @@
 """What the site shows and GitHub does not, each asked for by a comment in the page.
 
-    <!-- site ... -->           the lines of Markdown in the comment
-    <!-- copy of ../../X.md --> in place of the page, a file outside docs/, with its links made to fit
+<!-- site ... -->           the lines of Markdown in the comment
+<!-- copy of ../../X.md --> in place of the page, a file outside docs/, with its links made to fit
 """
 
 from __future__ import annotations
