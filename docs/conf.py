@@ -25,6 +25,8 @@ html_copy_source = False
 myst_heading_anchors = 4
 
 autodoc_member_order = "bysource"
+# How an operator does what BaseOperator describes once.
+autodoc_default_options = {"exclude-members": "apply_rows, form_rows"}
 autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
 python_maximum_signature_line_length = 110

@@ -106,8 +106,10 @@ def process(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: li
 
 def signature(app: Sphinx, what: str, name: str, obj: Any, *_: Any) -> tuple[str, str] | None:
     """Show the arguments of a class's ``__init__``, also where a base class has a ``__new__`` that takes any."""
-    if what != "class" or "__init__" not in vars(obj) or not issubclass(obj, BaseOperator):
+    if what != "class" or not issubclass(obj, BaseOperator):
         return None
+    if obj.__init__ is object.__init__:
+        return "", ""
     arguments = inspect.signature(obj.__init__, bound_method=True)
     return inspect.stringify_signature(arguments, show_return_annotation=False, unqualified_typehints=True), ""
 
