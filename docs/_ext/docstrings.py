@@ -19,6 +19,7 @@ import sharpkern
 from sharpkern.curvature.base import BaseOperator
 
 _SECTION = re.compile(r" *(Args|Attributes|Returns|Raises|Cost|Source):$")
+_RETURNS = re.compile(r" *Returns:$")
 _FIELDS = re.compile(r" *(Args|Attributes|Raises):$")
 _INLINE = re.compile(r"(Cost|Source): +(\S.*)$")
 _NEXT_FIELD = re.compile(r"(?<=\S)\s{3,}(?=\w+(?:, \w+)*: )")
@@ -91,6 +92,14 @@ def with_literal_blocks(lines: list[str]) -> list[str]:
     return out
 
 
+def without_types(lines: list[str], what: str) -> list[str]:
+    """Let what stands before a colon be text, where napoleon takes it for a type: a comment is now the first line."""
+    out = ["..", "", *lines] if what == "property" else list(lines)
+    for i in reversed([i for i, line in enumerate(out[:-1]) if _RETURNS.match(line)]):
+        out[i + 1 : i + 1] = [" " * _indent(out[i + 1]) + "..", ""]
+    return out
+
+
 def with_links(line: str) -> str:
     """Link the public classes and the pages that a line names."""
     return _PAGE.sub(r":doc:`\1.md </\1>`", _CLASS.sub(r":py:obj:`~sharpkern.\1`", line))
@@ -98,10 +107,8 @@ def with_links(line: str) -> str:
 
 def process(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
     """Rewrite a docstring in place, before napoleon reads it."""
-    lines[:] = map(with_links, with_literal_blocks(with_fields(with_sections(lines))))
-    if what == "property":
-        # napoleon takes what stands before a colon in a property's first line for its type: now that is a comment
-        lines[:0] = ["..", ""]
+    sections = with_literal_blocks(with_fields(with_sections(lines)))
+    lines[:] = map(with_links, without_types(sections, what))
 
 
 def signature(app: Sphinx, what: str, name: str, obj: Any, *_: Any) -> tuple[str, str] | None:
