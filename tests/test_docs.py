@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import re
 import subprocess
 import sys
@@ -119,6 +121,52 @@ def test_the_check_of_the_built_site_sees_dead_links(tmp_path: Path) -> None:
     assert checked.returncode == 1
     (tmp_path / "b.html").write_text('<p id="there"><a href="https://none.example/#x">a</a></p>')
     assert subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+def test_docstrings_are_made_into_what_sphinx_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("sphinx", reason="the site needs sphinx: pip install '.[docs]'")
+    monkeypatch.syspath_prepend(DOCS / "_ext")
+    docstrings = importlib.import_module("docstrings")
+    lines = inspect.cleandoc("""
+        Find it; see ``Record`` and docs/explain/cost.md.
+
+            a = b c
+
+        Args:
+            x, y: of a, over
+                two lines.   z: of b.
+
+        Returns:
+            pairs: some.
+
+        Cost: two
+        products.
+    """).splitlines()
+    docstrings.process(None, "function", "f", None, None, lines)
+    assert "\n".join(lines) == inspect.cleandoc("""
+        Find it; see :py:obj:`~sharpkern.Record` and :doc:`explain/cost.md </explain/cost>`.
+
+        ::
+
+            a = b c
+
+        Args:
+            x: of a, over
+                two lines.
+            y: of a, over
+                two lines.
+            z: of b.
+
+        Returns:
+            ..
+
+            pairs: some.
+
+
+        Cost:
+            two
+            products.
+    """)
 
 
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:

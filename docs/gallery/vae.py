@@ -82,6 +82,7 @@ right.plot(grid, [loss_after(x, 1) for x in grid], label="one noise")
 right.axvline(found.value, color="C3", linestyle="--", label="critical learning rate")
 right.axhline(found.loss, color="k", linewidth=0.5)
 right.set(xlabel="learning rate of the step", ylabel="loss after the step", title=f"after {STEPS} steps")
+right.locator_params("x", nbins=6)
 right.legend()
 figure.savefig("vae.png", dpi=110)
 
