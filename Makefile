@@ -9,7 +9,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 NATIVE := setup.py $(shell find csrc -type f)
 
-.PHONY: demo test test-slow test-matrix test-newest mutants campaign-bounds fuzz lint bench conformance models wheels clean
+.PHONY: demo test test-slow test-matrix test-newest mutants campaign-bounds fuzz lint bench conformance models docs gallery wheels clean
 
 demo: .venv/installed
 	$(BIN)/sharpkern train --preset demo
@@ -47,10 +47,20 @@ bench: .venv/installed
 	$(BIN)/python -m pytest -q benchmarks/bench_kernels.py
 
 conformance: .venv/installed
-	$(BIN)/python scripts/conformance.py --samples 3 --out docs/conformance.md
+	$(BIN)/python scripts/conformance.py --samples 3 --out docs/lab/conformance.md
 
 models: .venv/installed
-	OMP_NUM_THREADS=1 $(BIN)/python scripts/models.py --jobs 2 --out docs/models.md
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/models.py --jobs 2 --out docs/lab/models.md
+
+# The site in build/docs. A warning, a name that is not known and a dead link are errors.
+docs: .venv/installed-docs
+	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going --nitpicky docs build/docs
+	$(BIN)/python scripts/check_links.py build/docs
+
+# The pictures of docs/gallery, and what its pages quote: a minute or two.
+gallery: .venv/installed
+	cd docs/gallery && for script in *.py; do \
+		MPLBACKEND=Agg OMP_NUM_THREADS=1 ../../$(BIN)/python $$script || exit 1; done
 
 # The sdist and wheels for the oldest and the newest Python here, each installed and run where there is no compiler.
 wheels:
@@ -67,6 +77,10 @@ fuzz: .venv/installed
 
 .venv/installed: .venv/torch pyproject.toml $(NATIVE)
 	$(PIP) --no-build-isolation --editable ".[test,dev]"
+	touch $@
+
+.venv/installed-docs: .venv/installed
+	$(PIP) --no-build-isolation --editable ".[docs]"
 	touch $@
 
 clean:

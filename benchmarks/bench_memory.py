@@ -1,7 +1,7 @@
 """What ``recompute=True`` saves in memory, and costs in time: ``python benchmarks/bench_memory.py [--rounds 5]``.
 
-Writes results/memory.json and the table of docs/memory.md. Memory is the most bytes of tensors held at once, and time
-that of the processor, on one thread: other programs on the machine do not count. Rounds are interleaved.
+Writes results/memory.json and the table of docs/explain/memory.md. Memory is the most bytes of tensors held at once,
+and time that of the processor, on one thread: other programs on the machine do not count. Rounds are interleaved.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def main() -> None:
         result["entries"].append(ask(name, options.rounds))
         print(table({**result, "entries": result["entries"][-1:]}), flush=True)
     (ROOT / "benchmarks" / "results" / "memory.json").write_text(json.dumps(result))
-    between(ROOT / "docs" / "memory.md", table(result))
+    between(ROOT / "docs" / "explain" / "memory.md", table(result))
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
     python benchmarks/bench_prices.py [--steps 110] [--full-batch-steps 80]
 
-Writes results/prices.json and the table of docs/cost.md. Every contender trains a copy of its own in turn, step by
-step, beside one without a tracker. The truth at every tenth step is a Lanczos solve of a float64 copy to a residual of
-1e-6, from the last truth's vector and two random ones; not timed, like the first ten steps. Times are those of the
+Writes results/prices.json and the table of docs/explain/cost.md. Every contender trains a copy of its own in turn, step
+by step, beside one without a tracker. The truth at every tenth step is a Lanczos solve of a float64 copy to a residual
+of 1e-6, from the last truth's vector and two random ones; not timed, like the first ten steps. Times are those of the
 processor, of one thread: other programs on the machine do not count.
 """
 
@@ -199,7 +199,7 @@ def main() -> None:
         result["entries"].append(run(name, options.full_batch_steps if size is None else options.steps, x, y))
         print(table({**result, "entries": result["entries"][-1:]}), flush=True)
     (ROOT / "benchmarks" / "results" / "prices.json").write_text(json.dumps(result))
-    between(ROOT / "docs" / "cost.md", table(result))
+    between(ROOT / "docs" / "explain" / "cost.md", table(result))
 
 
 if __name__ == "__main__":

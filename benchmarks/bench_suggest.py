@@ -1,4 +1,4 @@
-"""Is the suggested warmup good? ``python benchmarks/bench_suggest.py`` writes results/suggest.json and docs/warmup.md.
+"""Is the suggested warmup good? ``python benchmarks/bench_suggest.py`` writes suggest.json and docs/lab/warmup.md.
 
 Each problem is trained for the same steps on the same batches by four ways to choose the learning rate: the best of a
 grid, ``suggest_warmup``, a learning-rate range test, and a plain warmup to a usual rate. All keep the rate constant
@@ -256,7 +256,7 @@ def main() -> None:
         print(table(result))
         return
     (ROOT / "benchmarks" / "results" / "suggest.json").write_text(json.dumps(result))
-    between(ROOT / "docs" / "warmup.md", table(result))
+    between(ROOT / "docs" / "lab" / "warmup.md", table(result))
 
 
 if __name__ == "__main__":

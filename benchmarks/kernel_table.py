@@ -1,4 +1,4 @@
-"""Write the speed table of docs/kernels.md from results: ``python benchmarks/kernel_table.py``.
+"""Write the speed table of docs/lab/kernels.md from results: ``python benchmarks/kernel_table.py``.
 
 Two files are read from benchmarks/results. full.json is a run of the suite: its products of one vector and of four.
 kernels.json holds figures of single kernels with where each came from, and the goals.
@@ -92,7 +92,7 @@ def sources(result: Row, found: dict[str, Row]) -> str:
 
 
 def page(full: Row, kernels: Row) -> str:
-    """Return what stands between the marks of docs/kernels.md."""
+    """Return what stands between the marks of docs/lab/kernels.md."""
     rows = suite_rows(full, kernels["goals"]) + kernels["rows"]
     return f"{table(rows)}\n\nThe runs:\n\n{sources(full, kernels['sources'])}\n"
 
@@ -104,4 +104,4 @@ def read() -> tuple[Row, Row]:
 
 
 if __name__ == "__main__":
-    between(ROOT / "docs" / "kernels.md", page(*read()))
+    between(ROOT / "docs" / "lab" / "kernels.md", page(*read()))

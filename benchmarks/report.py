@@ -1,6 +1,6 @@
 """Make the tables and plots from a run's JSON: ``python benchmarks/report.py results/full.json [--docs]``.
 
-With ``--docs`` they go into docs/benchmarks.md and README.md, between the marks there, and docs/images.
+With ``--docs`` they go into docs/lab/benchmarks.md and README.md, between the marks there, and docs/images.
 """
 
 from __future__ import annotations
@@ -311,14 +311,14 @@ def write_report(path: Path) -> Path:
 
 
 def write_docs(path: Path) -> None:
-    """Put tables and plots into docs/benchmarks.md and README.md, between their marks."""
+    """Put tables and plots into docs/lab/benchmarks.md and README.md, between their marks."""
     root = Path(__file__).parents[1]
     text = write_report(path).read_text()
     for name, caption in PLOTS.items():
         if (path.parent / name).is_file():
             (root / "docs" / "images" / name).write_bytes((path.parent / name).read_bytes())
-            text = f"![{caption}](images/{name})\n\n{text}"
-    between(root / "docs" / "benchmarks.md", text)
+            text = f"![{caption}](../images/{name})\n\n{text}"
+    between(root / "docs" / "lab" / "benchmarks.md", text)
     between(root / "README.md", readme_table(json.loads(path.read_text())) + "\n")
 
 
@@ -338,6 +338,6 @@ def between(page: Path, text: str) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("json", type=Path)
-    parser.add_argument("--docs", action="store_true", help="update docs/benchmarks.md and its plots, too")
+    parser.add_argument("--docs", action="store_true", help="update docs/lab/benchmarks.md and its plots, too")
     options = parser.parse_args()
     (write_docs if options.docs else write_report)(options.json)

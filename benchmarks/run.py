@@ -1,7 +1,7 @@
 """Compare sharpkern with every peer that is installed, and with the limit: ``python benchmarks/run.py [--quick]``.
 
-Writes one JSON with every round's time, then the table and plots made from it (report.py). docs/benchmarks.md explains
-the questions.
+Writes one JSON with every round's time, then the table and plots made from it (report.py). docs/lab/benchmarks.md
+explains the questions.
 """
 
 from __future__ import annotations

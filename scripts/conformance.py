@@ -1,6 +1,6 @@
 """Compare sharpkern with eager torch on torch's own samples: every op and module of its test database, in float64.
 
-    python scripts/conformance.py [--samples 2] [--only NAME ...] [--every N] [--out docs/conformance.md]
+    python scripts/conformance.py [--samples 2] [--only NAME ...] [--every N] [--out docs/lab/conformance.md]
 
 Each sample becomes a loss of its floating inputs; loss, gradient, Hv, a block of vectors and v'Hv are compared with
 autograd twice. A module with parameters is a second sample for its generalised Gauss-Newton matrix, whose truth is made
@@ -286,7 +286,7 @@ def table(results: list[Result], most: int) -> str:
         f"torch {torch.__version__}, float64, {len(results)} samples of torch's own database;",
     ]
     lines += [
-        f"`python scripts/conformance.py --samples {most} --out docs/conformance.md` makes this page.",
+        f"`python scripts/conformance.py --samples {most} --out docs/lab/conformance.md` makes this page.",
         "",
         "| status | samples |",
         "|---|---|",

@@ -1,6 +1,6 @@
 """Compare sharpkern with eager torch on tiny Hugging Face models and constructs of plain torch.
 
-    python scripts/models.py [--only NAME ...] [--modes train eval] [--jobs 2] [--limit 300] [--out docs/models.md]
+    python scripts/models.py [--only NAME ...] [--modes train eval] [--jobs 2] [--limit 300] [--out docs/lab/models.md]
 
 For each model and mode: the gradient that the tracker leaves in ``p.grad`` against eager torch's (float32), a
 Hessian-vector product against double backward (float64), and what ``sharpkern.audit`` says. Each runs in a process of
@@ -367,7 +367,7 @@ constructs of plain torch.
 What the columns say:
 
 - *engine*: `program`, the exported list of ops, or `double backward`, torch's autograd after a warning
-  ([correctness.md](correctness.md) says when).
+  ([correctness.md](../explain/correctness.md) says when).
 - *p.grad*: relative error, against eager torch, of the gradient that `SharpnessTracker.step` leaves, in float32.
 - *product*: relative error of a Hessian-vector product against double backward, in float64; against central
   differences where torch has no second derivative.
@@ -384,7 +384,7 @@ and returns 1 if a number or a verdict is wrong.
 
 
 def page(rows: list[Row]) -> str:
-    """Return docs/models.md."""
+    """Return docs/lab/models.md."""
     import transformers
 
     names = {row.name: row.group for row in rows}

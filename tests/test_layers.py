@@ -1,4 +1,4 @@
-"""Imports point downwards only, inside a folder too: docs/design.md, section Layers."""
+"""Imports point downwards only, inside a folder too: docs/explain/design.md, section Layers."""
 
 from __future__ import annotations
 

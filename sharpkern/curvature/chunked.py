@@ -109,7 +109,7 @@ class ChunkedHessian(ParameterOperator):
         loss: 0-d tensor, of the whole step.   gradient: ``[n]``.   params, n, dtype, device: as ``HessianOperator``.
 
     Raises:
-        As ``HessianOperator``.
+        ValueError, NonFiniteLossError: as ``HessianOperator``.
         NotRepeatableError: there are several micro-batches, and the model reads an iterator.
         ChangedLossError: the loss of a micro-batch is another when a product runs it again.
 

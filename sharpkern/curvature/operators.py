@@ -81,7 +81,7 @@ class LossCurvature(ParameterOperator):
         The model is exported again for a batch of new shapes, another mode (train, eval, autocast), parameters that
         were frozen, unfrozen or replaced, and for a Python value that its code reads and that has changed; up to 8
         programs are kept. Every 500 refreshes the program is compared with the eager model again
-        (docs/correctness.md).
+        (docs/explain/correctness.md).
 
         Args:
             batch: ``(inputs, targets)`` or a dict; None keeps the last one.
@@ -176,7 +176,8 @@ class HessianOperator(LossCurvature):
             the first batch and every 500 refreshes; where they differ, double backward takes over, with a warning.
             False trusts the export.
         recompute: keep only a part of the forward pass, and compute the rest again when a product comes to it: the
-            same products in less memory, for about twice their time (docs/cost.md). Double backward does not have it.
+            same products in less memory, for about twice their time (docs/explain/cost.md). Double backward does not
+            have it.
 
     Attributes:
         loss: 0-d tensor.   gradient: ``[n]``.   params: name -> parameter.   products: products done so far.

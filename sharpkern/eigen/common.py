@@ -66,7 +66,7 @@ class EigenResult:
             operator's products may be off by.
         gap_estimates: ``[k]`` float64, at most ``error_bounds``: ``r^2 / gap`` where the solver's own
             neighbouring Ritz interval ``[theta +- r]`` leaves a gap, plus rounding. No bound: it holds if no
-            eigenvalue lies in that gap, and of the random operators in docs/reliability.md one in twenty or
+            eigenvalue lies in that gap, and of the random operators in docs/lab/reliability.md one in twenty or
             thirty has one there. For error bars use ``error_bounds``.
         matvecs: products spent, counted by columns.
         converged: every residual norm is at most ``tol * |theta|``, or at rounding level.

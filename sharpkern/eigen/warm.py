@@ -2,7 +2,7 @@
 
 A residual certifies *an* eigenvalue, not the top one: a solver that starts on the second eigenvector stays
 there, with a small residual, after the two have crossed. So a second Ritz vector and, rarely, a random vector
-are multiplied besides (the guards). They make a missed eigenvalue unlikely, not impossible. docs/tracking.md
+are multiplied besides (the guards). They make a missed eigenvalue unlikely, not impossible. docs/explain/tracking.md
 has the algorithm on one page, with what it costs and how often it fails.
 """
 
@@ -58,7 +58,7 @@ class WarmLanczos(WarmStart):
 
     Memory: 2k + 1 vectors between steps, and the basis of a solve, two vectors per product; below 4 million float32
     parameters the basis is kept too.
-    Source: docs/tracking.md.
+    Source: docs/explain/tracking.md.
     """
 
     _short = 4  # a basis of this many vectors beyond k - 1 has looked around by itself after a jump

@@ -35,7 +35,7 @@ class WarmBlockLanczos(WarmStart):
 
     Memory: ``width + k + 1`` vectors between steps, and the basis of a solve, two vectors per product; below 4 million
     float32 parameters the basis is kept too.
-    Source: docs/tracking.md; Golub and Underwood, The block Lanczos method for computing eigenvalues (1977).
+    Source: docs/explain/tracking.md; Golub and Underwood, The block Lanczos method for computing eigenvalues (1977).
     """
 
     _kept = (*WarmStart._kept, "others")

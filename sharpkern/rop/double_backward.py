@@ -3,8 +3,8 @@
 It takes what the program does not: constructs that do not export, functions with a backward of their own, hooks,
 complex numbers. The gradient's graph is kept, so a product is one more backward pass and sees the primal's dropout
 masks. Of torch's ways to a second derivative this is the one with the fewest silent errors: ``jvp(jacrev)``,
-``grad(jvp)`` and ``linearize`` are wrong for layer norm or in-place ops (docs/correctness.md). Its one known error,
-weight norm, is composed of primitives here.
+``grad(jvp)`` and ``linearize`` are wrong for layer norm or in-place ops (docs/explain/correctness.md). Its one known
+error, weight norm, is composed of primitives here.
 """
 
 from __future__ import annotations

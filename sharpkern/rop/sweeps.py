@@ -103,7 +103,7 @@ def run_reverse(live: list[Step], cotangents: list[Any], owned: set[int], linear
         # None where the loss itself ends the program.
         dg = _take(cotangents, step)
         linear = step.name in linear_steps
-        # Of a linear step, without the term of g and dx, ``backward`` is the derivative (docs/design.md).
+        # Of a linear step, without the term of g and dx, ``backward`` is the derivative (docs/explain/design.md).
         results = step.rule.backward(dg) if linear else step.rule.backward_tangent(dg, step.g)
         step.rule.forget_tangents()
         _distribute(cotangents, owned, step.inputs, results)

@@ -19,7 +19,7 @@ from .target import Target
 _ROUNDS = 3, 15  # the fewest, and the most
 _SECONDS = 2.0  # after which no further round begins
 _UNTIMED = 2  # rounds before, in which sweeps are recorded and replayed for the first time
-_PRODUCTS = {"full batch": 4.0, "mini-batch": 6.5}  # a step, by docs/tracking.md
+_PRODUCTS = {"full batch": 4.0, "mini-batch": 6.5}  # a step, by docs/explain/tracking.md
 
 
 @dataclass(frozen=True)

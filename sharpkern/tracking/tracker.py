@@ -40,13 +40,14 @@ class SharpnessTracker:
     ``observe(batch)`` stands beside a loop of your own and changes nothing: call it before ``optimizer.step()``.
     ``step(batch)`` replaces the forward and backward pass, which saves one gradient: it sets ``p.grad`` for every
     trainable parameter (nothing is accumulated), and lets batch-norm statistics change as a training forward does.
-    Both find the sharpness by ``WarmLanczos``, or by ``WarmBlockLanczos`` with ``block`` (docs/tracking.md). A step
-    that cannot be measured, as a product is not finite, has a record with ``status="failed"``, and training goes on.
+    Both find the sharpness by ``WarmLanczos``, or by ``WarmBlockLanczos`` with ``block`` (docs/explain/tracking.md).
+    A step that cannot be measured, as a product is not finite, has a record with ``status="failed"``, and training goes
+    on.
 
     Args:
         model: a module; one that ``torch.compile`` has wrapped is looked into. Under ``DistributedDataParallel`` or
             ``fully_shard`` every process calls the tracker on its own batch; loss, gradients and sharpness are those of
-            all batches, each process weighing the same (docs/distributed.md).
+            all batches, each process weighing the same (docs/explain/distributed.md).
         loss_fn: ``(output, targets) -> scalar``.
         optimizer: read for learning rate, threshold and, if adaptive, the diagonal preconditioner.
         tol: relative residual at which a solve stops. The eigenvalue's error is of second order in it.
@@ -69,7 +70,7 @@ class SharpnessTracker:
         chunk: differentiate at most so many examples at a time, so that a product needs the memory of a micro-batch;
             see ``ChunkedHessian`` for the cost.
         recompute: keep only a part of the forward pass and compute the rest again in each product: less memory, for
-            twice a product's time; see docs/cost.md.
+            twice a product's time; see docs/explain/cost.md.
         products: False spends no Hessian-vector product: only ``Record.batch_sharpness`` and
             ``Record.update_curvature`` are measured, at every step, and ``Record.sharpness`` is NaN.
         block: vectors in a product: None or 1 for one after the other. Blocks of 3 need about half as many products one
