@@ -118,7 +118,12 @@ class Clamp(Select):
         # In the order of min(max(x, low), high): a tie in the second splits what has passed the first.
         raised = x if low is None else torch.maximum(x, low)
         of_raised = one if high is None else _share(raised < high, raised == high, one)
-        return [of_x * of_raised, (1 - of_x) * of_raised, 1 - of_raised]
+        shares = [of_x * of_raised, (1 - of_x) * of_raised, 1 - of_raised]
+        if low is not None and high is not None:
+            # Equal bounds share nothing: all goes to x where it equals them, and else to the bound that it crosses.
+            whole = (x == low, x < low, x > low)
+            shares = [torch.where(low == high, one * w, s) for w, s in zip(whole, shares, strict=True)]
+        return shares
 
 
 def _share(wins: Tensor, ties: Tensor, one: Tensor) -> Tensor:
