@@ -9,6 +9,7 @@ import torch
 from matrices import F64, Dense, prescribed, with_top
 
 from sharpkern.eigen import WarmBlockLanczos, WarmLanczos
+from sharpkern.eigen.chain import Chain
 
 
 class Calls(Dense):
@@ -112,6 +113,32 @@ def test_the_chain_finds_what_no_kept_vector_can_see() -> None:
     assert float(solver.step(Dense(A)).eigenvalues[0]) == pytest.approx(2.0, rel=0.01)
     found = [float(solver.step(Dense(A)).eigenvalues[0]) for _ in range(24)]
     assert found[-1] == pytest.approx(2.2, rel=0.01)
+
+
+def test_the_chain_is_a_power_iteration_beside_what_is_known_one_step_every_eight_solves() -> None:
+    A, generator, chain = prescribed(with_top(3.0, 2.9, 1.0, n=40)), torch.Generator().manual_seed(1), Chain()
+    known = torch.linalg.eigh(A)[1][:, -2:].T  # of 3.0 and 2.9
+    beside, multiplied = torch.eye(40, dtype=F64) - known.T @ known, []
+    for solve in range(1, 161):
+        vector = chain.due(Dense(A), generator)
+        assert (vector is not None) == (solve % 8 == 0)
+        if vector is not None:
+            multiplied.append(vector[0])
+        chain.advance(Dense(A), None if vector is None else vector @ A, known)
+    for place in (*range(9), *range(10, 19)):  # after ten products it begins anew
+        want = beside @ (A @ multiplied[place])
+        assert torch.allclose(multiplied[place + 1], want / want.norm(), rtol=0, atol=1e-10)
+    stepped = beside @ (A @ multiplied[9])
+    assert float((multiplied[10] - stepped / stepped.norm()).norm()) > 0.1
+
+
+def test_the_chain_of_a_space_with_nothing_to_look_for_begins_anew() -> None:
+    A, generator, chain = torch.zeros(6, 6, dtype=F64), torch.Generator(), Chain()
+    A[0, 0] = 2.0
+    for _ in range(16):
+        vector = chain.due(Dense(A), generator)
+        assert vector is None or bool(vector.isfinite().all())
+        chain.advance(Dense(A), None if vector is None else vector @ A, torch.eye(6, dtype=F64)[:1])
 
 
 @pytest.mark.parametrize("kind", [WarmLanczos, WarmBlockLanczos])
