@@ -16,6 +16,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 _SEEDS = ("20260", "1", "7")  # of the tests: a fault that only some seeds notice is not killed
+UNSURE = 10  # exit code of pytest_forks.py for a test that fails with the first seed and passes with another
 _NOT_RUN = (3, 4, 5)  # exit codes of pytest: its own error, wrong arguments, no test found
 
 
@@ -80,6 +81,7 @@ class Copy:
         command = [sys.executable, "-m", "compileall", "-q", "--invalidation-mode", "checked-hash", "sharpkern"]
         subprocess.run(command, cwd=folder, check=True)
         self._native = _Native(folder) if compiled else None
+        self._limits: dict[str, float] = {}
         environment = {
             **os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1",
             "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
@@ -93,16 +95,15 @@ class Copy:
         """End the process that runs the tests."""
         self._forks.communicate()
 
-    def test(self, test: str, limit: float, seed: str = _SEEDS[0]) -> tuple[int | None, str]:
-        """Run one entry of ``tests``.
+    def test(self, test: str, limit: float, *seeds: str) -> tuple[int | None, str]:
+        """Run one entry of ``tests`` as pytest_forks.py does.
 
         Returns:
             The exit code, None where the run had to be stopped, and the first failure, or the end of the output.
         """
         output = self.folder / "output.txt"
         request = {
-            "arguments": ["-x", "-q", "-p", "no:cacheprovider", *shlex.split(test)], "limit": limit,
-            "environment": {"SHARPKERN_SEED": seed}, "output": str(output),
+            "arguments": shlex.split(test), "seeds": seeds or _SEEDS, "limit": limit, "output": str(output),
         }  # fmt: skip
         assert self._forks.stdin is not None
         assert self._forks.stdout is not None
@@ -115,34 +116,35 @@ class Copy:
         failures = [line for line in text.splitlines() if line.startswith(("FAILED", "ERROR", "Fatal"))]
         return code, failures[0] if failures else text[-400:].strip()
 
-    def limits_of(self, tests: set[str]) -> dict[str, float]:
-        """Run the tests without a fault; return how long each entry may take with one.
+    def _limit(self, test: str) -> float:
+        """Return how long an entry of ``tests`` may take with a fault; at its first use, run it without one.
 
         Raises:
-            ValueError: one fails already, so that its failing later would say nothing.
+            ValueError: it fails already, so that its failing with a fault would say nothing.
         """
-        limits = {}
-        for test in sorted(tests):
+        if test not in self._limits:
             start = time.monotonic()
-            code, detail = self.test(test, 1800)
+            code, detail = self.test(test, 1800, _SEEDS[0])
             if code != 0:
-                raise ValueError(f"{test} fails without any fault: {detail}")
-            limits[test] = 60 + 4 * (time.monotonic() - start)
-        return limits
+                raise ValueError(f"{test} does not pass without any fault: {detail}")
+            self._limits[test] = 60 + 4 * (time.monotonic() - start)
+        return self._limits[test]
 
-    def try_fault(self, mutant: Mutant, limits: dict[str, float]) -> Outcome:
+    def try_fault(self, mutant: Mutant) -> Outcome:
         """Plant a fault, run its tests until one notices, and take the fault out again."""
         start, path = time.monotonic(), self.folder / mutant.file
         text = path.read_text()
         try:
             planted = mutant.planted(text)
+            for test in mutant.tests:
+                self._limit(test)
             if path.suffix == ".py":
                 compile(planted, mutant.file, "exec")  # a fault that is no Python would be noticed by anything
             path.write_text(planted)
             if mutant.compiled:
                 assert self._native is not None
                 self._native.build(path)
-            outcome, detail = self._noticed(mutant, limits)
+            outcome, detail = self._noticed(mutant)
         except (ValueError, SyntaxError, OSError) as error:
             outcome, detail = "error", str(error)
         finally:
@@ -151,32 +153,29 @@ class Copy:
                 self._native.put_back()
         return Outcome(mutant, outcome, time.monotonic() - start, detail)
 
-    def _noticed(self, mutant: Mutant, limits: dict[str, float]) -> tuple[str, str]:
-        outcome, detail = self._run_all(mutant, limits, _SEEDS[0])
+    def _noticed(self, mutant: Mutant) -> tuple[str, str]:
+        outcome, detail = self._run_all(mutant)
         if outcome == "survived" and mutant.equivalent:
             return "equivalent", mutant.equivalent
-        if outcome != "killed":
+        if outcome != "unsure":
             return outcome, detail
-        noticed_by = detail.removeprefix("FAILED ").partition(" - ")[0]
-        for seed in _SEEDS[1:]:
-            # Most faults fail the same test again. Only where it passes, another one may notice instead.
-            if detail.startswith("FAILED ") and self.test(shlex.quote(noticed_by), max(limits.values()), seed)[0] == 1:
-                continue
-            again, other = self._run_all(mutant, limits, seed)
+        # With another seed another test may notice.
+        for seed in _SEEDS:
+            again, other = self._run_all(mutant, seed)
             if again != "killed":
-                return again, other or f"with seed {seed}, where another seed has: {detail}"
+                return again, other or f"with seed {seed}, unlike: {detail}"
         return "killed", detail
 
-    def _run_all(self, mutant: Mutant, limits: dict[str, float], seed: str) -> tuple[str, str]:
-        """Run a fault's tests with one seed until one notices."""
+    def _run_all(self, mutant: Mutant, *seeds: str) -> tuple[str, str]:
+        """Run a fault's tests until one notices."""
         for test in mutant.tests:
-            code, detail = self.test(test, limits[test], seed)
+            code, detail = self.test(test, self._limit(test), *seeds)
             if code in _NOT_RUN:
                 return "error", f"{test} did not run: {detail}"
             if code is None:
                 return "stopped", detail
             if code != 0:
-                return "killed", detail
+                return "unsure" if code == UNSURE else "killed", detail
         return "survived", ""
 
 

@@ -17,9 +17,8 @@ Each area is a TOML file with a list of faults:
 
 A fault is killed when its tests fail or crash with each of three seeds; one that only some seeds notice survives. It is
 stopped, and counts as killed, when a test runs out of time. The tests run in a copy of the working tree, in the order
-given, and must pass there with these seeds before any fault is planted. A fault in ``csrc/`` is compiled into the copy,
-for this machine's instruction level only and with -O1. One that does not compile is an error in the list, as is a text
-that is not found.
+given, and must pass there before a fault is planted. A fault in ``csrc/`` is compiled into the copy, for this machine's
+instruction level only and with -O1. One that does not compile is an error in the list, as is a text that is not found.
 """
 
 from __future__ import annotations
@@ -31,6 +30,7 @@ import json
 import queue
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -67,29 +67,25 @@ def _mutant(area: str, entry: dict[str, Any]) -> Mutant:
     return mutant
 
 
-def tried(mutants: list[Mutant], jobs: int) -> list[Outcome]:
-    """Try all faults, each job in a copy of its own, and print each outcome as it comes."""
+def tried(mutants: list[Mutant], jobs: int) -> Iterator[Outcome]:
+    """Try all faults, each job in a copy of its own; give each outcome as it comes."""
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder, concurrent.futures.ThreadPoolExecutor(jobs) as pool:
         copies: queue.SimpleQueue[Copy] = queue.SimpleQueue()
         for i in range(jobs):
             (Path(folder) / str(i)).mkdir()
             copies.put(Copy(Path(folder) / str(i), compiled=any(mutant.compiled for mutant in mutants)))
-        limits = (first := copies.get()).limits_of({test for mutant in mutants for test in mutant.tests})
-        copies.put(first)
 
         def one(mutant: Mutant) -> Outcome:
             copy = copies.get()
             try:
-                outcome = copy.try_fault(mutant, limits)
+                return copy.try_fault(mutant)
             finally:
                 copies.put(copy)
-            print(f"{outcome.outcome:10} {outcome.seconds:5.0f} s  {mutant.file}: {mutant.note}", flush=True)
-            return outcome
 
-        outcomes = list(pool.map(one, mutants))
+        for done in concurrent.futures.as_completed([pool.submit(one, mutant) for mutant in mutants]):
+            yield done.result()
         for _ in range(jobs):
             copies.get().close()
-        return outcomes
 
 
 def rows_of(outcomes: list[Outcome], out: Path | None) -> list[dict[str, Any]]:
@@ -148,10 +144,17 @@ def main() -> int:
         mutants = [m for m in read(given.areas) if given.only in m.file or given.only in m.note]
         if not mutants:
             raise ValueError(f"no fault's file or note holds {given.only!r}.")
-        outcomes = tried(mutants, given.jobs)
+        outcomes = []
+        for outcome in tried(mutants, given.jobs):
+            print(
+                f"{outcome.outcome:10} {outcome.seconds:5.0f} s  {outcome.mutant.file}: {outcome.mutant.note}",
+                flush=True,
+            )
+            outcomes.append(outcome)
+            rows = rows_of(outcomes, given.out)
     except (ValueError, OSError) as error:  # tomllib's own error is a ValueError
         parser.error(str(error))
-    return 0 if report(rows_of(outcomes, given.out)) else 1
+    return 0 if report(rows) else 1
 
 
 if __name__ == "__main__":

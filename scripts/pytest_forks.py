@@ -1,8 +1,10 @@
 """Run pytest many times with torch imported once: each run is a fork of this process.
 
-Started by scripts/mutants.py. Each line of the input is a JSON object with pytest's ``arguments``, the ``environment``
-to add, the ``limit`` in seconds and the file for the ``output``; each line of the answer is the exit code, a negative
-signal where the run crashed, or null where it had to be stopped. The package under test is imported by the fork.
+Started by scripts/mutants.py. Each line of the input is a JSON object with pytest's ``arguments``, the ``seeds`` of the
+tests, the ``limit`` in seconds and the file for the ``output``. The tests run with the first seed, up to the first that
+fails, and that one again with each of the others. Each line of the answer is the exit code of the first run, UNSURE
+where the test that failed passes with another seed, a negative signal where the run crashed, or null where it had to be
+stopped. The package under test is imported by the fork.
 """
 
 from __future__ import annotations
@@ -19,6 +21,33 @@ import hypothesis  # noqa: F401
 import pytest
 import torch._dynamo
 import torch.export  # noqa: F401 - the imports are the point
+from mutant_trials import UNSURE
+
+_OPTIONS = ["-x", "-q", "-p", "no:cacheprovider"]
+
+
+class _FirstFailure:
+    """A plugin that notes which test failed first."""
+
+    def __init__(self) -> None:
+        self.test: str | None = None
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Note the test of a report."""
+        if report.failed and self.test is None:
+            self.test = report.nodeid
+
+
+def _run(arguments: list[str], seeds: list[str]) -> int:
+    os.environ["SHARPKERN_SEED"] = seeds[0]
+    code = int(pytest.main([*_OPTIONS, *arguments], plugins=[failure := _FirstFailure()]))
+    if code != 1 or failure.test is None:
+        return code
+    for seed in seeds[1:]:
+        os.environ["SHARPKERN_SEED"] = seed
+        if int(pytest.main([*_OPTIONS, failure.test])) == 0:
+            return UNSURE
+    return code
 
 
 def _child(request: dict) -> None:
@@ -27,10 +56,9 @@ def _child(request: dict) -> None:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    os.environ.update(request["environment"])
     code = 3
     try:
-        code = int(pytest.main(request["arguments"]))
+        code = _run(request["arguments"], request["seeds"])
     finally:
         sys.stdout.flush()
         sys.stderr.flush()

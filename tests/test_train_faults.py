@@ -80,10 +80,10 @@ def test_each_signal_ends_the_block_as_ctrl_c_does(name: str) -> None:
     number = getattr(signal, name)
     before = signal.signal(number, signal.SIG_DFL)
     try:
-        # Outside of the block it would end this process.
-        with pytest.raises(KeyboardInterrupt), ended_like_ctrl_c():
-            assert signal.getsignal(number) not in (signal.SIG_DFL, before)
-            signal.raise_signal(number)
+        with ended_like_ctrl_c():
+            assert signal.getsignal(number) != signal.SIG_DFL  # which would end this process
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(number)
         assert signal.getsignal(number) == signal.SIG_DFL
     finally:
         signal.signal(number, before)
