@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import gc
+import linecache
 import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
 
+import sharpkern as sk
 from sharpkern.curvature import engines
+from sharpkern.rop import ReplayedProgram
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 
@@ -61,3 +67,19 @@ def test_what_has_grown_is_named(script: Any) -> None:
     assert "110.10 ms in the last quarter, 100.00 ms in the first" in found
     (found,) = script.faults(rows(flat, flat, [*[0.001] * 19, 0.0111]))
     assert "1.1e-02 in the last quarter, 1.0e-03 in the first" in found
+
+
+def test_an_export_leaves_no_source_texts_behind() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    kept = fx.graph_module._loader.eval_cache
+
+    def texts() -> tuple[int, int]:
+        return len(kept), sum("eval_with_key" in name for name in linecache.cache)
+
+    before = texts()
+    for rows in (5, 6):
+        H = sk.HessianOperator(model, F.cross_entropy, (torch.randn(rows, 3), torch.zeros(rows, dtype=torch.long)))
+        assert isinstance(H.engine, ReplayedProgram)
+    assert texts() == before
+    fx.symbolic_trace(model)  # others' stay
+    assert texts() > before

@@ -428,3 +428,4 @@ def test_tf32_needs_a_tolerance_above_its_rounding() -> None:
     problem = double(mlp())
     with pytest.raises(ValueError, match=r"tol must be at least 0.005 with tf32=True.*got 0.001"):
         sk.SharpnessTracker(*problem[:2], optimizer_of("sgd", problem.model), tol=0.001, tf32=True)
+    sk.SharpnessTracker(*problem[:2], optimizer_of("sgd", problem.model), tol=0.005, tf32=True)
