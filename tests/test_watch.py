@@ -119,6 +119,29 @@ def test_what_a_hook_reads_is_followed() -> None:
     agrees(H, model, F.cross_entropy, data)
 
 
+def test_a_forward_hook_and_a_layer_that_come_later_are_followed() -> None:
+    model, data = net(), batch()
+    H = sk.HessianOperator(model, F.cross_entropy, data)
+    model[0].register_forward_hook(lambda m, inputs, h: 2 * h)  # noqa: ARG005
+    H.refresh()
+    agrees(H, model, F.cross_entropy, data)
+    model.append(nn.Softplus())
+    H.refresh()
+    agrees(H, model, F.cross_entropy, data)
+
+
+def test_a_loader_is_followed_to_unfrozen_layers() -> None:
+    model, data = net(), batch()
+    model[0].requires_grad_(False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    tracker = sk.SharpnessTracker(model, F.cross_entropy, optimizer, tol=1e-6, loader=[batch(), batch()])
+    tracker.step(data)
+    model[0].requires_grad_(True)
+    record = tracker.step(data)
+    dense = torch.stack([eager(model, F.cross_entropy, part)[2] for part in tracker._target.loader]).mean(0)
+    assert record.sharpness == pytest.approx(float(torch.linalg.eigvalsh(dense)[-1]), rel=1e-6)
+
+
 def test_autocast_that_is_switched_on_later_is_followed() -> None:
     model, (x, y) = net().float(), batch()
     data = (x.float(), y)
