@@ -8,6 +8,7 @@ from matrices import F64, SPECTRA, Dense, Solver, prescribed
 from torch import Tensor
 
 from sharpkern.eigen import lanczos, power_iteration
+from sharpkern.eigen.common import rounding_level
 
 
 @pytest.mark.parametrize("solver", [lanczos, power_iteration])
@@ -72,3 +73,13 @@ def test_starts_and_bases_that_do_not_fit_are_refused() -> None:
         lanczos(op, 2, v0=torch.randn(3, 6, dtype=F64), max_matvecs=2)
     with pytest.raises(ValueError, match="max_basis must be at least 4, got 3"):
         lanczos(op, 2, max_basis=3)
+
+
+def test_rounding_of_products_of_subnormal_numbers_is_covered() -> None:
+    """Below the normal numbers the error of an element does not shrink with it."""
+    for _ in range(20):
+        A, q = (1e-42 * torch.randn(50, 50, dtype=torch.float64)).float(), torch.randn(50)
+        q /= q.norm()
+        exact = A.double() @ q.double()
+        error = float(((A @ q).double() - exact).norm())
+        assert 0 < error <= rounding_level(Dense(A), float(exact.norm()))
