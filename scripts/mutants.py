@@ -3,7 +3,8 @@
     python scripts/mutants.py                                # every fault of scripts/mutants/*.toml
     python scripts/mutants.py eigen kernels                  # the faults of these areas
     python scripts/mutants.py eigen --only krylov --jobs 2   # those whose file or note holds "krylov"
-    python scripts/mutants.py warm --out docs/mutants.json   # keep the outcomes; the table is of all that stand there
+    python scripts/mutants.py warm --out mutants.json        # keep the outcomes; the table is of all that stand there
+    python scripts/mutants.py --out mutants.json --left      # go on where a run was stopped, and try survivors again
 
 Each area is a TOML file with a list of faults:
 
@@ -139,9 +140,15 @@ def main() -> int:
     parser.add_argument("--only", default="", help="faults whose file or note holds this")
     parser.add_argument("--jobs", type=int, default=1, help="how many faults to try at a time")
     parser.add_argument("--out", type=Path, help="keep the outcomes in this JSON file, besides those of earlier runs")
+    parser.add_argument("--left", action="store_true", help="only those that --out does not hold as killed already")
     given = parser.parse_args()
     try:
         mutants = [m for m in read(given.areas) if given.only in m.file or given.only in m.note]
+        if given.left:
+            done = {
+                _key(row) for row in rows_of([], given.out) if row["outcome"] in ("killed", "stopped", "equivalent")
+            }
+            mutants = [m for m in mutants if _key(m) not in done]
         if not mutants:
             raise ValueError(f"no fault's file or note holds {given.only!r}.")
         outcomes = []

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sharpkern.eigen import lanczos, power_iteration
 from sharpkern.eigen.common import rounding_level
+from sharpkern.eigen.stopping import allowed_norms, reason_of
 
 
 @pytest.mark.parametrize("solver", [lanczos, power_iteration])
@@ -83,3 +84,16 @@ def test_rounding_of_products_of_subnormal_numbers_is_covered() -> None:
         exact = A.double() @ q.double()
         error = float(((A @ q).double() - exact).norm())
         assert 0 < error <= rounding_level(Dense(A), float(exact.norm()))
+
+
+@pytest.mark.parametrize("done", [True, False])
+def test_the_reason_tells_of_the_pair_that_is_furthest_from_its_tolerance(done: bool) -> None:
+    norms, theta = torch.tensor([0.03, 0.02, 0.01], dtype=F64), torch.tensor([9.0, 0.5, -4.0], dtype=F64)
+    told = "residual norm 2.0e-02 at eigenvalue 0.5; tol was 1.0e-01"
+    want = f"converged: {told}." if done else f"stopped at max_matvecs=7, {told}: raise max_matvecs or tol."
+    assert reason_of(done, norms, theta, 0.1, 7) == want
+
+
+def test_a_residual_of_rounding_size_is_allowed_whatever_the_eigenvalue() -> None:
+    theta = torch.tensor([2.0, 1e-9, 0.0, -5.0], dtype=F64)
+    assert allowed_norms(theta, 0.1, 1e-3).tolist() == pytest.approx([0.2, 1e-3, 1e-3, 0.5])
