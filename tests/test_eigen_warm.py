@@ -125,6 +125,20 @@ def test_a_negative_top_is_followed_without_a_power_step() -> None:
     assert solver.start_value == pytest.approx(before, rel=1e-9)
 
 
+def test_a_prediction_learns_nothing_where_the_top_vector_is_another_one() -> None:
+    values, solver = with_top(3.0, 2.0, 1.5, n=60), WarmLanczos(tol=0.01)
+    Q = torch.linalg.qr(torch.randn(60, 60, dtype=F64))[0]
+    for _ in range(4):
+        solver.step(Dense(Q * values @ Q.T))
+        Q[:, :2] = Q[:, :2] @ torch.tensor([[0.995, -0.0998749], [0.0998749, 0.995]], dtype=F64)
+        Q = torch.linalg.qr(Q)[0]
+    fitted = solver._normal, solver._right
+    assert fitted[0] > 0
+    other = Q.roll(30, 1)
+    solver.step(Dense(other * values @ other.T), extra=other[:, :1].T)
+    assert (solver._normal, solver._right) == fitted
+
+
 def test_a_vector_whose_product_is_rounding_is_kept_as_it_is() -> None:
     """A step along its product would leave it for a vector of rounding errors."""
     for _ in range(12):  # half of the Ritz values are rounded to below zero

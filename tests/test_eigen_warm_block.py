@@ -201,6 +201,21 @@ def test_state_continues_identically() -> None:
         WarmLanczos(2).load_state_dict(first.state_dict())
 
 
+def test_a_first_solve_that_ran_out_of_products_within_the_tolerance_has_converged() -> None:
+    A, between = prescribed(with_top(3.0, 2.9, 2.8, 2.7, 2.0, n=80)), 0
+    for most in range(3, 45):
+        result = WarmBlockLanczos(tol=0.1).step(Dense(A), at_most=most)
+        v, theta = result.eigenvectors[0], result.eigenvalues[0]
+        size = float((A @ v - theta * v).norm() / theta)
+        assert result.converged == (size <= 0.1)
+        between += 0.01 < size <= 0.1
+    assert between > 0
+
+
+def test_a_block_has_room_for_the_next_vector() -> None:
+    assert [WarmBlockLanczos(k, width=3).width for k in (1, 2, 3, 5)] == [3, 3, 4, 6]
+
+
 def test_wrong_arguments_are_refused() -> None:
     with pytest.raises(ValueError, match="got 0, 0.01 and 80"):
         WarmBlockLanczos(0)
