@@ -97,3 +97,10 @@ def test_the_reason_tells_of_the_pair_that_is_furthest_from_its_tolerance(done: 
 def test_a_residual_of_rounding_size_is_allowed_whatever_the_eigenvalue() -> None:
     theta = torch.tensor([2.0, 1e-9, 0.0, -5.0], dtype=F64)
     assert allowed_norms(theta, 0.1, 1e-3).tolist() == pytest.approx([0.2, 1e-3, 1e-3, 0.5])
+
+
+@pytest.mark.parametrize(("which", "k", "least"), [("largest", 1, 3), ("both", 2, 6)])
+def test_a_basis_that_is_too_short_for_a_restart_is_refused(which: str, k: int, least: int) -> None:
+    op = Dense(prescribed(SPECTRA["flat"]()))
+    with pytest.raises(ValueError, match=f"max_basis must be at least {least}, got {least - 1}"):
+        lanczos(op, k, which=which, max_basis=least - 1)
