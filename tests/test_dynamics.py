@@ -333,3 +333,7 @@ def test_outcomes_refuse_what_they_cannot_judge() -> None:
     for accuracy, chance in (([0.5], None), ([None], 0.1), ([0.5], 1.0)):
         with pytest.raises(ValueError, match="accuracy needs a measured value and a chance between 0 and 1"):
             sk.training_outcome([1.0], accuracy=accuracy, chance=chance)
+
+
+def test_a_ratio_at_the_level_ends_a_stay_and_begins_none() -> None:
+    assert sk.crossings([1.0, 1.2, 1.0, 1.0, 1.1]) == [(1, 2), (4, None)]
