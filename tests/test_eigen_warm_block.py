@@ -132,6 +132,18 @@ def test_the_chain_is_a_power_iteration_beside_what_is_known_one_step_every_eigh
     assert float((multiplied[10] - stepped / stepped.norm()).norm()) > 0.1
 
 
+def test_the_chain_takes_its_step_by_its_own_product() -> None:
+    A, solver = prescribed(with_top(2.0, 1.5, 1.0, n=80)), WarmBlockLanczos(tol=0.01)
+    while solver._chain.uses < 1:
+        solver.step(Dense(A))
+    before = solver._chain.vector[0]
+    while solver._chain.uses < 2:
+        known = solver.step(Dense(A)).eigenvectors
+    step = A @ before - known.T @ (known @ (A @ before))
+    # Not one: in the block it is made orthogonal to the next Ritz vectors.
+    assert float(solver._chain.vector[0] @ step / step.norm()) > 0.4
+
+
 def test_the_chain_of_a_space_with_nothing_to_look_for_begins_anew() -> None:
     A, generator, chain = torch.zeros(6, 6, dtype=F64), torch.Generator(), Chain()
     A[0, 0] = 2.0
