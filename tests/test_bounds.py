@@ -122,7 +122,7 @@ def test_norms_and_unit_rows_are_right_from_the_smallest_to_the_largest_number()
         for size in (finfo.smallest_normal * 1e-3, finfo.smallest_normal, 1e-30, 1.0, 1e30, finfo.max / 4):
             rows = (row * size).to(dtype)[None]
             exact = math.hypot(*rows[0].tolist())  # scaled by itself
-            assert float(norms_of(op, rows)[0]) == pytest.approx(exact, rel=4 * finfo.eps)
+            assert float(norms_of(op, rows)[0]) == pytest.approx(exact, rel=4 * finfo.eps, abs=0)
             unit = unit_rows(op, rows)
             assert unit.dtype == dtype
             assert math.hypot(*unit[0].tolist()) == pytest.approx(1.0, rel=4 * finfo.eps)

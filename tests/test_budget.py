@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import pytest
@@ -27,6 +28,21 @@ def test_moving_sharpness_gets_forms_until_they_prove_useless() -> None:
     budget.shortfall, budget.purse = 0.2, 0.0
     seen = [budget.choose(1.0, 0.1, 0.0, None) for _ in range(16)]
     assert seen == ["carried"] * 15 + ["measured"]  # 16 quarters of a second pay for two products
+
+
+def test_forms_that_have_cost_a_whole_solve_are_followed_by_one() -> None:
+    budget = ready(fraction=1.0)
+    seen = []
+    for _ in range(80):
+        seen.append(budget.choose(0.7, 0.1, 0.0, None))  # each step pays for one form
+        if seen[-1] == "measured":
+            break
+        if seen[-1] == "bounded":
+            budget.spent(0.7, 0, 0.0)
+    forms = math.ceil(8 * 2.0 / 0.7)  # eight products are a whole solve
+    assert seen[:forms] == ["bounded"] * forms
+    saved = math.ceil(2 * 2.0 / 0.7)  # two products are the fewest
+    assert seen[forms:] == ["carried"] * (saved - 1) + ["measured"]
 
 
 @pytest.mark.parametrize("operators", [1, 2])

@@ -19,6 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 import sharpkern as sk
 from sharpkern.curvature.memory import memory_of
 from sharpkern.rop import ReplayedProgram
+from sharpkern.tracking import cost as cost_module
 
 
 def noisy() -> nn.Module:
@@ -73,6 +74,20 @@ def test_cost_leaves_gradients_buffers_and_the_tracker_alone() -> None:
         "forward and backward", "primal sweeps", "quadratic form", "product", "block of 3",
     ]  # fmt: skip
     assert f"{cost.product.gradients:.2f}" in lines[4]
+
+
+@pytest.mark.parametrize(("took", "rounds"), [(5.0, 3), (0.25, 5), (0.0, 15)])
+def test_rounds_are_few_where_they_are_long_and_the_first_two_do_not_count(took: float, rounds: int) -> None:
+    """Two calls in a round, until two seconds are over: at least 3 rounds, at most 15, after two untimed ones."""
+    calls: list[str] = []
+
+    def call(name: str) -> float:
+        calls.append(name)
+        return 100.0 if len(calls) <= 4 else took  # what is recorded takes long
+
+    seconds = cost_module._interleaved({name: lambda name=name: call(name) for name in "ab"})
+    assert seconds == {"a": [took] * rounds, "b": [took] * rounds}
+    assert calls == ["a", "b"] * (rounds + 2)
 
 
 @pytest.mark.parametrize("where", ["probe", "loader"])

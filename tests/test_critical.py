@@ -19,6 +19,7 @@ from sharpkern.train.config import DataConfig
 from sharpkern.train.data import load
 from sharpkern.train.losses import half_mean_squares
 from sharpkern.train.models import FCN
+from sharpkern.warmup.critical import CriticalLR
 
 Make = Callable[[Any], torch.optim.Optimizer]
 OPTIMIZERS: dict[str, Make] = {
@@ -362,3 +363,16 @@ def test_a_step_that_is_no_multiple_of_the_rate_is_refused() -> None:
     model, loss_fn, batch = PROBLEMS["mlp"]()
     with pytest.raises(TypeError, match="the step of Adafactor is no multiple of its learning rate"):
         sk.critical_learning_rate(model, loss_fn, batch, torch.optim.Adafactor(model.parameters(), lr=0.1))
+
+
+def test_each_rate_of_a_batched_pass_counts() -> None:
+    model = nn.Linear(1, 1, bias=False)
+    batch, sgd = (torch.ones(1, 1), torch.zeros(1, 1)), torch.optim.SGD(model.parameters(), lr=0.1)
+    c = sk.critical_learning_rate(model, nn.MSELoss(), batch, sgd, start=1e-9, max_passes=5, parallel=4)
+    assert c.forward_passes == 8  # the second pass begins while one rate is left
+    assert c.capped
+
+
+def test_critical_sharpness_is_two_over_the_rate() -> None:
+    assert CriticalLR(0.5, 0.4, 1.0, 0.01, 7, False).sharpness == 4.0
+    assert CriticalLR(0.0, 0.0, 1.0, 0.0, 0, False).sharpness == math.inf

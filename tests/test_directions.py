@@ -53,6 +53,22 @@ def test_both_agree_with_the_dense_hessian_and_the_step_taken(name: str, product
             assert record.threshold is not None
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_an_optimizer_that_climbs_has_the_curvatures_of_minus_the_loss(momentum: float) -> None:
+    problem = double(mlp())
+    parameters = list(problem.model.parameters())
+    optimizer = torch.optim.SGD(parameters, lr=0.1, momentum=momentum, maximize=True)
+    tracker = sk.SharpnessTracker(problem.model, problem.loss_fn, optimizer, directions=True)
+    for _ in range(2):
+        g = loss_and_gradient(problem)[1].detach()
+        dense, before = -dense_hessian(problem), flat(parameters)
+        record = tracker.step(problem.batch)
+        optimizer.step()
+        u = before - flat(parameters)
+        assert record.batch_sharpness == pytest.approx(float(g @ dense @ g / g.dot(g)), rel=1e-8)
+        assert record.update_curvature == pytest.approx(float(u @ dense @ u / u.dot(u)), rel=1e-6)
+
+
 def test_one_form_serves_where_the_update_is_the_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = double(mlp())
     shapes = []

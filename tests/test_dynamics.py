@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import sharpkern as sk
-from sharpkern.dynamics import Catapult
+from sharpkern.dynamics import Catapult, _smoothed
 
 NAN = float("nan")
 
@@ -333,3 +333,17 @@ def test_outcomes_refuse_what_they_cannot_judge() -> None:
     for accuracy, chance in (([0.5], None), ([None], 0.1), ([0.5], 1.0)):
         with pytest.raises(ValueError, match="accuracy needs a measured value and a chance between 0 and 1"):
             sk.training_outcome([1.0], accuracy=accuracy, chance=chance)
+
+
+def test_a_ratio_at_the_level_ends_a_stay_and_begins_none() -> None:
+    assert sk.crossings([1.0, 1.2, 1.0, 1.0, 1.1]) == [(1, 2), (4, None)]
+
+
+def test_a_loss_below_zero_must_fall_by_a_tenth_of_its_size() -> None:
+    assert sk.training_outcome([-1.0, -1.05]).name == "failed"
+    assert sk.training_outcome([-1.0, -1.15]).name == "trained"
+
+
+def test_an_even_width_has_its_odd_step_ahead() -> None:
+    assert _smoothed([1.0, 2.0, 4.0, 8.0], 2) == [1.5, 3.0, 6.0, 8.0]
+    assert _smoothed([1.0, 2.0, 4.0, 9.0], 3) == [1.5, 7 / 3, 5.0, 6.5]

@@ -84,7 +84,8 @@ def test_gap_estimates_are_those_of_the_nearest_ritz_interval() -> None:
         assert gap > float(norms[i])
         expected = float(norms[i]) ** 2 / gap + rounding
         assert float(result.gap_estimates[i]) == pytest.approx(expected, rel=1e-9)
-    assert torch.allclose(result.error_bounds, norms[:2] + rounding, rtol=1e-12, atol=1e-18)
+    added = result.error_bounds - norms[:2]  # of which the subtraction leaves some three digits
+    assert torch.allclose(added, torch.full_like(added, rounding), rtol=0.01, atol=0)
 
 
 def test_a_gap_that_the_neighbour_s_residual_closes_gives_no_estimate() -> None:
@@ -117,6 +118,9 @@ def test_more_rows_than_the_space_has_are_left_out() -> None:
     basis = basis_of(op, torch.randn(5, 3, dtype=F64), limit=3)
     assert basis.size == op.products == 3
     assert torch.allclose(basis.ritz()[0], torch.linalg.eigvalsh(op.A).flip(0), atol=1e-13)
+    basis = basis_of(op, torch.randn(1, 3, dtype=F64), limit=3)
+    basis.extend(torch.randn(4, 3, dtype=F64))  # two more have a place
+    assert basis.size == basis.matvecs == 3
 
 
 def test_the_scale_of_rounding_is_the_largest_product_seen_also_after_a_restart() -> None:
@@ -126,11 +130,11 @@ def test_the_scale_of_rounding_is_the_largest_product_seen_also_after_a_restart(
     basis.restart(Y[:, :2])  # without the negative end
     theta, Y = basis.ritz()
     assert float(theta.abs().max()) == pytest.approx(1.0)
-    assert basis.rounding() == pytest.approx(10 * torch.finfo(F64).eps * 100)
+    assert basis.rounding() == pytest.approx(10 * torch.finfo(F64).eps * 100, rel=1e-9, abs=0)
     # a vector whose product lies across it
     across = basis_of(Dense(torch.tensor([[0.0, 7.0], [7.0, 0.0]], dtype=F64)), torch.eye(2, dtype=F64)[:1])
     across.residuals(*across.ritz())
-    assert across.rounding() == pytest.approx(10 * torch.finfo(F64).eps * 7)
+    assert across.rounding() == pytest.approx(10 * torch.finfo(F64).eps * 7, rel=1e-9, abs=0)
 
 
 def test_memory_asked_for_again_keeps_what_was_written() -> None:

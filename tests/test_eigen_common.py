@@ -8,6 +8,8 @@ from matrices import F64, SPECTRA, Dense, Solver, prescribed
 from torch import Tensor
 
 from sharpkern.eigen import lanczos, power_iteration
+from sharpkern.eigen.common import rounding_level
+from sharpkern.eigen.stopping import allowed_norms, reason_of
 
 
 @pytest.mark.parametrize("solver", [lanczos, power_iteration])
@@ -72,3 +74,33 @@ def test_starts_and_bases_that_do_not_fit_are_refused() -> None:
         lanczos(op, 2, v0=torch.randn(3, 6, dtype=F64), max_matvecs=2)
     with pytest.raises(ValueError, match="max_basis must be at least 4, got 3"):
         lanczos(op, 2, max_basis=3)
+
+
+def test_rounding_of_products_of_subnormal_numbers_is_covered() -> None:
+    """Below the normal numbers the error of an element does not shrink with it."""
+    for _ in range(20):
+        A, q = (1e-42 * torch.randn(50, 50, dtype=torch.float64)).float(), torch.randn(50)
+        q /= q.norm()
+        exact = A.double() @ q.double()
+        error = float(((A @ q).double() - exact).norm())
+        assert 0 < error <= rounding_level(Dense(A), float(exact.norm()))
+
+
+@pytest.mark.parametrize("done", [True, False])
+def test_the_reason_tells_of_the_pair_that_is_furthest_from_its_tolerance(done: bool) -> None:
+    norms, theta = torch.tensor([0.03, 0.02, 0.01], dtype=F64), torch.tensor([9.0, 0.5, -4.0], dtype=F64)
+    told = "residual norm 2.0e-02 at eigenvalue 0.5; tol was 1.0e-01"
+    want = f"converged: {told}." if done else f"stopped at max_matvecs=7, {told}: raise max_matvecs or tol."
+    assert reason_of(done, norms, theta, 0.1, 7) == want
+
+
+def test_a_residual_of_rounding_size_is_allowed_whatever_the_eigenvalue() -> None:
+    theta = torch.tensor([2.0, 1e-9, 0.0, -5.0], dtype=F64)
+    assert allowed_norms(theta, 0.1, 1e-3).tolist() == pytest.approx([0.2, 1e-3, 1e-3, 0.5])
+
+
+@pytest.mark.parametrize(("which", "k", "least"), [("largest", 1, 3), ("both", 2, 6)])
+def test_a_basis_that_is_too_short_for_a_restart_is_refused(which: str, k: int, least: int) -> None:
+    op = Dense(prescribed(SPECTRA["flat"]()))
+    with pytest.raises(ValueError, match=f"max_basis must be at least {least}, got {least - 1}"):
+        lanczos(op, k, which=which, max_basis=least - 1)

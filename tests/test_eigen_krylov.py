@@ -66,6 +66,30 @@ def test_a_random_start_is_held_to_a_tenth_of_the_tolerance() -> None:
     assert loose.matvecs < lanczos(op, tol=0.1).matvecs
 
 
+def test_a_restart_keeps_enough_to_lose_little_of_what_an_unlimited_basis_gains() -> None:
+    """With half of the basis kept, a tenth more products; with an eighth, four tenths."""
+    op = Dense(prescribed(torch.linspace(0, 1, 300, dtype=F64)))
+
+    def spent(max_basis: int) -> int:
+        generators = [torch.Generator().manual_seed(seed) for seed in range(6)]
+        return sum(
+            lanczos(op, tol=1e-6, max_matvecs=5000, max_basis=max_basis, generator=g).matvecs for g in generators
+        )
+
+    assert spent(16) <= 1.25 * spent(300)
+
+
+def test_a_random_start_that_ran_out_of_products_within_the_tolerance_has_converged() -> None:
+    op, between = Dense(prescribed(with_top(3.0, 2.9, 2.0))), 0
+    for most in range(2, 40):
+        result = lanczos(op, tol=0.1, max_matvecs=most)
+        v, theta = result.eigenvectors[0], result.eigenvalues[0]
+        size = float((op.A @ v - theta * v).norm() / theta)
+        assert result.converged == (size <= 0.1)
+        between += 0.01 < size <= 0.1
+    assert between > 0
+
+
 def test_a_basis_that_was_given_only_the_wanted_shows_no_gap() -> None:
     op = Dense(prescribed(bulk(30)))
     result = lanczos(op, 2, tol=1e-6, v0=torch.randn(2, 30, dtype=F64), max_matvecs=2)
@@ -74,8 +98,11 @@ def test_a_basis_that_was_given_only_the_wanted_shows_no_gap() -> None:
 
 
 def test_a_basis_of_the_whole_space_has_gap_estimates_of_rounding_size() -> None:
-    result = lanczos(Dense(prescribed(torch.randn(4, dtype=F64))), 4, tol=0.9)
+    result = lanczos(Dense(prescribed(torch.randn(40, dtype=F64))), 40, tol=0.9, max_matvecs=40)
     assert bool((result.gap_estimates <= 1e-12).all())
+    # No eigenvalue is left that could lie in between: the residuals play no part.
+    assert bool((result.gap_estimates == result.gap_estimates[0]).all())
+    assert bool((result.gap_estimates < result.error_bounds).any())
 
 
 def test_an_invariant_start_is_left_through_random_vectors() -> None:

@@ -7,6 +7,7 @@ import torch
 from matrices import F64, SPECTRA, Dense, bulk, check, prescribed
 
 from sharpkern.eigen import lanczos, lobpcg
+from sharpkern.eigen.basis import Basis
 
 
 @pytest.mark.parametrize("k", [1, 2, 3])
@@ -55,6 +56,24 @@ def test_lobpcg_spends_no_more_than_three_times_lanczos() -> None:
     spent = [lobpcg(op, 1, tol=1e-5, max_matvecs=2000, generator=g(i)).matvecs for i in range(5)]
     krylov = [lanczos(op, 1, tol=1e-4, max_matvecs=2000, generator=g(i)).matvecs for i in range(5)]  # to a tenth of it
     assert sum(spent) <= 1.6 * sum(krylov)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_what_is_kept_spans_the_last_block_and_the_one_before(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Knyazev's three terms: the conjugate directions are what leads back from the new block to the old one."""
+    missing, restart = [], Basis.restart
+
+    def recorded(basis: Basis, Y: torch.Tensor) -> None:
+        before = basis.Q[:k].clone()
+        restart(basis, Y)
+        kept = basis.Q[: basis.size]
+        if basis.size > k:
+            missing.append(float((before - before @ kept.T @ kept).norm()))
+
+    monkeypatch.setattr(Basis, "restart", recorded)
+    lobpcg(Dense(prescribed(torch.linspace(0, 1, 60, dtype=F64))), k, tol=1e-4, max_matvecs=1000)
+    assert len(missing) > 5
+    assert max(missing) <= 1e-6
 
 
 def g(seed: int) -> torch.Generator:

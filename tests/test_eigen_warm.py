@@ -117,6 +117,37 @@ def test_a_negative_top_is_followed_without_a_power_step() -> None:
     again = solver.step(Dense(A))
     assert solver.start_value == pytest.approx(before, rel=1e-9)
     assert again.converged
+    # Far from converged, where a power step would change the value much.
+    A = prescribed(torch.cat([torch.tensor([-1.0], dtype=F64), -2 - 8 * torch.rand(120, dtype=F64)]))
+    solver = WarmLanczos(tol=1e-6)
+    before = float(solver.step(Dense(A), at_most=4).eigenvalues[0])
+    solver.step(Dense(A), at_most=4)
+    assert solver.start_value == pytest.approx(before, rel=1e-9)
+
+
+def test_a_prediction_learns_nothing_where_the_top_vector_is_another_one() -> None:
+    values, solver = with_top(3.0, 2.0, 1.5, n=60), WarmLanczos(tol=0.01)
+    Q = torch.linalg.qr(torch.randn(60, 60, dtype=F64))[0]
+    for _ in range(4):
+        solver.step(Dense(Q * values @ Q.T))
+        Q[:, :2] = Q[:, :2] @ torch.tensor([[0.995, -0.0998749], [0.0998749, 0.995]], dtype=F64)
+        Q = torch.linalg.qr(Q)[0]
+    fitted = solver._normal, solver._right
+    assert fitted[0] > 0
+    other = Q.roll(30, 1)
+    solver.step(Dense(other * values @ other.T), extra=other[:, :1].T)
+    assert (solver._normal, solver._right) == fitted
+
+
+def test_a_vector_whose_product_is_rounding_is_kept_as_it_is() -> None:
+    """A step along its product would leave it for a vector of rounding errors."""
+    for _ in range(12):  # half of the Ritz values are rounded to below zero
+        solver = WarmLanczos(3, tol=0.01)
+        result = solver.step(
+            Dense(prescribed(torch.cat([torch.tensor([2.0, 1.0], dtype=F64), torch.zeros(60).double()])))
+        )
+        cosines = (solver._block * result.eigenvectors).sum(1)
+        assert bool((cosines > 0.99).all())
 
 
 def test_a_short_step_goes_on_where_the_last_one_stopped() -> None:

@@ -9,6 +9,7 @@ import torch
 from matrices import F64, Dense, prescribed, with_top
 
 from sharpkern.eigen import WarmBlockLanczos, WarmLanczos
+from sharpkern.eigen.chain import Chain
 
 
 class Calls(Dense):
@@ -114,6 +115,44 @@ def test_the_chain_finds_what_no_kept_vector_can_see() -> None:
     assert found[-1] == pytest.approx(2.2, rel=0.01)
 
 
+def test_the_chain_is_a_power_iteration_beside_what_is_known_one_step_every_eight_solves() -> None:
+    A, generator, chain = prescribed(with_top(3.0, 2.9, 1.0, n=40)), torch.Generator().manual_seed(1), Chain()
+    known = torch.linalg.eigh(A)[1][:, -2:].T  # of 3.0 and 2.9
+    beside, multiplied = torch.eye(40, dtype=F64) - known.T @ known, []
+    for solve in range(1, 161):
+        vector = chain.due(Dense(A), generator)
+        assert (vector is not None) == (solve % 8 == 0)
+        if vector is not None:
+            multiplied.append(vector[0])
+        chain.advance(Dense(A), None if vector is None else vector @ A, known)
+    for place in (*range(9), *range(10, 19)):  # after ten products it begins anew
+        want = beside @ (A @ multiplied[place])
+        assert torch.allclose(multiplied[place + 1], want / want.norm(), rtol=0, atol=1e-10)
+    stepped = beside @ (A @ multiplied[9])
+    assert float((multiplied[10] - stepped / stepped.norm()).norm()) > 0.1
+
+
+def test_the_chain_takes_its_step_by_its_own_product() -> None:
+    A, solver = prescribed(with_top(2.0, 1.5, 1.0, n=80)), WarmBlockLanczos(tol=0.01)
+    while solver._chain.uses < 1:
+        solver.step(Dense(A))
+    before = solver._chain.vector[0]
+    while solver._chain.uses < 2:
+        known = solver.step(Dense(A)).eigenvectors
+    step = A @ before - known.T @ (known @ (A @ before))
+    # Not one: in the block it is made orthogonal to the next Ritz vectors.
+    assert float(solver._chain.vector[0] @ step / step.norm()) > 0.4
+
+
+def test_the_chain_of_a_space_with_nothing_to_look_for_begins_anew() -> None:
+    A, generator, chain = torch.zeros(6, 6, dtype=F64), torch.Generator(), Chain()
+    A[0, 0] = 2.0
+    for _ in range(16):
+        vector = chain.due(Dense(A), generator)
+        assert vector is None or bool(vector.isfinite().all())
+        chain.advance(Dense(A), None if vector is None else vector @ A, torch.eye(6, dtype=F64)[:1])
+
+
 @pytest.mark.parametrize("kind", [WarmLanczos, WarmBlockLanczos])
 def test_a_hint_leads_to_a_pop_up_in_its_step(kind: type[WarmLanczos] | type[WarmBlockLanczos]) -> None:
     """The hint's own Rayleigh quotient is below the value known; only its residual tells of more."""
@@ -172,6 +211,21 @@ def test_state_continues_identically() -> None:
         assert torch.equal(got.eigenvectors, want.eigenvectors)
     with pytest.raises(ValueError, match="state of WarmLanczos lacks"):
         WarmLanczos(2).load_state_dict(first.state_dict())
+
+
+def test_a_first_solve_that_ran_out_of_products_within_the_tolerance_has_converged() -> None:
+    A, between = prescribed(with_top(3.0, 2.9, 2.8, 2.7, 2.0, n=80)), 0
+    for most in range(3, 45):
+        result = WarmBlockLanczos(tol=0.1).step(Dense(A), at_most=most)
+        v, theta = result.eigenvectors[0], result.eigenvalues[0]
+        size = float((A @ v - theta * v).norm() / theta)
+        assert result.converged == (size <= 0.1)
+        between += 0.01 < size <= 0.1
+    assert between > 0
+
+
+def test_a_block_has_room_for_the_next_vector() -> None:
+    assert [WarmBlockLanczos(k, width=3).width for k in (1, 2, 3, 5)] == [3, 3, 4, 6]
 
 
 def test_wrong_arguments_are_refused() -> None:

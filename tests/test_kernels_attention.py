@@ -186,3 +186,13 @@ def test_same_input_gives_the_same_bits(backend: str) -> None:
         h = kernels.attention(q, k, v, None, True, 0.5)
         runs.append([h.o, *kernels.attention_backward(h, truth.g.float()[None])])
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_blocks_without_keys_see_nothing(causal: bool) -> None:
+    """Empty operands go to the reference, but the blocks by themselves know them too."""
+    q, k, v, g = torch.randn(2, 3, 4), torch.randn(2, 0, 4), torch.randn(2, 0, 5), torch.randn(2, 2, 3, 5)
+    heads = blocked_attention.attention(q, k, v, None, causal, 0.5)
+    assert torch.equal(heads.o, torch.zeros(2, 3, 5)) and bool((heads.lse == math.inf).all())
+    gq, gk, gv = blocked_attention.attention_backward(heads, g)
+    assert torch.equal(gq, torch.zeros(2, 2, 3, 4)) and gk.shape == (2, 2, 0, 4) and gv.shape == (2, 2, 0, 5)

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sharpkern as sk
+from sharpkern.warmup.critical import CriticalLR
+from sharpkern.warmup.persistent import PersistentCatapultLR
 
 
 class Product(nn.Module):
@@ -155,3 +157,17 @@ def test_bad_arguments_are_refused(target: Any, options: dict[str, Any], message
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     with pytest.raises(ValueError, match=message):
         sk.PersistentCatapultLR(optimizer, target, (model, loss_fn, batch), **options)
+
+
+def test_a_search_that_finds_less_leaves_the_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With patience a search may fall into a catapult, where the critical rate lies below the present one."""
+    model = nn.Linear(1, 1, bias=False)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    probe = model, nn.MSELoss(), (torch.ones(1, 1), torch.zeros(1, 1))
+    schedule = PersistentCatapultLR(sgd, 10.0, probe, patience=1)
+    before = schedule.lr
+    found = CriticalLR(before / 2, before / 3, 1.0, 0.01, 5, False)
+    monkeypatch.setattr("sharpkern.warmup.persistent.critical_learning_rate", lambda *_, **__: found)
+    schedule.step()
+    assert schedule.searches == 2
+    assert schedule.lr == before == sgd.param_groups[0]["lr"]

@@ -11,7 +11,9 @@ from problems import relative as error
 from torch import nn
 
 import sharpkern as sk
+from sharpkern.eigen import WarmLanczos
 from sharpkern.kernels.precision import within_tf32_products
+from sharpkern.tracking.followed import Followed
 
 
 def optimizer_of(name: str, model: nn.Module) -> torch.optim.Optimizer:
@@ -351,6 +353,8 @@ def test_optimizer_without_a_known_threshold_is_tracked_without_one() -> None:
     ("options", "message"),
     [
         ({"tol": 0.0}, "tol must lie between 0 and 1, got 0.0"),
+        ({"tol": 1.0}, "tol must lie between 0 and 1, got 1.0"),
+        ({"chunk": 0}, "chunk must be at least 1 example, got 0"),
         ({"every": 0}, "got 0, 1 and 80"),
         ({"k": 3, "max_matvecs": 2}, "got 1, 3 and 2"),
         ({"budget": 0.0}, "positive fraction of a step's time, got 0.0"),
@@ -439,7 +443,23 @@ def test_tf32_rounding_is_measured_and_part_of_the_error(monkeypatch: pytest.Mon
         optimizer.step()
 
 
+def test_doubt_adds_up_what_is_known_of_the_value() -> None:
+    """Error bound of the solve, rounding, what forms have moved since it, and the drift since the value was seen."""
+    followed = Followed(WarmLanczos(), value=2.0, seen=3, speed=0.2, error_bound=0.1, rounding=0.01, eigenvalues=(1.5,))
+    assert followed.turned == pytest.approx(2.0 / 1.5 - 1)
+    assert followed.drift(5) == pytest.approx(0.4)
+    assert followed.doubt(5) == pytest.approx(0.1 + 0.02 + 0.5 + 0.8)
+
+
+@pytest.mark.parametrize("change", [-0.3, 0.3])
+def test_speed_is_the_size_of_the_change_whatever_its_sign(change: float) -> None:
+    followed = Followed(WarmLanczos(), value=2.0, seen=1, speed=0.0)
+    followed._see(2.0 * (1 + change), 4)  # three steps later
+    assert followed.speed == pytest.approx(0.3 * 0.3 / 3)
+
+
 def test_tf32_needs_a_tolerance_above_its_rounding() -> None:
     problem = double(mlp())
     with pytest.raises(ValueError, match=r"tol must be at least 0.005 with tf32=True.*got 0.001"):
         sk.SharpnessTracker(*problem[:2], optimizer_of("sgd", problem.model), tol=0.001, tf32=True)
+    sk.SharpnessTracker(*problem[:2], optimizer_of("sgd", problem.model), tol=0.005, tf32=True)

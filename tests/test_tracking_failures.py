@@ -11,6 +11,8 @@ from problems import dense_hessian, double, mlp
 from torch import Tensor, nn
 
 import sharpkern as sk
+from sharpkern.eigen.common import NonFiniteProductError
+from sharpkern.tracking.failures import Failures
 
 
 def cusp(output: Tensor, targets: Tensor) -> Tensor:
@@ -129,3 +131,16 @@ def test_a_form_that_is_not_finite_leaves_what_is_carried(monkeypatch: pytest.Mo
         assert tracker.step(bad).status == "failed"
     monkeypatch.setattr(tracker._following.budget, "choose", lambda *_: "carried")
     assert tracker.step(good).sharpness == pytest.approx(before.sharpness, rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_of_several_processes_only_what_all_of_them_meet_is_passed_over(kind: str) -> None:
+    """A product is summed over the processes, so that each sees the same; another error may be one's alone."""
+    failures, product = Failures(), NonFiniteProductError("product 3 is not finite.")
+    with pytest.warns(UserWarning, match="step 7 could not be measured: product 3 is not finite"):
+        failures.note(product, 7, kind)
+    for error in (torch.linalg.LinAlgError("no eigenvalues"), sk.NonFiniteLossError(math.nan)):
+        with pytest.raises(type(error)) as raised:
+            failures.note(error, 8, kind)
+        assert raised.value is error
+    failures.note(product, 9, kind)  # the warning came once

@@ -26,8 +26,13 @@ def test_points_at_the_weights_whose_preconditioner_collapsed() -> None:
     want = torch.where(torch.arange(40) < 10, fallen**2 * g, 0)
     assert torch.allclose(found, want, rtol=1e-12, atol=0) and found[3] == 0
     few = fallen.clone()
-    few[:7] /= 1.6
+    few[:8] /= 1.6  # one of the eight has no gradient
     assert watch.look(SimpleNamespace(inv_sqrt=few, space=None), g) is None
+    enough = few.clone()
+    enough[:9] /= 1.6
+    found = watch.look(SimpleNamespace(inv_sqrt=enough, space=None), g)
+    assert found is not None and int((found != 0).sum()) == 8
+    few = enough
     assert watch.look(SimpleNamespace(inv_sqrt=few[:20], space=None), g[:20]) is None  # other parameters
 
 

@@ -20,6 +20,7 @@ from test_train_loop import config, finish, rows_without_time
 
 from sharpkern.train import checkpoint, loop, metrics
 from sharpkern.train.config import to_toml
+from sharpkern.train.lock import NAME, FolderLock
 from sharpkern.train.loop import Run
 from sharpkern.train.signals import ended_like_ctrl_c
 
@@ -72,6 +73,29 @@ def test_signals_are_put_back_and_ignored_ones_stay_so() -> None:
         assert found == [signal.SIG_DFL]
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_each_signal_ends_the_block_as_ctrl_c_does(name: str) -> None:
+    number = getattr(signal, name)
+    before = signal.signal(number, signal.SIG_DFL)
+    try:
+        with ended_like_ctrl_c():
+            assert signal.getsignal(number) != signal.SIG_DFL  # which would end this process
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(number)
+        assert signal.getsignal(number) == signal.SIG_DFL
+    finally:
+        signal.signal(number, before)
+
+
+def test_lock_names_its_holder_and_nobody_before(tmp_path: Path) -> None:
+    (tmp_path / NAME).write_text("12345678901\n")  # of a process that is gone
+    lock = FolderLock(tmp_path)
+    with pytest.raises(ValueError, match=f"in use by process {os.getpid()}: wait"):
+        FolderLock(tmp_path)
+    lock.release()
+    FolderLock(tmp_path).release()
 
 
 def test_folder_is_held_by_one_run_of_a_process(tmp_path: Path) -> None:

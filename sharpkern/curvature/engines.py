@@ -162,6 +162,11 @@ class Engines:
             if not any(structure == old for structure, _ in self._kept):
                 self._values.pop(old, None)
                 self._latest.pop(old, None)
+        present = {id(kept) for kept in self._kept.values()}
+        for of_engines in (self._uses, self._noise):
+            # A new engine may get the identity of one that is gone, and must not take over its numbers.
+            for gone in of_engines.keys() - present:
+                del of_engines[gone]
 
     def _made(self, leaves: list[Any], spec: pytree.TreeSpec, structure: Any, values: dict[str, Any]) -> Engine:
         """Make an engine; where only Python values have changed, first ask whether they play a part."""

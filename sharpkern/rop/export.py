@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import linecache
 import logging
 import operator
 import re
 import traceback
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,8 @@ def export(module: nn.Module, batch: Any) -> Graph:
             message says where it stands.
         ValueError: the loss is not a scalar of floating dtype.
     """
-    with warnings.catch_warnings(), _quiet("torch.export", "torch.fx", "torch._dynamo", "torch._subclasses"):
+    quiet = _quiet("torch.export", "torch.fx", "torch._dynamo", "torch._subclasses")
+    with warnings.catch_warnings(), quiet, _sources_forgotten():
         warnings.simplefilter("ignore")
         try:
             with contextlib.redirect_stderr(io.StringIO()), differentiable_checkpoints():  # torch prints whole graphs
@@ -85,6 +87,22 @@ def export(module: nn.Module, batch: Any) -> Graph:
         except Exception as error:  # torch.export has no common base class for what a user's code can trip
             raise UnsupportedModelError(f"{type(error).__name__}: {_first_sentence(error)}{_place(error)}") from error
     return _read(exported, module)
+
+
+@contextlib.contextmanager
+def _sources_forgotten() -> Iterator[None]:
+    """Drop the texts of the graph modules that are made within the block.
+
+    Torch keeps each for ever, for tracebacks: some 30 kB per export, in a run that exports again and again.
+    """
+    kept = getattr(getattr(fx.graph_module, "_loader", None), "eval_cache", {})
+    before = set(kept)
+    try:
+        yield
+    finally:
+        for name in kept.keys() - before:
+            kept.pop(name, None)  # two threads may export at once
+            linecache.cache.pop(name, None)
 
 
 def _read(exported: Any, module: nn.Module) -> Graph:

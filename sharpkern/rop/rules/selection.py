@@ -122,8 +122,8 @@ class Clamp(Select):
         if low is not None and high is not None:
             # Equal bounds share nothing: all goes to x where it equals them, and else to the bound that it crosses.
             whole = (x == low, x < low, x > low)
-            shares = [torch.where(low == high, one * w, s) for w, s in zip(whole, shares, strict=True)]
-        return shares
+            return [torch.where(low == high, one * w, s) for w, s in zip(whole, shares, strict=True)]
+        return [*shares]
 
 
 def _share(wins: Tensor, ties: Tensor, one: Tensor) -> Tensor:
