@@ -134,10 +134,10 @@ def _rows(batch: Any) -> int:
     return len(batch[0])
 
 
-def tracker_of(model: FCN, optimizer: Any, way: str, fraction: float, x: Tensor, y: Tensor) -> sk.SharpnessTracker:
+def tracker_of(model: FCN, optimizer: Any, way: str, fraction: float, probe: Any) -> sk.SharpnessTracker:
     if way == "auto":
         return sk.SharpnessTracker(model, F.mse_loss, optimizer, budget=fraction, probe="auto")
-    tracker = sk.SharpnessTracker(model, F.mse_loss, optimizer, budget=fraction, probe=(x[:BATCH], y[:BATCH]))
+    tracker = sk.SharpnessTracker(model, F.mse_loss, optimizer, budget=fraction, probe=probe)
     tracker._following.budget = Budget(fraction, tracker.tol)  # the rule for an operator of any kind
     return tracker
 
@@ -173,8 +173,11 @@ def replay(name: str, steps: int, x: Tensor, y: Tensor) -> dict[str, Any]:
     optimizer = cls(model.parameters(), lr=0.0)
     schedule = sk.WarmupLR(optimizer, lr, warmup)
     generator = torch.Generator().manual_seed(1)
+    first = torch.randperm(len(x), generator=torch.Generator().manual_seed(1))[:BATCH]  # the first batch
     contenders = {
-        (way, f): (tracker_of(model, optimizer, way, f, x, y), Clock()) for f in FRACTIONS for way in ("auto", "any")
+        (way, f): (tracker_of(model, optimizer, way, f, (x[first], y[first])), Clock())
+        for f in FRACTIONS
+        for way in ("auto", "any")
     }
     values: dict[Any, list[float]] = {key: [] for key in contenders}
     looks: dict[Any, list[int]] = {key: [] for key in contenders}
@@ -186,11 +189,6 @@ def replay(name: str, steps: int, x: Tensor, y: Tensor) -> dict[str, Any]:
         rows = torch.randperm(len(x), generator=generator)[:BATCH]
         for key, (tracker, clock) in contenders.items():
             prices.clock = clock
-            if step == 0 and key[0] == "auto":
-                record = tracker.step((x[:BATCH], y[:BATCH]))  # so that all probes are the first examples
-                tracker._following.followed.clear()
-                tracker._following.budget.started = False
-                tracker._steps = 0
             record = tracker.step((x[rows], y[rows]))
             adaptive = record.preconditioned_sharpness is not None
             values[key].append(record.preconditioned_sharpness if adaptive else record.sharpness)
@@ -200,9 +198,10 @@ def replay(name: str, steps: int, x: Tensor, y: Tensor) -> dict[str, Any]:
                 started[key] = clock.now
         prices.clock = None
         losses.append(record.loss)
-        for m in {_rows(t.probe) for t, _ in contenders.values()}:
+        # Probes of one size are the same: the first examples of the first batch.
+        for m, probe in {_rows(t.probe): t.probe for t, _ in contenders.values()}.items():
             if m not in truths:
-                truths[m], series[m] = Truth(model, (x[:m], y[:m])), []
+                truths[m], series[m] = Truth(model, probe), []
             series[m].append(truths[m].find(optimizer))
         optimizer.step()
         schedule.step()
@@ -259,7 +258,6 @@ def real(name: str, steps: int, x: Tensor, y: Tensor) -> dict[str, Any]:
         for schedule in schedules:
             schedule.step()
         # The update is this run's own time; truth and the other copy are not.
-        tracker._left_at = end - (end - after)
         tracker._left_at = None if step == 0 else time.process_time() - (end - after)
         adaptive = record.preconditioned_sharpness is not None
         e.append(abs((record.preconditioned_sharpness if adaptive else record.sharpness) / found - 1))

@@ -17,14 +17,14 @@ from .pace import PRODUCTS
 
 _LEAST = 16  # examples: fewer say too little of the data, and cost hardly less
 _TIMED = 64  # examples of the larger probe that is timed
-_STEPS = 5.0  # from one look to the next, for which the largest probe is taken
+_STEPS = 4.0  # from one look to the next, for which the largest probe is taken
 _ROUNDS = 3
 
 
 def fitted_probe(
     make: Callable[[Any], HessianOperator], batch: Any, *, fraction: float, operators: int, beside: bool, chunk: int | None
 ) -> Any:
-    """Return the first examples of a batch, as many as let a budget look about every fifth step.
+    """Return the first examples of a batch, as many as let a budget look about every fourth step.
 
     Args:
         make: batch -> its Hessian.

@@ -18,7 +18,7 @@ from ..curvature.operators import HessianOperator
 from ..curvature.parameters import gradients_of, select_parameters
 from ..curvature.wrappers import kind_of
 from ..optimizers.held import check_held
-from ..rop.sandbox import kept_random_states
+from ..rop.sandbox import kept_random_states, same_noise
 from .probe import fitted_probe
 
 StepHessian = HessianOperator | ChunkedHessian | DataParallelHessian | ShardedHessian
@@ -143,7 +143,7 @@ class Target:
             ValueError: the batch cannot be cut into examples.
         """
         assert self.hessian is not None
-        with kept_random_states({p.device for p in self.model.parameters()}):
+        with kept_random_states(self._devices()):
             self.set_probe(
                 fitted_probe(
                     self.plain_hessian,
@@ -186,7 +186,8 @@ class Target:
             )
         # These are kept from step to step, as their export and recordings are.
         if self._instead is not None and not isinstance(self._instead, DatasetHessian):
-            self._instead.refresh()
+            with same_noise(self._devices()):
+                self._instead.refresh()
         elif self._instead is None and self.loader is not None:
             self._instead = DatasetHessian(
                 self.model,
@@ -198,8 +199,12 @@ class Target:
             )
         elif self._instead is None:
             probe = self.probe if self.chunk is None else MicroBatches.split(self.probe, self.chunk)
-            self._instead = self._operator(probe, update_buffers=False)
+            with same_noise(self._devices()):
+                self._instead = self._operator(probe, update_buffers=False)
         return self._instead
+
+    def _devices(self) -> set[torch.device]:
+        return {p.device for p in self.model.parameters()}
 
     def _operator(self, batch: Any, *, update_buffers: bool) -> StepHessian:
         if self.kind != "plain":
