@@ -88,10 +88,13 @@ class Prices:
         if self.clock is not None:
             self.clock.now += times * self.of[name]
 
+    def _pay_refresh(self, operator: Any, batch: Any = None, **_: Any) -> None:
+        self.pay(f"primal {_rows(operator.batch if batch is None else batch)}")
+
     def install(self) -> None:
         """Let the package's work be charged, and its clock be ours."""
         H = sk.HessianOperator
-        _before(H, "refresh", lambda op, *a, **k: self.pay(f"primal {_rows(a[0] if a and a[0] else op.batch)}"))
+        _before(H, "refresh", self._pay_refresh)
         _before(H, "_product", lambda op, block: self.pay(f"product {_rows(op.batch)}", len(block)))
         _before(H, "form_rows", lambda op, block: self.pay(f"form {_rows(op.batch)}", len(block)))
         long = [0]

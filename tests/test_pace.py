@@ -67,7 +67,7 @@ def test_a_noisy_gradient_is_no_alarm() -> None:
     assert sum(n == 4 for n in seen) <= 12
 
 
-def test_spending_never_exceeds_what_was_saved_and_ten_looks() -> None:
+def test_spending_never_exceeds_what_was_saved_and_twenty_looks() -> None:
     rng = random.Random()
     pace, income, spent = ready(rng.uniform(0.05, 2.0)), 0.0, 0.0
     for _ in range(600):
@@ -78,7 +78,7 @@ def test_spending_never_exceeds_what_was_saved_and_ten_looks() -> None:
             products = pace.matvecs
             pace.spent(products + 1.0, products)
             spent += products + 1.0
-        assert spent <= income + 10 * LOOK + 5.0 + 1e-6  # the last look on credit has four products
+        assert spent <= income + 20 * LOOK + 5.0 + 1e-6  # the last look on credit has four products
     assert spent >= income - 10  # nor is it left lying
 
 

@@ -12,8 +12,8 @@ from .budget import Status
 PRODUCTS = 2  # of a look
 _ALARMED = 4  # likewise after a jump: the vector has turned
 _MOST = 8  # products that are saved for, where ``every`` keeps looks further apart than they are paid for
-_DEBT = 10  # looks that alarms may overdraw
-_DOUBLES = 2.5  # looks of debt, for each of which a jump must be twice as large to be one
+_DEBT = 20  # looks that alarms may overdraw
+_DOUBLES = 4.0  # looks of debt, for each of which a jump must be twice as large to be one
 _REPAID = 0.5  # of the income, until a debt is paid: the other half goes on looking
 _JUMP = 0.3  # of the signal's logarithm, since the last look
 _UNUSUAL = 4.0  # or so many times its usual change from step to step, whichever is more
@@ -31,9 +31,9 @@ class Pace:
 
     A look is the probe's primal sweeps and two products, or as many as have been saved for. It is taken as soon as it
     is paid: evenly in time. An alarm is a jump of the signal (the norm of the step's gradient) since the last look, by
-    30% or four times what it usually changes in a step, doubled for every two and a half looks of debt. Then a look of four products is taken at once, on credit of at
-    most ten looks; until that is paid back half of the income goes on paying for even ones, so that neither a second
-    catapult nor the time after it goes unseen.
+    30% or four times what it usually changes in a step, doubled for every four looks of debt. Then a look of four
+    products is taken at once, on credit of at most twenty looks. Until that is paid back half of the income goes on
+    paying for even ones, so that neither a second catapult nor the time after it goes unseen.
 
     Args:
         fraction: of a step's own time, on average, not counting the first step's solve.
@@ -62,9 +62,10 @@ class Pace:
         change = abs(signal - self.signal)
         # The steps up to a catapult must not use the credit up before the fall.
         thrift = 2 ** (self.debt / (_DOUBLES * self._cost(PRODUCTS))) if self.debt else 1.0
-        self.rings = abs(signal - self.seen) > thrift * max(_JUMP, _UNUSUAL * self.usual)
+        jump, least = abs(signal - self.seen), max(_JUMP, _UNUSUAL * self.usual)
+        self.rings = jump > thrift * least
         if math.isfinite(change):
-            self.usual += (1 - (_FORGET_ALARM if self.rings else _FORGET_CHANGE)) * (min(change, _JUMP) - self.usual)
+            self.usual += (1 - (_FORGET_ALARM if jump > least else _FORGET_CHANGE)) * (min(change, _JUMP) - self.usual)
         if math.isfinite(signal):
             self.signal = signal
             self.seen = signal if math.isnan(self.seen) else self.seen

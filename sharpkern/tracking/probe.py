@@ -22,7 +22,13 @@ _ROUNDS = 3
 
 
 def fitted_probe(
-    make: Callable[[Any], HessianOperator], batch: Any, *, fraction: float, operators: int, beside: bool, chunk: int | None
+    make: Callable[[Any], HessianOperator],
+    batch: Any,
+    *,
+    fraction: float,
+    operators: int,
+    beside: bool,
+    chunk: int | None,
 ) -> Any:
     """Return the first examples of a batch, as many as let a budget look about every fourth step.
 

@@ -142,7 +142,7 @@ class Target:
         Raises:
             ValueError: the batch cannot be cut into examples.
         """
-        assert self.hessian is not None
+        assert isinstance(self.hessian, HessianOperator | ChunkedHessian)  # no budget with several processes
         with kept_random_states(self._devices()):
             self.set_probe(
                 fitted_probe(
@@ -182,7 +182,8 @@ class Target:
             return self.hessian
         if self.waits_for_probe:
             raise ValueError(
-                'probe="auto" is cut off the first step\'s batch: ask after that step, or give probe= a batch of your own.'
+                'probe="auto" is cut off the first step\'s batch: ask after that step, or give probe= a batch of your '
+                "own."
             )
         # These are kept from step to step, as their export and recordings are.
         if self._instead is not None and not isinstance(self._instead, DatasetHessian):

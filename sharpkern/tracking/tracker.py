@@ -214,7 +214,9 @@ class SharpnessTracker:
         """
         start = time.perf_counter()
         own = 0.0 if self._left_at is None else start - self._left_at
-        present = {p: p.grad for p in self.model.parameters()} if gradients is None else gradients
+        present: Mapping[Tensor, Tensor | None] = (
+            {p: p.grad for p in self.model.parameters()} if gradients is None else gradients
+        )
         status = self._choose(own, present, certify=certify)
         if status == "carried" and not self.directions:
             self._steps += 1
@@ -250,9 +252,7 @@ class SharpnessTracker:
         assert hessian is not None
         if self._target.waits_for_probe and self._following.budget is not None:
             operators = 1 if self._decisive() == "sharpness" else 2
-            self._target.fit_probe(
-                fraction=self._following.budget.fraction, operators=operators, beside=beside
-            )
+            self._target.fit_probe(fraction=self._following.budget.fraction, operators=operators, beside=beside)
         try:
             look, directions = self._look(hessian, status, gradients, paid_from, certify=certify)
         except FAILURES as error:
