@@ -39,7 +39,8 @@ from sharpkern.train.data import load
 from sharpkern.train.models import FCN
 
 BATCH, SIZES, ROUNDS = 128, (16, 32, 64, 128), 15
-FRACTIONS = (0.1, 0.3, 1.0)
+FRACTIONS = [0.1, 0.3, 1.0]
+WAYS = ["auto", "any"]
 RUNS = {"SGD": (torch.optim.SGD, 0.5, 150), "Adam": (torch.optim.Adam, 1e-3, 60)}
 ROOT = Path(__file__).parents[1]
 
@@ -71,7 +72,7 @@ class Prices:
                 ):
                     solver.step(H)
                     for k in most:
-                        parts[f"{name} {k}"] = lambda s=solver, H=H, k=k: s.step(H, None, k)
+                        parts[f"{name} {k}"] = lambda s=solver, H=H, k=k, v=v: _solve(s, H, k, v)
         seconds: dict[str, list[float]] = {name: [] for name in parts}
         for _ in range(ROUNDS):
             for name, part in parts.items():
@@ -115,6 +116,12 @@ class Prices:
             return result
 
         cls.step = step
+
+
+def _solve(solver: WarmLanczos, H: sk.HessianOperator, products: int, v: Tensor) -> None:
+    """Solve from a random vector, so that all products are made."""
+    solver._block = (v / v.norm())[None].clone()
+    assert solver.step(H, None, products).matvecs == products
 
 
 def _own_step(model: FCN, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> None:
@@ -180,7 +187,7 @@ def replay(name: str, steps: int, x: Tensor, y: Tensor) -> dict[str, Any]:
     contenders = {
         (way, f): (tracker_of(model, optimizer, way, f, (x[first], y[first])), Clock())
         for f in FRACTIONS
-        for way in ("auto", "any")
+        for way in WAYS
     }
     values: dict[Any, list[float]] = {key: [] for key in contenders}
     looks: dict[Any, list[int]] = {key: [] for key in contenders}
@@ -285,8 +292,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=110)
     parser.add_argument("--only", default="", help="one of the runs")
+    parser.add_argument("--fractions", type=float, nargs="+", default=FRACTIONS)
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
     parser.add_argument("--real", action="store_true")
     options = parser.parse_args()
+    FRACTIONS[:], WAYS[:] = options.fractions, options.ways
     torch.set_num_threads(1)
     torch.manual_seed(0)
     data = load(DataConfig("fashion-mnist-5k"))
@@ -296,7 +306,9 @@ def main() -> None:
         "runs": {name: (real if options.real else replay)(name, options.steps, x, y)
                  for name in RUNS if options.only in name},
     }  # fmt: skip
-    suffix = ("_real" if options.real else "") + (f"_{options.only.lower()}" if options.only else "")
+    suffix = (
+        ("_real" if options.real else "") + (f"_{options.only.lower()}" if options.only else "") + f"_{options.steps}"
+    )
     (ROOT / "benchmarks" / "results" / f"budget_replay{suffix}.json").write_text(json.dumps(result))
     print(printed([row for run in result["runs"].values() for row in run["rows"]]))
 
