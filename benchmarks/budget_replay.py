@@ -9,7 +9,8 @@ preconditioned sharpness.
 The clock that the trackers read is not the machine's: a step, the sweeps of a loss, a product, a form and the vector
 passes of a solve advance it by their prices, the least processor time of some interleaved rounds before the run. So
 other work on the machine does not decide which steps are measured. ``--real`` lets the trackers read the processor's
-time instead, at 1.3 only, each beside an untracked copy. Writes results/budget_replay.json and prints the table.
+time instead, at 1.3 only, each beside an untracked copy. Writes
+results/budget_replay_<what was asked>.json and prints the table.
 """
 
 from __future__ import annotations
