@@ -18,7 +18,8 @@ LAYERS = {
     "rules.softmax rules.views rules.head decomposition_table decompositions export liveness sweeps program recompute "
     "conformance "
     "recording.common recording.cuda_graph recording.pool recording.tape recording.replayed double_backward",
-    "eigen": "common stopping state basis certificate krylov locally_optimal power chain warm_start warm warm_block",
+    "eigen": "common stopping state basis certificate krylov locally_optimal power chain warm_start warm short "
+    "warm_block",
     "optimizers": "parts held gi_adam rules.rule rules.sgd rules.adam rules.squares rules.adafactor rules.table norms "
     "threshold preconditioner next_update unit_ball geometry",
     "curvature": "losses parameters wrappers reading watch eager gate engines freshness base operators repeatable "
@@ -26,7 +27,7 @@ LAYERS = {
     "distributed.skeleton distributed.replicated distributed.sharded distributed.choose sharpness audit",
     "spectrum": "probes trace diagonal density layers",
     "dynamics": "",
-    "tracking": "budget record popups block_width options failures followed gradients target following "
+    "tracking": "budget pace probe record popups block_width options failures followed gradients target following "
     "directions cost tracker",
     "warmup": "formulas critical schedule persistent trials suggest_text suggest",
     "train": "cifar idx text config metrics lock signals models batched checkpoint data moments plots summary losses "

@@ -13,5 +13,6 @@ from .common import SymmetricOperator as SymmetricOperator
 from .krylov import lanczos as lanczos
 from .locally_optimal import lobpcg as lobpcg
 from .power import power_iteration as power_iteration
+from .short import ShortLanczos as ShortLanczos
 from .warm import WarmLanczos as WarmLanczos
 from .warm_block import WarmBlockLanczos as WarmBlockLanczos

@@ -101,6 +101,19 @@ def kept_random_states(devices: Iterable[torch.device]) -> Iterator[None]:
         np.random.set_state(numpy)  # noqa: NPY002
 
 
+@contextmanager
+def same_noise(devices: Iterable[torch.device]) -> Iterator[None]:
+    """Let torch draw the same random numbers every time; those of Python and NumPy go on. Put all states back."""
+    devices = set(devices)
+    with kept_random_states(devices):
+        # Not ``torch.manual_seed``: it would seed the GPUs whose states are not kept too.
+        torch.default_generator.manual_seed(0)
+        for device in devices:
+            if device.type == "cuda":
+                torch.cuda.default_generators[device.index or 0].manual_seed(0)
+        yield
+
+
 def random_state() -> RandomState:
     """Return the state of torch's global generators: the CPU's, and each CUDA device's in use, by index."""
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()

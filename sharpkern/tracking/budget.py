@@ -84,13 +84,17 @@ class Budget:
             matvecs: of all operators; 0 for a form.
             shortfall: of a solve: by how much its start's Rayleigh quotient lay below the value found, relative.
         """
-        self.purse -= seconds
+        self.charge(seconds)
         if matvecs:
             self.forms, self.shortfall = 0.0, shortfall
             self.matvec_cost += (1 - _FORGET_COST) * (seconds * self.operators / matvecs - self.matvec_cost)
         else:
             self.forms += seconds
             self.form_cost += (1 - _FORGET_COST) * (seconds - self.form_cost)
+
+    def charge(self, seconds: float) -> None:
+        """Pay for a look that gave no value."""
+        self.purse -= seconds
 
     def state_dict(self) -> dict[str, Any]:
         """Return plain Python values."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,13 +14,14 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from ..curvature.negative import NegativeOperator
 from ..curvature.preconditioned import PreconditionedOperator
-from ..eigen import WarmBlockLanczos, WarmLanczos
+from ..eigen import ShortLanczos, WarmBlockLanczos, WarmLanczos
 from ..eigen import certify as certificate_of
 from ..eigen.common import NonFiniteProductError
 from ..kernels.precision import tf32_products
 from .block_width import width_that_pays
 from .budget import Budget, Status
 from .followed import Followed
+from .pace import PRODUCTS, Pace
 from .target import Tracked
 
 _CERTIFY_FAILURE = 0.01
@@ -51,6 +53,7 @@ class Following:
         every: look at steps 1, 1 + every, ... only.
         max_matvecs: the most products of a solve.
         budget: the fraction of the steps' own time that may be spent; None for no limit.
+        probe: the operator is a fixed probe's, so that a budget is spent evenly and on alarms, see ``Pace``.
         tf32: let all solves but the first round factors to TF32.
         width: vectors in a product of each solve, 1 for one after the other; None to measure at the first look whether
             blocks pay.
@@ -60,11 +63,22 @@ class Following:
     """
 
     def __init__(
-        self, *, k: int, tol: float, every: int, max_matvecs: int, budget: float | None, tf32: bool, width: int | None
+        self,
+        *,
+        k: int,
+        tol: float,
+        every: int,
+        max_matvecs: int,
+        budget: float | None,
+        probe: bool,
+        tf32: bool,
+        width: int | None,
     ) -> None:
         self.k, self.tol, self.every, self.max_matvecs, self.tf32 = k, tol, every, max_matvecs, tf32
         self.width = width
-        self.budget = None if budget is None else Budget(budget, tol)
+        self.budget: Budget | Pace | None = None
+        if budget is not None:
+            self.budget = Pace(budget) if probe else Budget(budget, tol)
         self.followed: dict[str, Followed] = {}
 
     def choose(self, step: int, deciding: str, own_seconds: float, ratio: float | None, *, certify: bool) -> Status:
@@ -85,8 +99,16 @@ class Following:
         if self.budget is None:
             return "measured"
         # Times ``every``, because the steps between saved for this one too.
+        if isinstance(self.budget, Pace):
+            return self.budget.choose(own_seconds * self.every)
         last = self.followed[deciding]
         return self.budget.choose(own_seconds * self.every, last.drift(step), last.turned, ratio)
+
+    def hear(self, gradients: Mapping[Tensor, Tensor | None]) -> None:
+        """Let a budget that listens for alarms have the step's gradients; those that are missing say nothing."""
+        if isinstance(self.budget, Pace):
+            known = [g for g in gradients.values() if g is not None]
+            self.budget.hear(float(torch.nn.utils.get_total_norm(known)) if known else math.nan)
 
     def look(
         self,
@@ -120,7 +142,7 @@ class Following:
             # What never was solved has nothing to carry: the next step must measure.
             self.followed = {name: followed for name, followed in self.followed.items() if followed.solves}
             if self.budget is not None and self.budget.started:
-                self.budget.purse -= time.perf_counter() - paid_from
+                self.budget.charge(time.perf_counter() - paid_from)
             raise
 
     def _look(
@@ -164,13 +186,15 @@ class Following:
             matvecs += result.matvecs + followed.measure_rounding(operator)
             converged = converged and result.converged
         # The first step is not paid for: its solve is long, and the sweeps are recorded during it.
-        if self.budget is not None and self.budget.started:
-            self.budget.spent(time.perf_counter() - paid_from, matvecs, self.followed[deciding].shortfall)
-        elif self.budget is not None:
+        if self.budget is not None and not self.budget.started:
             matvecs += self._start_budget(self.budget, operators, step)
+        elif isinstance(self.budget, Pace):
+            self.budget.spent(time.perf_counter() - paid_from, matvecs)
+        elif self.budget is not None:
+            self.budget.spent(time.perf_counter() - paid_from, matvecs, self.followed[deciding].shortfall)
         return Look(matvecs, converged, upper)
 
-    def _start_budget(self, budget: Budget, operators: Mapping[str, Operator], step: int) -> int:
+    def _start_budget(self, budget: Budget | Pace, operators: Mapping[str, Operator], step: int) -> int:
         """Time a matvec and a form, now that their sweeps are recorded; return the matvecs spent on it."""
         matvecs, matvec_seconds, form_seconds = 0, 0.0, 0.0
         for name, operator in operators.items():
@@ -179,7 +203,8 @@ class Following:
             times = [time.perf_counter()]
             followed.bound(operator, step)
             times.append(time.perf_counter())
-            matvecs += (spent := followed.solve(operator, step, None, None).matvecs)
+            at_most = PRODUCTS if isinstance(budget, Pace) else None
+            matvecs += (spent := followed.solve(operator, step, None, at_most).matvecs)
             times.append(time.perf_counter())
             form_seconds += times[1] - times[0]
             matvec_seconds += (times[2] - times[1]) / spent
@@ -192,8 +217,9 @@ class Following:
         generator = torch.Generator().manual_seed(0)
         options = self.k, self.tol, self.max_matvecs, generator
         assert self.width is not None
-        wide = self.width > 1
-        return Followed(WarmBlockLanczos(*options, width=self.width) if wide else WarmLanczos(*options), self.tf32)
+        if self.width > 1:
+            return Followed(WarmBlockLanczos(*options, width=self.width), self.tf32)
+        return Followed((ShortLanczos if isinstance(self.budget, Pace) else WarmLanczos)(*options), self.tf32)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what continues identically: tensors and plain Python only."""

@@ -33,6 +33,8 @@ def check_options(
         raise ValueError(f"need every >= 1, k >= 1 and max_matvecs >= k, got {every}, {k} and {max_matvecs}.")
     if budget is not None and not budget > 0:
         raise ValueError(f"budget must be a positive fraction of a step's time, got {budget}.")
+    if isinstance(probe, str) and (probe != "auto" or budget is None):
+        raise ValueError(f'probe must be a batch, None, or with budget= "auto", got {probe!r} with budget={budget}.')
     if probe is not None and loader is not None:
         raise ValueError("give probe or loader, not both.")
     if chunk is not None and chunk < 1:

@@ -19,6 +19,8 @@ from ..curvature.parameters import gradients_of, select_parameters
 from ..curvature.repeatable import check_no_iterator
 from ..curvature.wrappers import kind_of
 from ..optimizers.held import check_held
+from ..rop.sandbox import kept_random_states, same_noise
+from .probe import fitted_probe
 
 StepHessian = HessianOperator | ChunkedHessian | DataParallelHessian | ShardedHessian
 Tracked = StepHessian | DatasetHessian
@@ -30,7 +32,7 @@ class Target:
     Args:
         model: a module.
         loss_fn: ``(output, targets) -> scalar``.
-        probe: a fixed batch, or None.
+        probe: a fixed batch; "auto" until ``fit_probe`` has cut one; or None.
         loader: batches, or None.
         params: the parameters to differentiate by; None for all with ``requires_grad``.
         chunk: the most examples of a batch that are differentiated at a time; None for all.
@@ -70,6 +72,7 @@ class Target:
         self.params: Any = params if params is None or isinstance(params, Mapping | str) else list(params)
         self.hessian: StepHessian | None = None
         self.order: list[tuple[str, torch.Size]] | None = None
+        self.auto_probe = self.waits_for_probe  # whether the probe is part of the run's state
         self._instead: Tracked | None = None
         self._present: list[int] = []  # what was checked last: ids of the parameters of model and optimizer
 
@@ -132,6 +135,35 @@ class Target:
         # Programs are made anew where the copy goes on: they hold views of this model's parameters.
         return {**vars(self), "hessian": None, "_instead": None, "_present": []}
 
+    @property
+    def waits_for_probe(self) -> bool:
+        """Whether the probe is still to be cut."""
+        return isinstance(self.probe, str)
+
+    def fit_probe(self, *, fraction: float, operators: int, beside: bool) -> None:
+        """Cut a probe off the present batch; see ``fitted_probe``.
+
+        Raises:
+            ValueError: the batch cannot be cut into examples.
+        """
+        assert isinstance(self.hessian, HessianOperator | ChunkedHessian)  # no budget with several processes
+        with kept_random_states(self._devices()):
+            self.set_probe(
+                fitted_probe(
+                    self.plain_hessian,
+                    self.hessian.batch,
+                    fraction=fraction,
+                    operators=operators,
+                    beside=beside,
+                    chunk=self.chunk,
+                )
+            )
+
+    def set_probe(self, probe: Any) -> None:
+        """Track a fixed batch from now on."""
+        if probe is not self.probe:
+            self.probe, self._instead = probe, None
+
     def whole_model(self) -> bool:
         """Whether every trainable parameter is differentiated by, so that its gradient can be set."""
         if self.params is None:  # asked at every step, where a walk over the modules would be felt
@@ -152,9 +184,15 @@ class Target:
         assert self.hessian is not None
         if self.probe is None and self.loader is None:
             return self.hessian
+        if self.waits_for_probe:
+            raise ValueError(
+                'probe="auto" is cut off the first step\'s batch: ask after that step, or give probe= a batch of your '
+                "own."
+            )
         # These are kept from step to step, as their export and recordings are.
         if self._instead is not None and not isinstance(self._instead, DatasetHessian):
-            self._instead.refresh()
+            with same_noise(self._devices()):
+                self._instead.refresh()
         elif self._instead is None and self.loader is not None:
             self._instead = DatasetHessian(
                 self.model,
@@ -166,9 +204,13 @@ class Target:
             )
         elif self._instead is None:
             probe = self.probe if self.chunk is None else MicroBatches.split(self.probe, self.chunk)
-            self._instead = self._operator(probe, update_buffers=False)
+            with same_noise(self._devices()):
+                self._instead = self._operator(probe, update_buffers=False)
             _check_beside(self._instead)
         return self._instead
+
+    def _devices(self) -> set[torch.device]:
+        return {p.device for p in self.model.parameters()}
 
     def _operator(self, batch: Any, *, update_buffers: bool) -> StepHessian:
         if self.kind != "plain":

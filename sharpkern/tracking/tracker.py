@@ -59,7 +59,9 @@ class SharpnessTracker:
             ``tol`` (``Record.converged``). The steps between carry the last value or its Rayleigh quotient. Which
             steps are measured then depends on the clock; training does not. None: every step allowed by ``every``.
         probe: a fixed batch whose Hessian is tracked instead of that of the step's own batch, for one more gradient
-            per measured step. The sharpness of a part of the data is not that of the whole: it reads higher.
+            per measured step. The sharpness of a part of the data is not that of the whole: it reads higher. "auto",
+            with ``budget``: the first examples of the first batch, as many as the budget pays for; for mini-batches,
+            whose own Hessians differ too much for one's value to be carried to the next (docs/explain/tracking.md).
         loader: batches whose mean Hessian is tracked, exactly: see ``DatasetHessian`` for the cost.
         tf32: let the products of all solves but the first round float32 factors to TF32 on a GPU (sums stay float32).
             What this changes is measured on the Ritz vector, at the first solve and every 32, for two products, and
@@ -127,7 +129,7 @@ class SharpnessTracker:
         check_kind(self._target.kind, budget=budget, block=block, directions=directions or not products)
         self._steps = 0
         self._following = Following(
-            k=k, tol=tol, every=every, max_matvecs=max_matvecs, budget=budget, tf32=tf32,
+            k=k, tol=tol, every=every, max_matvecs=max_matvecs, budget=budget, probe=probe is not None, tf32=tf32,
             width=None if block == "auto" else block or 1,
         )  # fmt: skip
         self._failures = Failures()
@@ -149,6 +151,11 @@ class SharpnessTracker:
     def hessian(self, operator: StepHessian) -> None:
         # A run like one before takes over its exported program.
         self._target.hessian = operator
+
+    @property
+    def probe(self) -> Any:
+        """The fixed batch whose Hessian is tracked; None where it is the step's own, "auto" until it is chosen."""
+        return self._target.probe
 
     def step(self, batch: Any, *, certify: bool = False) -> Record:
         """Compute loss and gradients on a batch, set ``p.grad``, and measure.
@@ -177,8 +184,9 @@ class SharpnessTracker:
             p.grad = g
         # From the end of the last call: the caller's update and data loading belong to what a step takes.
         own = time.perf_counter() - (start if self._left_at is None else self._left_at)
-        status = self._choose(own, certify=certify)
-        return self._measure(status, gradients, time.perf_counter(), certify=certify)
+        paid_from = time.perf_counter()
+        status = self._choose(own, gradients, certify=certify)
+        return self._measure(status, gradients, paid_from, certify=certify)
 
     def observe(self, batch: Any, gradients: Mapping[Tensor, Tensor] | None = None, *, certify: bool = False) -> Record:
         """Measure beside a training loop, without side effects; call it before ``optimizer.step()``.
@@ -208,7 +216,10 @@ class SharpnessTracker:
         """
         start = time.perf_counter()
         own = 0.0 if self._left_at is None else start - self._left_at
-        status = self._choose(own, certify=certify)
+        present: Mapping[Tensor, Tensor | None] = (
+            {p: p.grad for p in self.model.parameters()} if gradients is None else gradients
+        )
+        status = self._choose(own, present, certify=certify)
         if status == "carried" and not self.directions:
             self._steps += 1
             return self._left(self._record(math.nan, math.nan, status), start)
@@ -216,9 +227,17 @@ class SharpnessTracker:
         with kept_random_states({p.device for p in self.model.parameters()}):
             batch_gradients = self._differentiate(batch, training=False)
         stepped = gradients_to_step_with(batch_gradients, gradients)
-        return self._measure(status, stepped, start, certify=certify)
+        return self._measure(status, stepped, start, certify=certify, beside=True)
 
-    def _measure(self, status: Status, gradients: dict[Tensor, Tensor], paid_from: float, *, certify: bool) -> Record:
+    def _measure(
+        self,
+        status: Status,
+        gradients: dict[Tensor, Tensor],
+        paid_from: float,
+        *,
+        certify: bool,
+        beside: bool = False,
+    ) -> Record:
         """Do what a step's status says, after loss and gradient are known.
 
         Args:
@@ -226,12 +245,16 @@ class SharpnessTracker:
             gradients: that the optimizer will step with.
             paid_from: clock, from which on the time is the tracker's own.
             certify: see ``step``.
+            beside: by ``observe``.
         """
         self._steps += 1
         if status in ("bounded", "carried") and self._decisive() not in self._following.followed:
             status = "measured"  # parameters were replaced since the choice, so there is nothing to carry
         hessian = self._target.hessian
         assert hessian is not None
+        if self._target.waits_for_probe and self._following.budget is not None:
+            operators = 1 if self._decisive() == "sharpness" else 2
+            self._target.fit_probe(fraction=self._following.budget.fraction, operators=operators, beside=beside)
         try:
             look, directions = self._look(hessian, status, gradients, paid_from, certify=certify)
         except FAILURES as error:
@@ -350,9 +373,10 @@ class SharpnessTracker:
         self._primal_seconds = time.perf_counter() - start
         return gradients
 
-    def _choose(self, own_seconds: float, *, certify: bool) -> Status:
+    def _choose(self, own_seconds: float, gradients: Mapping[Tensor, Tensor | None], *, certify: bool) -> Status:
         if not self.products:
             return "untracked"
+        self._following.hear(gradients)
         ratio = self._threshold_and_ratio()[1] if self._decisive() in self._following.followed else None
         return self._following.choose(self._steps + 1, self._decisive(), own_seconds, ratio, certify=certify)
 
@@ -422,6 +446,7 @@ class SharpnessTracker:
             "version": _VERSION,
             "steps": self._steps,
             **self._following.state_dict(),
+            **({"probe": self._target.probe} if self._target.auto_probe else {}),
         }
 
     def __getstate__(self) -> dict[str, Any]:
@@ -435,6 +460,9 @@ class SharpnessTracker:
             ValueError: a field is missing or unknown, here or in a part's state, or a version is another one.
         """
         parts = ("followed", "budget", "width")
-        check_state("SharpnessTracker", state, ("steps", *parts), _VERSION)
+        probe = ("probe",) if self._target.auto_probe else ()
+        check_state("SharpnessTracker", state, ("steps", *parts, *probe), _VERSION)
         self._following.load_state_dict({name: state[name] for name in parts})
         self._steps = state["steps"]
+        if probe:
+            self._target.set_probe(state["probe"])

@@ -271,10 +271,14 @@ def build_tracker(config: TrainConfig, task: Task, optimizer: torch.optim.Optimi
         ValueError: the probe has more examples than there are.
     """
     t = config.tracking
+    probe = None if t.probe is None else first_examples(task, t.probe)
+    # What is known of one mini-batch's Hessian says little of the next one's, so that there is nothing to carry.
+    if t.budget is not None and task.per_epoch > 1 and probe is None and not t.dataset:
+        probe = "auto"
     block: int | Literal["auto"] | None = {"no": None, "yes": 3, "auto": "auto"}[t.block]
     return SharpnessTracker(
         task.model, task.loss_fn, optimizer, tol=t.tol, every=t.every, max_matvecs=t.max_matvecs, k=t.k,
-        budget=t.budget, probe=None if t.probe is None else first_examples(task, t.probe),
+        budget=t.budget, probe=probe,
         loader=task.whole() if t.dataset else None, tf32=t.tf32,
         chunk=t.chunk, products=t.products, block=block, directions=t.directions,
     )  # fmt: skip

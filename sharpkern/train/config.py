@@ -87,7 +87,9 @@ class TrackingConfig:
     k: Annotated[int, "how many of the largest eigenvalues to track"] = 1
     budget: Annotated[
         float | None,
-        "spend at most this fraction of the steps' own time on tracking; the steps measured then depend on the clock",
+        "spend at most this fraction of the steps' own time on tracking; the steps measured then depend on the clock. "
+        "With mini-batches, without probe or dataset, the Hessian is that of the first examples of the first batch, as "
+        "many as the budget pays for",
     ] = None
     probe: Annotated[
         int | None,
