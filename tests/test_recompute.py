@@ -159,13 +159,21 @@ def test_tracking_and_sharpness_are_the_same(chunk: int | None, seed: int) -> No
     rows = []
     for recompute in (False, True):
         torch.manual_seed(seed)
-        model, loss_fn, batch = mlp()
-        optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+        model, loss_fn, (x, y) = mlp()
+        # In float64: how MKL rounds depends on where its arguments lie in memory, which is not the same in both.
+        batch = x.double(), y
+        optimizer = torch.optim.Adam(model.double().parameters(), lr=0.01)
         tracker = sk.SharpnessTracker(model, loss_fn, optimizer, chunk=chunk, recompute=recompute)
         rows.append([])
         for _ in range(3):
             rows[-1].append(tracker.step(batch).row())
             optimizer.step()
         top = sk.sharpness(model, loss_fn, batch, recompute=recompute, generator=torch.Generator().manual_seed(0))
-        rows[-1].append(top.value)
-    assert rows[0] == rows[1]
+        rows[-1].append({"top": top.value})
+    for kept, again in zip(*rows, strict=True):
+        assert kept.keys() == again.keys()
+        for name, value in kept.items():
+            if isinstance(value, str | None):
+                assert again[name] == value
+            else:  # the errors are differences of nearly equal numbers, in which rounding shows first
+                assert again[name] == pytest.approx(value, rel=1e-6 if "error" in name else 1e-11), name

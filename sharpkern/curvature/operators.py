@@ -176,7 +176,7 @@ class HessianOperator(LossCurvature):
             the first batch and every 500 refreshes; where they differ, double backward takes over, with a warning.
             False trusts the export.
         recompute: keep only a part of the forward pass, and compute the rest again when a product comes to it: the
-            same products in less memory, for about twice their time (docs/explain/cost.md). Double backward does not
+            same products in less memory, for about twice their time (docs/explain/memory.md). Double backward does not
             have it.
 
     Attributes:

@@ -72,7 +72,7 @@ class SharpnessTracker:
         chunk: differentiate at most so many examples at a time, so that a product needs the memory of a micro-batch;
             see ``ChunkedHessian`` for the cost.
         recompute: keep only a part of the forward pass and compute the rest again in each product: less memory, for
-            twice a product's time; see docs/explain/cost.md.
+            twice a product's time; see docs/explain/memory.md.
         products: False spends no Hessian-vector product: only ``Record.batch_sharpness`` and
             ``Record.update_curvature`` are measured, at every step, and ``Record.sharpness`` is NaN.
         block: vectors in a product: None or 1 for one after the other. Blocks of 3 need about half as many products one
