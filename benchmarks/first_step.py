@@ -1,8 +1,8 @@
 """The tracker's first solve, with and without the gradient as a hint: ``python benchmarks/first_step.py``.
 
 The kinds of runs of ``tracking_runs.py``, at initialisation and after 60 steps, each operator (H, and for Adam the
-preconditioned one) from five random starts. The truth is a solve to a hundredth of the tolerance from four random vectors.
-Prints products, and how often the value is off.
+preconditioned one) from five random starts. The truth is a solve to a hundredth of the tolerance from four random
+vectors. Prints products, and how often the value is off.
 """
 
 from __future__ import annotations
