@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 
 import models
 from model_list import CASES, Case
+from models_page import Row, page_line, summary
 
 from sharpkern.rop.rule import RULES
 
@@ -28,7 +29,7 @@ ROWS = [
 ]
 
 
-def compared(case: Case, mode: str) -> models.Row:
+def compared(case: Case, mode: str) -> Row:
     """Run a comparison without the warnings that it switches off for its process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("warnings.warn", lambda *_, **__: None)
@@ -42,7 +43,7 @@ def test_gradient_product_and_verdict_are_right(name: str, mode: str, engine: st
     row = compared(NAMED[name], mode)
     assert row.end == "right", row
     assert row.engine.startswith(engine)
-    assert row.name in models.page_line(row)
+    assert row.name in page_line(row)
 
 
 def test_a_wrong_product_is_seen_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,4 +52,4 @@ def test_a_wrong_product_is_seen_and_counted(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(rule, "backward_tangent", lambda *args: tuple(1.001 * r for r in right(*args)))
     row = compared(NAMED["tied weights"], "eval")
     assert row.end == "WRONG" and row.status == "wrong"
-    assert "0 are right" in models.summary([row]) and "1 WRONG" in models.summary([row])
+    assert "0 are right" in summary([row]) and "1 WRONG" in summary([row])

@@ -221,6 +221,27 @@ class Following:
             return Followed(WarmBlockLanczos(*options, width=self.width), self.tf32)
         return Followed((ShortLanczos if isinstance(self.budget, Pace) else WarmLanczos)(*options), self.tf32)
 
+    def seen(self, step: int, *, failed: bool, adaptive: bool) -> dict[str, Any]:
+        """Return the fields of a step's record that say what was found.
+
+        Args:
+            step: 1 for the first.
+            failed: nothing was, at this step: NaN where other steps have a number, None where they have None.
+            adaptive: there is a preconditioned sharpness.
+        """
+        followed = {} if failed else self.followed
+        plain = followed.get("sharpness")  # there is none where no products are made
+        scaled = followed.get("preconditioned_sharpness") if adaptive else None
+        none, deciding = math.nan if failed and adaptive else None, scaled or plain
+        return {
+            "sharpness": math.nan if plain is None else plain.value,
+            "sharpness_error": math.nan if plain is None else plain.doubt(step),
+            "preconditioned_sharpness": none if scaled is None else scaled.value,
+            "preconditioned_sharpness_error": none if scaled is None else scaled.doubt(step),
+            "eigenvalues": () if deciding is None else deciding.eigenvalues,
+            "overlaps": None if deciding is None else deciding.overlaps,
+        }
+
     def state_dict(self) -> dict[str, Any]:
         """Return what continues identically: tensors and plain Python only."""
         return {

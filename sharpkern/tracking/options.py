@@ -1,10 +1,14 @@
-"""Which options a tracker refuses, before anything is measured."""
+"""Which options and optimizers a tracker refuses or warns of, before anything is measured."""
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
+import torch
+
 from ..curvature.wrappers import Kind
+from ..optimizers.threshold import stability_threshold
 
 _TF32_TOL = 0.005  # ten times TF32's rounding of a number: below, residuals would be mostly rounding
 
@@ -59,3 +63,13 @@ def check_kind(kind: Kind, *, budget: float | None, block: object, directions: b
         )
     if kind == "fsdp2" and directions:
         raise ValueError("directions=True and products=False need whole vectors, and fully_shard's are sharded.")
+
+
+def has_threshold(optimizer: torch.optim.Optimizer) -> bool:
+    """Say whether the optimizer's stability threshold is known; warn where it is not, at the tracker's own caller."""
+    try:
+        stability_threshold(optimizer)
+    except TypeError as error:
+        warnings.warn(f"SharpnessTracker reports no threshold: {error}", stacklevel=3)
+        return False
+    return True

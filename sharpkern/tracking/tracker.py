@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, Literal
@@ -27,7 +26,7 @@ from .directions import directional_curvatures
 from .failures import FAILURES, Failures
 from .following import Following, Look, Operator
 from .gradients import climbs, gradients_to_step_with
-from .options import check_kind, check_options
+from .options import check_kind, check_options, has_threshold
 from .record import Record
 from .target import StepHessian, Target
 
@@ -135,12 +134,7 @@ class SharpnessTracker:
         self._failures = Failures()
         self._left_at: float | None = None  # clock at the end of the last call
         self._primal_seconds = math.nan  # that the last loss and gradient took
-        try:
-            stability_threshold(optimizer)
-            self._has_threshold = True
-        except TypeError as error:
-            warnings.warn(f"SharpnessTracker reports no threshold: {error}", stacklevel=2)
-            self._has_threshold = False
+        self._has_threshold = has_threshold(optimizer)
 
     @property
     def hessian(self) -> StepHessian | None:
@@ -216,9 +210,7 @@ class SharpnessTracker:
         """
         start = time.perf_counter()
         own = 0.0 if self._left_at is None else start - self._left_at
-        present: Mapping[Tensor, Tensor | None] = (
-            {p: p.grad for p in self.model.parameters()} if gradients is None else gradients
-        )
+        present: Any = {p: p.grad for p in self.model.parameters()} if gradients is None else gradients
         status = self._choose(own, present, certify=certify)
         if status == "carried" and not self.directions:
             self._steps += 1
@@ -412,32 +404,22 @@ class SharpnessTracker:
         directions: tuple[float | None, float | None] = (None, None),
     ) -> Record:
         threshold, ratio = self._threshold_and_ratio()
-        failed = status == "failed"
-        look, followed = look or Look(), {} if failed else self._following.followed
-        sharpness = followed.get("sharpness")  # there is none with products=False
-        preconditioned = followed.get("preconditioned_sharpness") if self._decisive() != "sharpness" else None
-        deciding = preconditioned or sharpness
-        # A failed step has NaN where others have a number, and None where they have None.
-        adaptive = math.nan if failed and self.products and self._decisive() != "sharpness" else None
+        failed, look = status == "failed", look or Look()
+        adaptive = self.products and self._decisive() != "sharpness"
         return Record(
             step=self._steps,
             loss=loss,
             lr=learning_rate(self.optimizer.param_groups[0]),
             grad_norm=grad_norm,
-            sharpness=math.nan if sharpness is None else sharpness.value,
-            sharpness_error=math.nan if sharpness is None else sharpness.doubt(self._steps),
-            preconditioned_sharpness=adaptive if preconditioned is None else preconditioned.value,
-            preconditioned_sharpness_error=adaptive if preconditioned is None else preconditioned.doubt(self._steps),
             threshold=threshold,
             ratio=math.nan if failed and ratio is not None else ratio,
             matvecs=look.matvecs,
             status=status,
             converged=look.converged,
-            eigenvalues=() if deciding is None else deciding.eigenvalues,
-            overlaps=None if deciding is None else deciding.overlaps,
             upper=look.upper,
             batch_sharpness=directions[0],
             update_curvature=directions[1],
+            **self._following.seen(self._steps, failed=failed, adaptive=adaptive),
         )
 
     def state_dict(self) -> dict[str, Any]:
