@@ -178,13 +178,13 @@ def test_same_cell_with_other_settings_is_refused(tmp_path: Path) -> None:
 
 
 def test_cell_that_cannot_run_is_reported_and_tried_again(tmp_path: Path, capsys, monkeypatch) -> None:
-    path = write(tmp_path, BASE.format(steps=2) + "[sweep.grid]\noptimizer.momentum = [0.0, -1.0]\n")
+    path = write(tmp_path, BASE.format(steps=2) + "[sweep.grid]\ndata.name = ['fashion-mnist-5k', 'mnist']\n")
     monkeypatch.setattr(executors, "local", lambda processes: in_this_process)
     for _ in range(2):
         assert cli.main(["sweep", str(path), "--out", str(tmp_path / "out")]) == 1
         err = capsys.readouterr().err.strip().splitlines()[-1]
-        assert "1 cells have no result, the first is momentum=-1: Invalid momentum value: -1.0" in err
-    assert "build_optimizer" in (tmp_path / "out" / "cells" / "momentum=-1" / "error.txt").read_text()
+        assert "1 cells have no result, the first is data=mnist: MNIST needs --data-dir" in err
+    assert "FileNotFoundError" in (tmp_path / "out" / "cells" / "data=mnist" / "error.txt").read_text()
     assert [row["status"] == "unfinished" for row in table_without_time(tmp_path / "out")] == [False, True]
 
 
