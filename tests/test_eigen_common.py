@@ -26,6 +26,15 @@ def test_a_product_that_is_not_finite_is_named(solver: Solver) -> None:
         solver(op, 2, tol=1e-10)
 
 
+@pytest.mark.parametrize("solver", [lanczos, power_iteration])
+def test_an_overflow_is_named(solver: Solver) -> None:
+    op = Dense(torch.full((30, 30), 3e38))  # its eigenvalue is 30 times as large
+    with pytest.raises(
+        RuntimeError, match=r"product \d of the operator is not finite: .* above 3.4e\+38, the largest of f"
+    ):
+        solver(op, 1, v0=torch.ones(1, 30))
+
+
 def test_an_asymmetric_operator_is_not_called_converged() -> None:
     A = torch.randn(12, 12, dtype=F64)
     result = lanczos(Dense(A), 1, tol=1e-6)

@@ -88,7 +88,7 @@ class Basis:
         self.size = m + j
         # T on the CPU in float64: it is small, and Ritz values must not lose what float32 vectors still hold.
         block = gram(self.op, self.Q[: self.size], self.W[m : self.size]).cpu()
-        check_finite(block, self.matvecs)
+        check_finite(block, self.matvecs, self.W[m : self.size])
         self.matvecs += j
         self.T[: self.size, m : self.size] = block
         self.T[m : self.size, : self.size] = block.t()

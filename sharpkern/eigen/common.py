@@ -186,13 +186,21 @@ class NonFiniteProductError(RuntimeError):
     """A product of the operator holds NaN or infinity: no number can be made of it."""
 
 
-def check_finite(block: Tensor, before: int) -> None:
-    """Check ``Q W'`` ``[m, k]`` of k new products, of which some were made before."""
+def check_finite(block: Tensor, before: int, products: Tensor) -> None:
+    """Check k new products ``[k, n]`` by ``Q W'`` ``[m, k]``; so many were made before.
+
+    Raises:
+        NonFiniteProductError: which product; and where it overflowed, the largest number of its dtype.
+    """
     # Through the small Gram block that is needed anyway: a NaN anywhere in a product spoils its column.
     bad = ~block.isfinite().all(0)
     if bool(bad.any()):
-        index = before + int(bad.nonzero()[0]) + 1
-        raise NonFiniteProductError(f"product {index} of the operator is not finite: its values cannot be trusted.")
+        first = int(bad.nonzero()[0])
+        why = "its values cannot be trusted."
+        if bool(products[first].isinf().any()):
+            kind, most = str(products.dtype).removeprefix("torch."), torch.finfo(products.dtype).max
+            why = f"it holds a number above {most:.2g}, the largest of {kind}. Scale the loss down, or use float64."
+        raise NonFiniteProductError(f"product {before + first + 1} of the operator is not finite: {why}")
 
 
 def rounding_level(op: SymmetricOperator, size: float) -> float:

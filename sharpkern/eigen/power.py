@@ -82,7 +82,7 @@ def power_iteration(
     while True:
         products = multiply(op, V)
         T = gram(op, V, products).cpu()
-        check_finite(T, matvecs)
+        check_finite(T, matvecs, products)
         matvecs += k
         # Ritz vectors of the block instead of the block: else the k vectors stay a mixture of the k eigenvectors.
         if k > 1:

@@ -112,7 +112,7 @@ class _Span:
         self.matvecs += 1
         # On the CPU in float64, as Ritz values must not lose what float32 vectors still hold.
         new = gram(self.op, self.rows[at : at + 2], self.rows[: at + 2]).cpu()
-        check_finite(new[1:].t(), self.matvecs - 1)
+        check_finite(new[1:].t(), self.matvecs - 1, self.rows[at + 1 : at + 2])
         self.inner[at : at + 2, : at + 2] = new
         self.inner[: at + 2, at : at + 2] = new.t()
         square = float(self.inner[at, at])
