@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from .curvature.parameters import flatten as flatten
     from .curvature.parameters import unflatten as unflatten
     from .curvature.preconditioned import PreconditionedOperator as PreconditionedOperator
+    from .curvature.repeatable import ChangedLossError as ChangedLossError
+    from .curvature.repeatable import NotRepeatableError as NotRepeatableError
     from .curvature.sharpness import Sharpness as Sharpness
     from .curvature.sharpness import preconditioned_sharpness as preconditioned_sharpness
     from .curvature.sharpness import sharpness as sharpness
@@ -108,6 +110,7 @@ _HOME = {
     "curvature.losses": ("NonFiniteLossError",),
     "curvature.operators": ("GGNOperator", "HessianOperator"),
     "curvature.preconditioned": ("PreconditionedOperator",),
+    "curvature.repeatable": ("ChangedLossError", "NotRepeatableError"),
     "optimizers.geometry": (
         "GeneralisedSharpness",
         "UpdateCurvature",
