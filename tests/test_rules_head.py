@@ -73,6 +73,8 @@ def test_products_agree_with_double_backward(small: None, model: dict, options: 
         assert float((H.loss - loss).abs()) <= 1e-12
         assert float((H.gradient - gradient).norm()) <= 1e-10 * float(gradient.norm())
         assert float((H.matmat(V.t()).t() - want).norm()) <= 1e-10 * float(want.norm())
+        forms = torch.linalg.vecdot(want, V)
+        assert float((H.quadratic_form(V.t()) - forms).norm()) <= 1e-10 * float(want.norm() * V.norm())
         with torch.no_grad():
             for p in problem.model.parameters():
                 p.add_(0.1 * torch.randn_like(p))
