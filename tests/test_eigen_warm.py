@@ -277,3 +277,10 @@ def test_a_hint_without_a_length_counts_as_none(bad: float) -> None:
     with_hint, without = (WarmLanczos(tol=0.01).step(Dense(A), hint=h) for h in (hint, None))
     assert with_hint.matvecs == without.matvecs
     assert torch.equal(with_hint.eigenvalues, without.eigenvalues)
+
+
+def test_a_hint_plays_no_part_for_several_eigenvalues() -> None:
+    A = prescribed(with_top(3.0, 2.4, 2.0, n=90))
+    hinted, plain = (WarmLanczos(2, tol=0.01).step(Dense(A), hint=h) for h in (torch.ones(1, 90, dtype=F64), None))
+    assert hinted.matvecs == plain.matvecs
+    assert torch.equal(hinted.eigenvalues, plain.eigenvalues)

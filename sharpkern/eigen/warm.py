@@ -87,7 +87,7 @@ class WarmLanczos(WarmStart):
                 basis reaches above the first value.
             at_most: products, where this step may not have ``max_matvecs``.
             hint: ``[1, n]``, a vector with a part along the top eigenvector, as the loss's gradient has. Half of the
-                start of the first step, which is then as safe with fewer products; later steps do not look at it.
+                start of the first step for k = 1, which is then as safe with fewer products; not looked at otherwise.
 
         Returns:
             An ``EigenResult``; ``converged`` says that each residual norm is at most ``tol * |theta|``. Where the
@@ -101,7 +101,8 @@ class WarmLanczos(WarmStart):
         """
         n = self._check(op)
         k, first = self.k, self._block is None
-        hint = usable(op, hint) if first else None
+        # Of one vector it is known how often such a start goes wrong; for more the audit stays.
+        hint = usable(op, hint) if first and k == 1 else None
         tol = self.tol * (1.0 if not first else FIRST_TOL if hint is None else _HINTED_TOL)
         most = self.max_matvecs if at_most is None else at_most
         near = not first and self._next is not None and self._gap < _CLOSE and most > k + 1
