@@ -31,3 +31,13 @@ def test_power_iteration_never_calls_a_larger_negative_eigenvalue_converged(max_
     result = power_iteration(op, k, tol=1e-2, max_matvecs=max_matvecs)
     assert op.products == result.matvecs <= max_matvecs
     assert not result.converged or float(result.eigenvalues[-1]) > 0.5
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_a_start_near_a_larger_negative_eigenvector_has_not_converged(k: int) -> None:
+    """Its residual is below tol and above rounding; only the shift tells that another eigenvalue is wanted."""
+    op = Dense(prescribed(with_top(1.0, 0.6, -10.0)))
+    lowest = torch.linalg.eigh(op.A)[1][:, 0]
+    start = lowest + 1e-4 * torch.randn(len(lowest), dtype=F64)
+    result = power_iteration(op, k, tol=1e-2, v0=start, max_matvecs=5000)
+    check(result, op.A, k, 1e-2)

@@ -189,6 +189,17 @@ def test_a_short_step_goes_on_where_the_last_one_stopped(at_most: int) -> None:
     assert "max_matvecs" not in result.reason or not result.converged
 
 
+def test_the_first_step_looks_on_after_a_start_that_has_converged_at_the_second_eigenvalue() -> None:
+    """Of 800 such starts it misses the largest by more than 1% in 7; with a single look, in 774."""
+    missed = 0
+    for _ in range(12):
+        op = Dense(prescribed(with_top(1.2, 1.0, 0.9, n=90)))
+        second = torch.linalg.eigh(op.A)[1][:, -2]
+        result = WarmBlockLanczos(tol=0.01).step(op, extra=second[None])
+        missed += abs(float(result.eigenvalues[0]) - 1.2) > 0.012
+    assert missed <= 3
+
+
 def test_wider_blocks_and_a_basis_that_is_restarted() -> None:
     A = prescribed(torch.linspace(0.5, 1, 300, dtype=F64))
     solver = WarmBlockLanczos(2, tol=1e-4, max_matvecs=900, width=6)

@@ -312,3 +312,25 @@ def test_autocast_region_is_exported_with_its_casts() -> None:
     v = torch.randn(H.n)
     want = hessian_times(problem, v[None])[0]
     assert float((H @ v - want).norm() / want.norm()) <= 0.1
+
+
+def test_a_cotangent_that_two_arguments_share_is_not_added_into() -> None:
+    """The sum hands one tensor to both of its arguments; that of ``a`` gets a second part before ``b`` reads its own."""
+
+    def shared(x: Tensor) -> Tensor:
+        b = torch.sin(x)
+        a = torch.cos(x)
+        h = a * a
+        return torch.tanh(a + b) * h
+
+    agrees(problem_of(shared))
+
+
+def test_tangents_are_freed_when_a_product_is_done() -> None:
+    problem = problem_of(lambda x: torch.tanh(x) * x.exp())
+    H = sk.HessianOperator(*problem)
+    program, block = H._engine.program, torch.randn(3, H.n, dtype=torch.float64)
+    program.hvp(block, torch.empty_like(block))
+    rules = [step.rule for step in program.live]
+    assert any(rule.freed_after_reverse for rule in rules)
+    assert all(getattr(rule, name, None) is None for rule in rules for name in rule.freed_after_reverse)

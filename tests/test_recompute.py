@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 import sharpkern as sk
 from sharpkern.rop import RecomputedProgram
+from sharpkern.rop.rule import Rule
+from sharpkern.rop.rules import head
 
 
 class Residual(nn.Module):
@@ -123,13 +125,19 @@ def test_products_after_training_has_moved_buffers_and_generators(name: str, see
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_segments_hold_nothing_between_products() -> None:
+@pytest.mark.parametrize("fused", [False, True], ids=["apart", "fused head"])
+def test_segments_hold_nothing_between_products(fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head, "LARGE", 1 if fused else 1 << 40)
     H = sk.HessianOperator(*gpt(), recompute=True)
     program = program_of(H)
+    rules = [step.rule for step in program.live]
+    assert any(isinstance(rule, head.LinearCrossEntropy) for rule in rules) == fused
+    # Rules that a rule holds save tensors of their own.
+    rules += [part for rule in rules for part in vars(rule).values() if isinstance(part, Rule)]
     for _ in range(2):
         H @ torch.randn(H.n)
         H.quadratic_form(torch.randn(H.n))
-        held = {name for step in program.live for name, value in vars(step.rule).items() if isinstance(value, Tensor)}
+        held = {name for rule in rules for name, value in vars(rule).items() if isinstance(value, Tensor)}
         assert not held and all(step.g is None for step in program.live)
         assert not any(segment.tangents for segment in program.segments)
 

@@ -11,6 +11,7 @@ from rule_truth import check, double_backward
 from torch import Tensor
 
 import sharpkern as sk
+from sharpkern.rop.rules.fallback import Fallback
 
 EYE, INDEX = torch.eye(3, dtype=torch.float64), torch.tensor([0, 0, 1, 1])
 
@@ -48,3 +49,17 @@ def test_second_derivatives_are_those_of_autograd_twice(name: str) -> None:
 
 def named(params: Any, loss: Any) -> list[str]:
     return sk.HessianOperator(None, loss, (torch.zeros(1),), params=params).fallback_ops
+
+
+def test_the_second_derivative_is_of_the_cotangent_that_is_passed() -> None:
+    """A rule may be asked along several cotangents; what is kept for one of them must not answer for the next."""
+    w, d = torch.rand(5, dtype=torch.float64) + 0.5, torch.randn(1, 5, dtype=torch.float64)
+    fallback = Fallback(torch.ops.aten.special_i0.default, (True,), [])
+    fallback.forward(w)
+    for _ in range(3):
+        g, dg = torch.randn(2, 1, 5, dtype=torch.float64)
+        fallback.tangent(d)
+        (found,) = fallback.backward_tangent(dg, g)
+        # i0' = i1 and i1' = i0 - i1 / w
+        i0, i1 = torch.special.i0(w), torch.special.i1(w)
+        torch.testing.assert_close(found, dg * i1 + g * (i0 - i1 / w) * d, rtol=1e-10, atol=1e-12)

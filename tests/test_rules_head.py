@@ -109,6 +109,17 @@ def test_small_heads_shared_logits_and_gauss_newton_stay_apart(small: None, monk
     assert head.LinearCrossEntropy not in rules(sk.HessianOperator(Head(), loss_with(), batch))
 
 
+def test_a_reshape_that_merges_classes_and_tokens_stays_apart(small: None) -> None:
+    """There a row of the loss is a whole sequence, and its classes are all places of it."""
+    tokens, target = torch.randint(0, CLASSES, (3, 4)), torch.randint(0, 4 * CLASSES, (3,))
+    problem = Problem(Head().double(), lambda z, y: F.cross_entropy(z.flatten(1), y), (tokens, target))
+    H = sk.HessianOperator(*problem)
+    assert head.LinearCrossEntropy not in rules(H)
+    V = torch.randn(2, H.n, dtype=torch.float64)
+    want = hessian_times(problem, V)
+    assert float((H.matmat(V.t()).t() - want).norm()) <= 1e-10 * float(want.norm())
+
+
 class _Largest(TorchDispatchMode):
     """Remembers the largest memory that a call asked for."""
 

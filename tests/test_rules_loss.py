@@ -53,8 +53,8 @@ def test_cross_entropy(form: str, soft: bool, weighted: bool, smoothing: float, 
 def test_ignored_positions_have_no_influence(smoothing: float, reduction: str) -> None:
     target = torch.tensor([1, -100, 3, 0, -100, 2])
     weight = torch.rand(4, dtype=torch.float64) + 0.3
-    for w, ignore in [(None, -100), (weight, -100), (weight, 3)]:
-        t = target.clamp(min=0) if ignore == 3 else target
+    for w, ignore in [(None, -100), (weight, -100), (weight, 3), (None, 255), (weight, 255)]:
+        t = {-100: target, 3: target.clamp(min=0), 255: target.where(target >= 0, 255)}[ignore]
         check_op(
             lambda z, t=t, w=w, ignore=ignore: F.cross_entropy(
                 z, t, w, ignore_index=ignore, reduction=reduction, label_smoothing=smoothing

@@ -141,6 +141,19 @@ def test_assignments_to_parts(active: str) -> None:
     check_op(part(lambda y, s: y.select(0, 1).mul_(s)), *shapes)
 
 
+def test_a_part_that_a_constant_replaced_moves_no_more() -> None:
+    """The square of the sum mixes all entries, so that a tangent left in the part would be seen."""
+    fixed = torch.randn(4, dtype=torch.float64)
+
+    def replaced(x: Tensor) -> Tensor:
+        y = x.clone()
+        y[:, -1] = fixed
+        return times_place(y).sum().square()
+
+    check_op(replaced, (4, 4), op=aten.select_scatter.default)
+    check_op(lambda x: torch.select_scatter(x, fixed, 0, 1).sum().square(), (4, 4), op=aten.select_scatter.default)
+
+
 def test_scatters_of_parts_called_by_name() -> None:
     check_op(lambda x, s: times_place(torch.select_scatter(x, s, -2, -1)), (2, 3, 4), (2, 4))
     check_op(lambda x, s: times_place(torch.slice_scatter(x, s, -1, 1, 4, 2)), (2, 5), (2, 2))
