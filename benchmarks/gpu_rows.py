@@ -327,6 +327,10 @@ def rows_and_numbers(device: torch.device, full: bool) -> Iterator[Row]:
             "slope_product": (pointwise.slope_product, (x, u, p, z), (2 + 3 * k) * numbers),
             "softmax_jacobian": (softmax.softmax_jacobian, (p, u), (1 + 2 * k) * numbers),
             "softmax_backward_tangent": (softmax.softmax_backward_tangent, (p, z, x, u), (2 + 3 * k) * numbers),
+            "log_softmax_jacobian": (softmax.log_softmax_jacobian, (p, u), (1 + 2 * k) * numbers),
+            "log_softmax_backward_tangent": (
+                softmax.log_softmax_backward_tangent, (p, z, x[:, 0], u), (1 + 3 * k) * numbers,
+            ),
             "norm_tangent": (norm.norm_tangent, (s, w, u, dw, dw), (1 + 3 * k) * numbers),
             "norm_backward_tangent": (
                 norm.norm_backward_tangent, (s, w, dw, dxhat, along, x, u, needs), (2 + 3 * k) * numbers,

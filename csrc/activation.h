@@ -3,7 +3,14 @@
 #include "kernel.h"
 
 // By the names that torch gives them; Python takes their values from the compiled module.
-#define ACTIVATIONS(ACTIVATION) ACTIVATION(gelu) ACTIVATION(gelu_tanh) ACTIVATION(silu)
+#define ACTIVATIONS(ACTIVATION) \
+  ACTIVATION(gelu)              \
+  ACTIVATION(gelu_tanh)         \
+  ACTIVATION(silu)              \
+  ACTIVATION(tanh)              \
+  ACTIVATION(sigmoid)           \
+  ACTIVATION(softplus)          \
+  ACTIVATION(mish)
 
 #define ENUMERATOR(name) name,
 enum class Activation : int64_t { ACTIVATIONS(ENUMERATOR) };

@@ -1,4 +1,4 @@
-// Pointwise products and rows of probabilities. Formulas: sharpkern/kernels/pointwise.py and softmax.py.
+// Pointwise products, rows of probabilities, transposition. Formulas: sharpkern/kernels/pointwise.py and softmax.py.
 #pragma once
 #include "kernel.h"
 
@@ -35,10 +35,45 @@ struct SoftmaxBackwardTangent {
   }
 };
 
-#define ROW_KERNELS(KERNEL)                 \
-  KERNEL(slope_product, SlopeProduct)       \
+// out = u - <p, u> for p [rows, C] and u, out [k, rows, C].
+template <class T>
+struct LogSoftmaxJacobian {
+  FIELDS(const T* p, *u; T * out; int64_t k, rows, C;)
+  const char* refusal() const {
+    if (k < 0 || rows < 0 || C < 0) return "a size is negative";
+    if (k == 0 || rows == 0 || C == 0) return nullptr;
+    return p && u && out ? nullptr : "an operand is missing";
+  }
+};
+
+// out = dg - p (sum dg + dl total) for p [rows, C], total [rows] and dl, dg, out [k, rows, C].
+template <class T>
+struct LogSoftmaxBackwardTangent {
+  FIELDS(const T* p, *dl, *total, *dg; T * out; int64_t k, rows, C;)
+  const char* refusal() const {
+    if (k < 0 || rows < 0 || C < 0) return "a size is negative";
+    if (k == 0 || rows == 0 || C == 0) return nullptr;
+    return p && dl && total && dg && out ? nullptr : "an operand is missing";
+  }
+};
+
+// out [k, n] = the transpose of columns [n, k].
+template <class T>
+struct Transpose {
+  FIELDS(const T* columns; T * out; int64_t n, k;)
+  const char* refusal() const {
+    if (k < 0 || n < 0) return "a size is negative";
+    return k == 0 || n == 0 || (columns && out) ? nullptr : "an operand is missing";
+  }
+};
+
+#define ROW_KERNELS(KERNEL)                                \
+  KERNEL(slope_product, SlopeProduct) \
   KERNEL(softmax_jacobian, SoftmaxJacobian) \
-  KERNEL(softmax_backward_tangent, SoftmaxBackwardTangent)
+  KERNEL(softmax_backward_tangent, SoftmaxBackwardTangent) \
+  KERNEL(log_softmax_jacobian, LogSoftmaxJacobian) \
+  KERNEL(log_softmax_backward_tangent, LogSoftmaxBackwardTangent) \
+  KERNEL(transpose, Transpose)
 
 template <class T>
 struct RowKernels {

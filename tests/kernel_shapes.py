@@ -38,6 +38,10 @@ def orthonormalise(k: int, more: int) -> Given:
     return (rand(k, k + more) + 2 * torch.eye(k, k + more),), {}, [(k, k + more)]
 
 
+def transpose(k: int, n: int) -> Given:
+    return (rand(n, k),), {}, [(k, n)]
+
+
 def scale(k: int, n: int) -> Given:
     return (rand(k, n), rand(n)), {}, [(k, n)]
 
@@ -72,10 +76,8 @@ def slope_product(k: int, n: int, *, curved: bool) -> Given:
 
 def activation_slope(n: int, *, name: str) -> Given:
     x = rand(n) - 0.6
-    f = torch.nn.functional.silu(x)
-    if name != "silu":
-        f = torch.nn.functional.gelu(x, approximate="tanh" if name == "gelu_tanh" else "none")
-    return (name, x, f), {}, [(n,)]
+    kind = {"approximate": "tanh"} if name == "gelu_tanh" else {}
+    return (name, x, getattr(torch.nn.functional, name.removesuffix("_tanh"))(x, **kind)), {}, [(n,)]
 
 
 def activation_curvature(n: int, *, name: str) -> Given:
@@ -90,6 +92,15 @@ def softmax_jacobian(k: int, rows: int, C: int, *, weighted: bool) -> Given:
 def softmax_backward_tangent(k: int, rows: int, C: int) -> Given:
     p = rand(rows, C).softmax(-1)
     return (p, rand(k, rows, C), rand(rows, C), rand(k, rows, C)), {}, [(k, rows, C)]
+
+
+def log_softmax_jacobian(k: int, rows: int, C: int) -> Given:
+    return (rand(rows, C).softmax(-1), rand(k, rows, C)), {}, [(k, rows, C)]
+
+
+def log_softmax_backward_tangent(k: int, rows: int, C: int) -> Given:
+    args = rand(rows, C).softmax(-1), rand(k, rows, C), rand(rows), rand(k, rows, C)
+    return args, {}, [(k, rows, C)]
 
 
 def dual_gemm(k: int, M: int, K: int, N: int, L: int, *, second: bool) -> Given:
@@ -140,13 +151,14 @@ _LAYOUTS = [
     for groups, inner in ((1, 1), (2, 3))
 ]
 _HEADS = [{"causal": c, "masked": m} for c, m in ((False, False), (True, False), (False, True))]
-_ACTIVATIONS = [{"name": name} for name in ("gelu", "gelu_tanh", "silu")]
+_ACTIVATIONS = [{"name": name} for name in ("gelu", "gelu_tanh", "silu", "tanh", "sigmoid", "softplus", "mish")]
 # Kernel: the function that makes its arguments from the sizes, and the options to try.
 CASES: dict[str, tuple[Callable[..., Given], list[dict[str, Any]]]] = {
     "gram": (gram, [{}]),
     "power_step": (power_step, [{}]),
     "combine": (combine, [{}]),
     "orthonormalise": (orthonormalise, [{}]),
+    "transpose": (transpose, [{}]),
     "scale": (scale, [{}]),
     "inv_sqrt_adam": (inv_sqrt_adam, [{}]),
     "norm_tangent": (norm_tangent, _LAYOUTS),
@@ -156,6 +168,8 @@ CASES: dict[str, tuple[Callable[..., Given], list[dict[str, Any]]]] = {
     "activation_curvature": (activation_curvature, _ACTIVATIONS),
     "softmax_jacobian": (softmax_jacobian, [{"weighted": False}, {"weighted": True}]),
     "softmax_backward_tangent": (softmax_backward_tangent, [{}]),
+    "log_softmax_jacobian": (log_softmax_jacobian, [{}]),
+    "log_softmax_backward_tangent": (log_softmax_backward_tangent, [{}]),
     "dual_gemm": (dual_gemm, [{"second": False}, {"second": True}]),
     "attention": (attention_, _HEADS),
     "attention_tangent": (attention_tangent, _HEADS),

@@ -132,6 +132,7 @@ def profiled(call: Callable[[], object]) -> int:
     return most
 
 
+@pytest.mark.filterwarnings("ignore:Warning. Profiler clears events")  # torch 2.11
 @pytest.mark.parametrize("recompute", [False, True])
 def test_memory_is_what_torchs_profiler_counts(recompute: bool) -> None:
     model, loss_fn, batch = deep(6, 64, 2048)

@@ -44,6 +44,18 @@ def test_gram_is_all_inner_products(backend: str, k: int, n: int, dtype: torch.d
     assert_close(kernels.gram(V, V), V.double() @ V.double().T, ulps=32, scale=scale)
 
 
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("n", [1, 17, 1365, 40_001])
+@pytest.mark.parametrize("k", [1, 2, 3, 4, 5, 33])
+def test_transpose_moves_every_number_to_its_place(k: int, n: int, dtype: torch.dtype) -> None:
+    columns = torch.randn(n, k).to(dtype)
+    rows = kernels.transpose(columns)
+    assert rows.is_contiguous() and rows.shape == (k, n)
+    assert all(torch.equal(rows[i], columns[:, i]) for i in range(k))
+    assert kernels.transpose(rows.t()).data_ptr() == rows.data_ptr()
+    assert torch.equal(kernels.transpose(columns[:, ::2]), columns[:, ::2].t())
+
+
 @pytest.mark.parametrize("nearly_converged", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("k", "n"), SHAPES)

@@ -40,6 +40,10 @@ ACTIVATIONS = {
     "gelu": lambda x: x * torch.special.ndtr(x),
     "gelu_tanh": lambda x: 0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3))),
     "silu": lambda x: x / (1 + torch.exp(-x)),
+    "tanh": torch.tanh,
+    "sigmoid": lambda x: 1 / (1 + torch.exp(-x)),
+    "softplus": lambda x: torch.log1p(torch.exp(x)),
+    "mish": lambda x: x * torch.tanh(torch.log1p(torch.exp(x))),
 }
 
 
@@ -62,11 +66,23 @@ def test_activation_derivatives(backend: str, name: str, shape: tuple[int, ...],
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_activation_derivatives_far_out(backend: str, name: str, dtype: torch.dtype) -> None:
     x = torch.tensor([-1e6, -300.0, 300.0, 1e6, 1e-40], dtype=dtype)
-    y = torch.tensor([0.0, 0.0, 300.0, 1e6, 5e-41], dtype=dtype)
-    want = torch.tensor([0, 0, 1, 1, 0.5], dtype=torch.float64)
+    y = torch.tensor([0.0, 0.0, 300.0, 1e6, 5e-41], dtype=dtype)  # only GELU reads it
+    right, middle = {"tanh": (0, 1), "sigmoid": (0, 0.25), "mish": (1, 0.6)}.get(name, (1, 0.5))
+    want = torch.tensor([0, 0, right, right, middle], dtype=torch.float64)
     close(pointwise.activation_slope(name, x, y), want, dtype)
     flat = pointwise.activation_curvature(name, x[:4], torch.ones(4, dtype=dtype))
     assert float(flat.abs().max()) <= 1e-100
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_softplus_is_a_line_from_twenty_on_as_torchs(backend: str, dtype: torch.dtype) -> None:
+    x = torch.tensor([19.5, 20.0, 20.5, 30.0], dtype=dtype)
+    point = x.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(torch.nn.functional.softplus(point).sum(), point)
+    close(pointwise.activation_slope("softplus", x, x), slope.double(), dtype)
+    bend = pointwise.activation_curvature("softplus", x, torch.ones_like(x))
+    torch.testing.assert_close(bend[:2].double(), torch.exp(-x[:2].double()), rtol=1e-5, atol=0)
+    assert bend[2:].tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -90,6 +106,24 @@ def test_softmax_sweeps(backend: str, k: int, shape: tuple[int, int], dtype: tor
         close(dp[i], want, dtype)
         close(weighted[i], want * weight[:, None], dtype)
         close(mean[i], (p * dz[i]).sum(1), dtype)
+        close(got[i], torch.func.jvp(backward, (z, g), (dz[i], dg[i]))[1], dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (7, 3), (65, 16), (33, 130), (40, 1000)], ids=str)
+@pytest.mark.parametrize("k", [1, 3])
+def test_log_softmax_sweeps(backend: str, k: int, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    z, g = torch.randn(2, *shape, dtype=torch.float64)
+    dz, dg = torch.randn(2, k, shape[1], shape[0], dtype=torch.float64).mT  # not contiguous
+    p = z.softmax(1)
+
+    def backward(z: Tensor, g: Tensor) -> Tensor:
+        return torch.func.vjp(lambda z: z.log_softmax(1), z)[1](g)[0]
+
+    dl = softmax.log_softmax_jacobian(p.to(dtype), dz.to(dtype))
+    got = softmax.log_softmax_backward_tangent(p.to(dtype), dl, g.sum(1).to(dtype), dg.to(dtype))
+    for i in range(k):
+        close(dl[i], torch.func.jvp(lambda z: z.log_softmax(1), (z,), (dz[i],))[1], dtype)
         close(got[i], torch.func.jvp(backward, (z, g), (dz[i], dg[i]))[1], dtype)
 
 
@@ -137,7 +171,8 @@ def test_number_of_threads_does_not_change_the_bits(monkeypatch: pytest.MonkeyPa
             torch.set_num_threads(count)
             dp, mean = softmax.softmax_jacobian(p, u)
             back = softmax.softmax_backward_tangent(p, dp, u[0], u)
-            results.append([dp, mean, back, pointwise.slope_product(p, u, p, u)])
+            log = softmax.log_softmax_jacobian(p, u), softmax.log_softmax_backward_tangent(p, u, p[:, 0], u)
+            results.append([dp, mean, back, *log, pointwise.slope_product(p, u, p, u)])
     finally:
         torch.set_num_threads(threads)
     for other in results[1:]:

@@ -52,6 +52,7 @@ def test_sums_over_nothing_are_zero(kernel: str) -> None:
 MAY_HAVE_GAPS = {
     "norm_tangent": (2, 3, 4), "norm_backward_tangent": (2, 5, 6), "slope_product": (1, 3), "activation_slope": (1, 2),
     "activation_curvature": (1, 2), "softmax_jacobian": (1,), "softmax_backward_tangent": (1, 3),
+    "log_softmax_jacobian": (1,), "log_softmax_backward_tangent": (1, 2, 3), "transpose": (0,),
 }  # fmt: skip
 
 
@@ -61,7 +62,8 @@ def test_operands_with_gaps(backend: str, kernel: str, monkeypatch: pytest.Monke
     monkeypatch.setenv("SHARPKERN_BACKEND", backend)
     public = next(getattr(f, kernel) for f in FAMILIES if callable(getattr(f, kernel, None)))
     make, options = CASES[kernel]
-    sizes = (9,) if kernel.startswith("activation") else (2, 50) if kernel == "slope_product" else (2, 3, 20)
+    vectors = (9,) if kernel.startswith("activation") else (2, 50)
+    sizes = (2, 3, 20) if "softmax" in kernel or "norm" in kernel else vectors
     for option in options:
         args, _, _ = make(*sizes, **option)
         want = tensors(getattr(reference, kernel)(*args))
@@ -96,7 +98,7 @@ def test_compiled_kernels_refuse_what_they_cannot_take(suffix: str) -> None:
         call(kernel, **norm | {"rows": 0})()
     for kernel in ("activation_slope", "activation_curvature"):
         with pytest.raises(ValueError, match="activation is none of the known ones"):
-            call(kernel, activation=3, n=1)()
+            call(kernel, activation=len(native._C.activations), n=1)()
         with pytest.raises(ValueError, match="an operand is missing"):
             call(kernel, activation=0, n=1)()
         call(kernel, activation=0, n=0)()
@@ -104,6 +106,9 @@ def test_compiled_kernels_refuse_what_they_cannot_take(suffix: str) -> None:
         ("slope_product", ("k", "n")),
         ("softmax_jacobian", ("k", "rows", "C")),
         ("softmax_backward_tangent", ("k", "rows", "C")),
+        ("log_softmax_jacobian", ("k", "rows", "C")),
+        ("log_softmax_backward_tangent", ("k", "rows", "C")),
+        ("transpose", ("n", "k")),
     ):
         with pytest.raises(ValueError, match="an operand is missing"):
             call(kernel, **dict.fromkeys(sizes, 2))()

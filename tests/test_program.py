@@ -315,7 +315,7 @@ def test_autocast_region_is_exported_with_its_casts() -> None:
 
 
 def test_a_cotangent_that_two_arguments_share_is_not_added_into() -> None:
-    """The sum hands one tensor to both of its arguments; that of ``a`` gets a second part before ``b`` reads its own."""
+    """The sum hands one tensor to both arguments; that of ``a`` gets a second part before ``b`` reads its own."""
 
     def shared(x: Tensor) -> Tensor:
         b = torch.sin(x)

@@ -2,6 +2,11 @@
 //   GELU              y = x Phi(x)          y' = y / x + x phi(x)            y'' = (2 - x^2) phi(x)
 //   gated by sigmoid  y = x s, s = s(w(x))  y' = s + x s' w'                 y'' = s' (2 w' + x ((1 - 2s) w'^2 + w''))
 //   with w = x for SiLU and w = 2 c (x + a x^3) for GELU by tanh. s' = s (1 - s) comes from e^-|w|: 1 - s would cancel.
+//   sigmoid           y = s(x)              y' = s'                          y'' = s' (1 - 2s)
+//   tanh              y = 2 s(2x) - 1       y' = 4 s'(2x)                    y'' = -2 y y'
+//   softplus          y = log(1 + e^x)      y' = s                           y'' = s', and the line y = x from 20 on
+//   Mish              y = x t               y' = t + x t'                    y'' = t' (2 + x (1 - s - 2 s t))
+//   with t = tanh(softplus x) = n / (n + 2), n = e^2x + 2 e^x, and t' = s (1 - t^2)
 #include "activation.h"
 
 #include <algorithm>
@@ -92,6 +97,62 @@ struct Gated {
   }
 };
 
+// s, s' and 1 - 2s at w.
+template <class T>
+struct Sigmoid {
+  T s, first, bend;
+  explicit Sigmoid(T w) {
+    const T e = decay<T>(-std::abs(w)), q = T(1) / (T(1) + e);
+    s = w > 0 ? q : e * q;
+    first = e * q * q;
+    bend = (w > 0 ? e - T(1) : T(1) - e) * q;
+  }
+  static T slope(T x, T) { return Sigmoid(x).first; }
+  static T curvature(T x) {
+    const Sigmoid at(x);
+    return at.first * at.bend;
+  }
+};
+
+template <class T>
+struct Tanh {
+  static T slope(T x, T) { return T(4) * Sigmoid<T>(T(2) * x).first; }
+  static T curvature(T x) {
+    const Sigmoid<T> at(T(2) * x);
+    return T(8) * at.first * at.bend;
+  }
+};
+
+template <class T>
+struct Softplus {
+  static constexpr T LINE = 20;
+  static T slope(T x, T) { return x > LINE ? T(1) : Sigmoid<T>(x).s; }
+  static T curvature(T x) { return x > LINE ? T(0) : Sigmoid<T>(x).first; }
+};
+
+template <class T>
+struct Mish {
+  T t, s, first;  // t' = s (1 - t) (1 + t), as 1 - t^2 would cancel
+  explicit Mish(T x) {
+    const T e = decay<T>(-std::abs(x)), q = T(1) / (T(1) + e);
+    const bool right = x > 0;
+    // n and n + 2, times e^-2x on the right, where n overflows
+    const T n = right ? T(1) + T(2) * e : e * (e + T(2)), rest = right ? T(2) * e * e : T(2);
+    const T share = T(1) / (n + rest);
+    t = n * share;
+    s = right ? q : e * q;
+    first = s * (rest * share) * (T(1) + t);
+  }
+  static T slope(T x, T) {
+    const Mish at(x);
+    return at.t + x * at.first;
+  }
+  static T curvature(T x) {
+    const Mish at(x);
+    return at.first * (T(2) + x * (T(1) - at.s - T(2) * at.s * at.t));
+  }
+};
+
 template <class Body>
 void pass(int64_t n, int threads, const Body& body) {
   each((n + STRETCH - 1) / STRETCH, n > SMALL ? threads : 1,
@@ -125,6 +186,14 @@ void activation_slope(const ActivationSlope<T>& a, int threads) {
       return slope_of<Gated<T, GeluTanh>>(a, threads);
     case Activation::silu:
       return slope_of<Gated<T, Silu>>(a, threads);
+    case Activation::tanh:
+      return slope_of<Tanh<T>>(a, threads);
+    case Activation::sigmoid:
+      return slope_of<Sigmoid<T>>(a, threads);
+    case Activation::softplus:
+      return slope_of<Softplus<T>>(a, threads);
+    case Activation::mish:
+      return slope_of<Mish<T>>(a, threads);
   }
 }
 
@@ -137,6 +206,14 @@ void activation_curvature(const ActivationCurvature<T>& a, int threads) {
       return curvature_of<Gated<T, GeluTanh>>(a, threads);
     case Activation::silu:
       return curvature_of<Gated<T, Silu>>(a, threads);
+    case Activation::tanh:
+      return curvature_of<Tanh<T>>(a, threads);
+    case Activation::sigmoid:
+      return curvature_of<Sigmoid<T>>(a, threads);
+    case Activation::softplus:
+      return curvature_of<Softplus<T>>(a, threads);
+    case Activation::mish:
+      return curvature_of<Mish<T>>(a, threads);
   }
 }
 

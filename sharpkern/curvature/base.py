@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .. import kernels
 from ..eigen.common import Space, check_whole
 from ..rop.layout import Layout
 
@@ -116,7 +117,7 @@ class BaseOperator:
         columns = self._checked(V, "V", (self.n, V.shape[-1] if V.ndim == 2 else "k"))
         if columns.shape[1] == 0:
             return _like(V, torch.empty_like(columns))
-        return _like(V, self.apply_rows(_rows(columns)).t())
+        return _like(V, self.apply_rows(kernels.transpose(columns)).t())
 
     def __matmul__(self, v: Vector) -> Vector:
         return self.matvec(v) if v.ndim == 1 else self.matmat(v)
@@ -138,7 +139,7 @@ class BaseOperator:
         chapter 13.
         """
         columns = self._checked(V, "V", (self.n, *V.shape[1:2]))
-        values = self.form_rows(columns[None].contiguous() if V.ndim == 1 else _rows(columns))
+        values = self.form_rows(columns[None].contiguous() if V.ndim == 1 else kernels.transpose(columns))
         return _like(V, values[0] if V.ndim == 1 else values)
 
     def _checked(self, v: Tensor | NDArray[Any], name: str, shape: tuple[int | str, ...]) -> Tensor:
@@ -249,8 +250,3 @@ def _parts(v: Any, layout: Layout) -> dict[str, Any]:
 def _like(v: Vector, result: Tensor) -> Vector:
     """Return a result as what the argument was."""
     return result if isinstance(v, Tensor) else result.cpu().numpy()
-
-
-def _rows(V: Tensor) -> Tensor:
-    # viewed anew: with one column the stride over it may be 1, and torch then copies it 80 times slower (transposing)
-    return V.t().contiguous().view(V.shape[1], V.shape[0])

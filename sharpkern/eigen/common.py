@@ -174,7 +174,7 @@ def random_rows(rows: int, op: SymmetricOperator, generator: torch.Generator) ->
 def multiply(op: SymmetricOperator, rows: Tensor) -> Tensor:
     """``[k, n] -> [k, n]``."""
     # Solvers keep vectors as rows, contiguous for the vector kernels; the public protocol has columns, as SciPy's.
-    products = op.matmat(rows.t()).detach().t().contiguous()
+    products = kernels.transpose(op.matmat(rows.t()).detach())
     if products.shape != rows.shape:
         raise ValueError(
             f"the operator must map [{op.n}, {len(rows)}] to the same shape, got {list(products.t().shape)}."

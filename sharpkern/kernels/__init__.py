@@ -20,3 +20,4 @@ from .vectors import inv_sqrt_adam as inv_sqrt_adam
 from .vectors import orthonormalise as orthonormalise
 from .vectors import power_step as power_step
 from .vectors import scale as scale
+from .vectors import transpose as transpose

@@ -37,7 +37,8 @@ def activation_slope(name: str, x: Tensor, y: Tensor) -> Tensor:
     """Return ``f'(x)`` of a smooth activation.
 
     Args:
-        name: ``"gelu"``, ``"gelu_tanh"`` (its approximation) or ``"silu"``.
+        name: ``"gelu"``, ``"gelu_tanh"`` (its approximation), ``"silu"``, ``"tanh"``, ``"sigmoid"``, ``"softplus"``
+            (torch's default: the line y = x above 20) or ``"mish"``.
         x: ``[*shape]``.
         y: ``f(x)`` like x: saves the error function, ``f'(x) = y / x + x phi(x)`` for GELU.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -14,6 +15,11 @@ from .saved import CENTRED, FIXED, Heads, RankError, Standardised
 def gram(V: Tensor, W: Tensor) -> Tensor:
     """``[k, n], [m, n] -> V W'``, float64 ``[k, m]``."""
     return V.double() @ W.double().t()
+
+
+def transpose(V: Tensor) -> Tensor:
+    """``[n, k] -> [k, n]``, contiguous."""
+    return V.t().clone(memory_format=torch.contiguous_format)
 
 
 def power_step(V: Tensor, HV: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -124,33 +130,70 @@ def slope_product(slope: Tensor, d: Tensor, curvature: Tensor | None = None, dz:
 def activation_slope(name: str, x: Tensor, y: Tensor) -> Tensor:
     """See ``kernels.pointwise``."""
     z = wide(x)
-    if name == "silu":
-        # y' = s + x s (1 - s)
-        s = torch.sigmoid(z)
-        slope = s * (1 + z * (1 - s))
-    else:
-        # Torch's own formula at a cotangent of one; expanded, for it is not worth a tensor.
-        one = z.new_ones(()).expand_as(z)
-        slope = torch.ops.aten.gelu_backward(one, z, approximate="none" if name == "gelu" else "tanh")
-    return slope.to(y.dtype).contiguous()
+    # Torch's own backward at a cotangent of one; expanded, for it is not worth a tensor.
+    one, aten = z.new_ones(()).expand_as(z), torch.ops.aten
+    slopes: dict[str, Callable[[], Tensor]] = {
+        "gelu": lambda: aten.gelu_backward(one, z, approximate="none"),
+        "gelu_tanh": lambda: aten.gelu_backward(one, z, approximate="tanh"),
+        "silu": lambda: aten.silu_backward(one, z),
+        # from x, as 1 - y^2 has few digits where y is close to 1
+        "tanh": lambda: 4 * torch.sigmoid(2 * z) * torch.sigmoid(-2 * z),
+        "sigmoid": lambda: torch.sigmoid(z) * torch.sigmoid(-z),
+        "softplus": lambda: aten.softplus_backward(one, z, 1, 20),
+        "mish": lambda: aten.mish_backward(one, z),
+    }
+    return slopes[name]().to(y.dtype).contiguous()
 
 
 def activation_curvature(name: str, x: Tensor, g: Tensor) -> Tensor:
     """See ``kernels.pointwise``."""
-    z, square = wide(x), wide(x).square()
-    if name == "silu":
-        s = torch.sigmoid(z)
-        # s' = s (1 - s), so y'' = 2 s' + x s'' with s'' = s' (1 - 2s).
-        second = s * (1 - s) * (2 + z * (1 - 2 * s))
-    elif name == "gelu":
-        # y = x Phi(x) with Phi' = phi and phi' = -x phi: y'' = 2 phi + x phi' = (2 - x^2) phi.
-        second = torch.exp(-0.5 * square) * ((2 - square) / math.sqrt(2 * math.pi))
-    else:
-        # y = x (1 + t) / 2 with t = tanh u,  u = c (x + a x^3):  y'' = (1 - t^2) (u' + x (u'' / 2 - t u'^2))
-        a, c = 0.044715, math.sqrt(2 / math.pi)
-        t, du = torch.tanh(c * z * (1 + a * square)), c * (1 + 3 * a * square)
-        second = (1 - t * t) * (du + z * (3 * a * c * z - t * du * du))
-    return (wide(g) * second).to(g.dtype).contiguous()
+    return (wide(g) * _SECOND[name](wide(x))).to(g.dtype).contiguous()
+
+
+def _gelu_second(z: Tensor) -> Tensor:
+    # y = x Phi(x) with Phi' = phi and phi' = -x phi: y'' = 2 phi + x phi' = (2 - x^2) phi.
+    square = z.square()
+    return torch.exp(-0.5 * square) * ((2 - square) / math.sqrt(2 * math.pi))
+
+
+def _gelu_tanh_second(z: Tensor) -> Tensor:
+    # y = x (1 + t) / 2 with t = tanh u,  u = c (x + a x^3):  y'' = (1 - t^2) (u' + x (u'' / 2 - t u'^2))
+    a, c, square = 0.044715, math.sqrt(2 / math.pi), z.square()
+    t, du = torch.tanh(c * z * (1 + a * square)), c * (1 + 3 * a * square)
+    return (1 - t * t) * (du + z * (3 * a * c * z - t * du * du))
+
+
+def _silu_second(z: Tensor) -> Tensor:
+    # s' = s (1 - s), so y'' = 2 s' + x s'' with s'' = s' (1 - 2s).
+    s = torch.sigmoid(z)
+    return s * (1 - s) * (2 + z * (1 - 2 * s))
+
+
+def _sigmoid_second(z: Tensor) -> Tensor:
+    s, rest = torch.sigmoid(z), torch.sigmoid(-z)
+    return s * rest * (rest - s)
+
+
+def _softplus_second(z: Tensor) -> Tensor:
+    # Above the threshold torch takes the line y = x.
+    return (torch.sigmoid(z) * torch.sigmoid(-z)).masked_fill(z > 20, 0)
+
+
+def _mish_second(z: Tensor) -> Tensor:
+    # y = x t, t = tanh(softplus x), softplus' = s: t' = s (1 - t^2), t'' = t' (1 - s - 2 s t), y'' = 2 t' + x t''.
+    s, t = torch.sigmoid(z), torch.tanh(torch.nn.functional.softplus(z))
+    return s * (1 - t * t) * (2 + z * (1 - s - 2 * s * t))
+
+
+_SECOND: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": _gelu_second,
+    "gelu_tanh": _gelu_tanh_second,
+    "silu": _silu_second,
+    "tanh": lambda z: 8 * _sigmoid_second(2 * z),
+    "sigmoid": _sigmoid_second,
+    "softplus": _softplus_second,
+    "mish": _mish_second,
+}
 
 
 def softmax_jacobian(p: Tensor, u: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -166,6 +209,18 @@ def softmax_backward_tangent(p: Tensor, dp: Tensor, inner: Tensor, dg: Tensor) -
     """See ``kernels.softmax``."""
     w, dw, i, d = wide(p), wide(dp), wide(inner), wide(dg)
     return (w * (d - (w * d).sum(-1, True) - (dw * i).sum(-1, True)) + dw * i).to(dg.dtype)
+
+
+def log_softmax_jacobian(p: Tensor, u: Tensor) -> Tensor:
+    """See ``kernels.softmax``."""
+    d = wide(u)
+    return (d - (wide(p) * d).sum(-1, True)).to(u.dtype).contiguous()
+
+
+def log_softmax_backward_tangent(p: Tensor, dl: Tensor, total: Tensor, dg: Tensor) -> Tensor:
+    """See ``kernels.softmax``."""
+    d = wide(dg)
+    return (d - wide(p) * (d.sum(-1, True) + wide(dl) * wide(total)[:, None])).to(dg.dtype).contiguous()
 
 
 def dual_gemm(

@@ -27,3 +27,10 @@ def test_softmax(chip: int, C: int, kernel: str, dtype: torch.dtype) -> None:
     )
     for call in calls:
         assert check_launches(chip, triton_softmax, "_held", "_long", call=call) == [kernel]
+    logarithms = (
+        lambda: triton_softmax.log_softmax_jacobian(p, u),
+        lambda: triton_softmax.log_softmax_backward_tangent(p, u, weight, u),
+        lambda: triton_softmax.log_softmax_backward_tangent(p, u[:1], weight, u[:1]),
+    )
+    for call in logarithms:
+        assert check_launches(chip, triton_softmax, "_log_held", "_log_long", call=call) == [f"_log{kernel}"]

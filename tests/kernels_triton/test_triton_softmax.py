@@ -21,7 +21,7 @@ def close(got: Tensor, want: Tensor, size: float, dtype: torch.dtype) -> None:
 
 
 def check(device: str, rows: int, C: int, k: int, dtype: torch.dtype) -> None:
-    """Both kernels, with and without weight, on operands that are not contiguous where they need not be."""
+    """Each kernel, with and without weight, on operands that are not contiguous where they need not be."""
     p = torch.randn(rows, C, dtype=torch.float64).softmax(1).to(device, dtype)
     size = float(p.max())
     u, dg = torch.randn(2, k, C, rows).to(device, dtype).mT
@@ -36,6 +36,12 @@ def check(device: str, rows: int, C: int, k: int, dtype: torch.dtype) -> None:
     got = triton_softmax.softmax_backward_tangent(p, dp, inner, dg)
     want = reference.softmax_backward_tangent(p.double(), dp.double(), inner.double(), dg.double())
     close(got, want, size, dtype)
+    dl = triton_softmax.log_softmax_jacobian(p, u)
+    close(dl, reference.log_softmax_jacobian(p.double(), u.double()), float(u.abs().max()), dtype)
+    got = triton_softmax.log_softmax_backward_tangent(p, u, weight, dg)
+    want = reference.log_softmax_backward_tangent(p.double(), u.double(), weight.double(), dg.double())
+    # terms of the size of dg, and p times a sum of all of them
+    close(got, want, float(dg.abs().max()) + size * float(dg.double().abs().sum(-1).max()), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

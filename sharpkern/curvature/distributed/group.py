@@ -237,7 +237,7 @@ class Ranks:
             label: of what is gathered; ``order`` tells whether all processes have gathered the same.
         """
         # Counted before the call: one of another shape does not return.
-        self.order = zlib.crc32(label.to_bytes(8), self.order)
+        self.order = zlib.crc32(label.to_bytes(8, "big"), self.order)
         if self.size == 1:
             return t
         whole = t.new_empty(self.size * t.shape[0], *t.shape[1:])
@@ -247,7 +247,7 @@ class Ranks:
 
     def scattered_sum(self, t: Tensor, label: int = 0) -> Tensor:
         """Add up over all processes, and return this one's part along the first dimension; ``label`` as above."""
-        self.order = zlib.crc32(label.to_bytes(8), self.order)
+        self.order = zlib.crc32(label.to_bytes(8, "big"), self.order)
         if self.size == 1:
             return t
         part = t.new_empty(t.shape[0] // self.size, *t.shape[1:])

@@ -232,3 +232,30 @@ def softmax_backward_tangent(p: Tensor, dp: Tensor, inner: Tensor, dg: Tensor) -
     k, rows, C = dg.shape
     _call(p, _structs.softmax_backward_tangent(p=p, dp=dp, inner=inner, dg=dg, out=out, k=k, rows=rows, C=C))
     return out
+
+
+def log_softmax_jacobian(p: Tensor, u: Tensor) -> Tensor:
+    """See ``kernels.softmax``."""
+    u = u.contiguous()
+    out = torch.empty_like(u)
+    k, rows, C = u.shape
+    _call(p, _structs.log_softmax_jacobian(p=p, u=u, out=out, k=k, rows=rows, C=C))
+    return out
+
+
+def log_softmax_backward_tangent(p: Tensor, dl: Tensor, total: Tensor, dg: Tensor) -> Tensor:
+    """See ``kernels.softmax``."""
+    dl, total, dg = dl.contiguous(), total.contiguous(), dg.contiguous()
+    out = torch.empty_like(dg)
+    k, rows, C = dg.shape
+    _call(p, _structs.log_softmax_backward_tangent(p=p, dl=dl, total=total, dg=dg, out=out, k=k, rows=rows, C=C))
+    return out
+
+
+def transpose(V: Tensor) -> Tensor:
+    """See ``kernels.vectors``."""
+    V = V.contiguous()
+    n, k = V.shape
+    out = V.new_empty(k, n)
+    _call(V, _structs.transpose(columns=V, out=out, n=n, k=k))
+    return out

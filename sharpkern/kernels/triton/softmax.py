@@ -1,7 +1,7 @@
 """Triton version of ``kernels.softmax``: a program holds whole rows for all k tangents, or reads a long row twice.
 
-Both kernels are one formula, ``weight (p (u - s) + dp inner)`` with ``s = <p, u> + <dp, inner>``: the Jacobian has no
-second term, and the backward tangent no weight.
+Softmax's two are one formula, ``weight (p (u - s) + dp inner)`` with ``s = <p, u> + <dp, inner>``: the Jacobian has no
+second term, and the backward tangent no weight. Log-softmax's two have little in common but the rows.
 """
 
 from __future__ import annotations
@@ -147,6 +147,85 @@ def _long(
         tl.store(mean + t * rows + row, total.to(mean.dtype.element_ty))
 
 
+@triton.jit
+def _log_held(
+    p,  # [rows, C]
+    u,  # [k, rows, C]
+    dl,  # [k, rows, C]
+    total,  # [rows]
+    out,  # [k, rows, C]
+    k,
+    size,  # rows C
+    rows,
+    C,
+    CURVED: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    first = tl.cast(tl.program_id(0), tl.int64) * ROWS
+    r, c = tl.arange(0, ROWS)[:, None], tl.arange(0, BLOCK)[None, :]
+    exists = first + r < rows
+    at, inside = r * C + c, exists & (c < C)
+    p += first * C
+    u += first * C
+    dl += first * C
+    out += first * C
+    probability = _read(p + at, inside)
+    if CURVED:
+        factor = _read(total + first + r, exists)
+    for _ in range(k):
+        value = _read(u + at, inside)
+        if CURVED:
+            value -= probability * (tl.sum(value, 1)[:, None] + factor * _read(dl + at, inside))
+        else:
+            value -= tl.sum(probability * value, 1)[:, None]
+        tl.store(out + at, value.to(out.dtype.element_ty), mask=inside)
+        u += size
+        dl += size
+        out += size
+
+
+@triton.jit
+def _log_long(
+    p,  # [rows, C]
+    u,  # [k, rows, C]
+    dl,  # [k, rows, C]
+    total,  # [rows]
+    out,  # [k, rows, C]
+    k,
+    size,  # rows C
+    C,
+    CURVED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    t = tl.cast(tl.program_id(0) % k, tl.int64)
+    row = tl.cast(tl.program_id(0) // k, tl.int64)
+    p += row * C
+    u += t * size + row * C
+    dl += t * size + row * C
+    out += t * size + row * C
+    sums = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, C, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        value = _read(u + at, at < C)
+        if CURVED:
+            sums += value
+        else:
+            sums += value * _read(p + at, at < C)
+    mean = tl.sum(sums, 0)
+    factor = 0.0
+    if CURVED:
+        factor = tl.load(total + row).to(tl.float32)
+    for back in range(0, C, BLOCK):
+        at = (C - 1) // BLOCK * BLOCK - back + tl.arange(0, BLOCK)
+        value = _read(u + at, at < C)
+        if CURVED:
+            value -= _read(p + at, at < C) * (mean + factor * _read(dl + at, at < C))
+        else:
+            value -= mean
+        tl.store(out + at, value.to(out.dtype.element_ty), mask=at < C)
+
+
 def softmax_jacobian(p: Tensor, u: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """See ``kernels.softmax``."""
     u = u.contiguous()
@@ -181,3 +260,25 @@ def _launch(
         _held[(triton.cdiv(rows, size.rows),)](*operands, k, rows * C, rows, C, ROWS=size.rows, **flags)
     else:
         _long[(k * rows,)](*operands, k, rows * C, rows, C, **flags)
+
+
+def log_softmax_jacobian(p: Tensor, u: Tensor) -> Tensor:
+    """See ``kernels.softmax``."""
+    return _launch_log(p, u, None, None)
+
+
+def log_softmax_backward_tangent(p: Tensor, dl: Tensor, total: Tensor, dg: Tensor) -> Tensor:
+    """See ``kernels.softmax``."""
+    return _launch_log(p, dg, dl.contiguous(), total.contiguous())
+
+
+def _launch_log(p: Tensor, u: Tensor, dl: Tensor | None, total: Tensor | None) -> Tensor:
+    p, u, (k, rows, C) = p.contiguous(), u.contiguous(), u.shape
+    out, size = torch.empty_like(u), tile(rows, C)
+    operands = [p if t is None else t for t in (p, u, dl, total, out)]  # never read where absent
+    flags = {"CURVED": dl is not None, "BLOCK": size.c, "num_warps": size.warps}
+    if size.whole:
+        _log_held[(triton.cdiv(rows, size.rows),)](*operands, k, rows * C, rows, C, ROWS=size.rows, **flags)
+    else:
+        _log_long[(k * rows,)](*operands, k, rows * C, C, **flags)
+    return out

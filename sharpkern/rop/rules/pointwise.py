@@ -140,15 +140,23 @@ class Exponential(Unary):
         return y
 
 
-@rule(aten.gelu.default, aten.silu.default)
+@rule(
+    aten.gelu.default, aten.silu.default, aten.tanh.default, aten.sigmoid.default, aten.softplus.default,
+    aten.mish.default,
+)  # fmt: skip
 class Activation(Unary):
-    """GELU and SiLU: slope and curvature from a kernel of one pass each."""
+    """Smooth activations whose slope and curvature come from a kernel of one pass each."""
 
-    def forward(self, x: Tensor, approximate: str = "none") -> Tensor:
+    @classmethod
+    def for_(cls, template: list[Any]) -> type[Rule] | None:
+        """Choose the formulas of the table for a softplus that is not the default one."""
+        numbers = [a for a in template[1:] if isinstance(a, int | float)]
+        return Unary if numbers not in ([], [1], [1, 20]) else cls
+
+    def forward(self, x: Tensor, *constants: Any) -> Tensor:
         """Save x and y."""
-        gelu = self.op is aten.gelu.default
-        y: Tensor = self.op(x, approximate=approximate) if gelu else self.op(x)
-        self.name = "silu" if not gelu else "gelu" if approximate == "none" else "gelu_tanh"
+        y = self._call(x, constants)
+        self.name = "gelu_tanh" if constants[:1] == ("tanh",) else self.op._schema.name.removeprefix("aten::")
         self.point = x, y
         self.slope = None
         return y
@@ -164,18 +172,6 @@ class Activation(Unary):
         self.curvature = activation_curvature(self.name, self.point[0], g[0])
 
 
-def _mish_first(x: Tensor, y: Tensor) -> Tensor:  # noqa: ARG001
-    # torch's own formula at a cotangent of one: the kernel is there, and stable.
-    slope: Tensor = aten.mish_backward.default(torch.ones_like(x), x)
-    return slope
-
-
-def _mish_second(x: Tensor, y: Tensor) -> Tensor:  # noqa: ARG001
-    s, t = torch.sigmoid(x), torch.tanh(torch.nn.functional.softplus(x))
-    # y = x t, t = tanh(softplus x), softplus' = s: t' = s (1 - t^2), t'' = t' (1 - s - 2 s t), y'' = 2 t' + x t''.
-    return s * (1 - t * t) * (2 + x * (1 - s - 2 * s * t))
-
-
 def _softplus_first(x: Tensor, y: Tensor, beta: float = 1, threshold: float = 20) -> Tensor:  # noqa: ARG001
     slope: Tensor = aten.softplus_backward.default(torch.ones_like(x), x, beta, threshold)
     return slope
@@ -188,12 +184,13 @@ def _softplus_second(x: Tensor, y: Tensor, beta: float = 1, threshold: float = 2
 
 
 def _elu_first(x: Tensor, y: Tensor, alpha: float = 1, scale: float = 1, inner: float = 1) -> Tensor:  # noqa: ARG001
-    # Masked, not multiplied by a mask: exp overflows for large x, and infinity times zero is NaN.
-    return torch.exp(inner * x).mul_(scale * alpha * inner).masked_fill_(x > 0, scale)
+    slope: Tensor = aten.elu_backward.default(torch.ones_like(x), alpha, scale, inner, False, x)
+    return slope
 
 
-def _elu_second(x: Tensor, y: Tensor, alpha: float = 1, scale: float = 1, inner: float = 1) -> Tensor:  # noqa: ARG001
-    return torch.exp(inner * x).mul_(scale * alpha * inner * inner).masked_fill_(x >= 0, 0)
+def _elu_second(x: Tensor, y: Tensor, alpha: float = 1, scale: float = 1, inner: float = 1) -> Tensor:
+    # The slope of the exponential times its rate; for x >= 0 the function is a line.
+    return _elu_first(x, y, alpha, scale, inner).mul_(inner).masked_fill_(x >= 0, 0)
 
 
 def _within(x: Tensor, low: float | None, high: float | None) -> Tensor:
@@ -215,21 +212,19 @@ def _erfinv_first(y: Tensor) -> Tensor:
 
 
 FUNCTIONS: dict[Any, Function] = {
-    aten.leaky_relu.default: Function(lambda x, y, slope=0.01: torch.full_like(x, slope).masked_fill_(x > 0, 1), None),
+    aten.leaky_relu.default: Function(
+        lambda x, y, slope=0.01: aten.leaky_relu_backward.default(torch.ones_like(x), x, slope, False), None
+    ),
     # At a bound, here as in the others, the side that torch takes.
     aten.hardtanh.default: Function(lambda x, y, low=-1, high=1: _strictly_within(x, low, high), None),
     aten.hardsigmoid.default: Function(lambda x, y: _strictly_within(x, -3, 3, 1 / 6), None),
     aten.hardswish.default: Function(
-        lambda x, y: (x / 3).add_(0.5).masked_fill_(x <= -3, 0).masked_fill_(x >= 3, 1),
+        lambda x, y: aten.hardswish_backward.default(torch.ones_like(x), x),
         lambda x, y: _strictly_within(x, -3, 3, 1 / 3),
     ),
     aten.clamp.default: Function(lambda x, y, low=None, high=None: _within(x, low, high), None),
     aten.abs.default: Function(lambda x, y: torch.sign(x), None),
     aten.neg.default: Function(lambda x, y: torch.full_like(x, -1), None),
-    aten.mish.default: Function(_mish_first, _mish_second),
-    # From y, which saves the function. 1 - y^2 loses digits where y is close to 1, as torch's own gradient does.
-    aten.tanh.default: Function(lambda x, y: 1 - y * y, lambda x, y: -2 * y * (1 - y * y)),
-    aten.sigmoid.default: Function(lambda x, y: y * (1 - y), lambda x, y: y * (1 - y) * (1 - 2 * y)),
     # sigmoid(-x) and not 1 - sigmoid(x), which is zero from x = 18 on in float32.
     aten.log_sigmoid.default: Function(
         lambda x, y: torch.sigmoid(-x), lambda x, y: -torch.sigmoid(x) * torch.sigmoid(-x)
@@ -273,4 +268,4 @@ FUNCTIONS: dict[Any, Function] = {
     aten.erf.default: Function(lambda x, y: _ERF * torch.exp(-x * x), lambda x, y: -2 * _ERF * x * torch.exp(-x * x)),
     aten.erfc.default: Function(lambda x, y: -_ERF * torch.exp(-x * x), lambda x, y: 2 * _ERF * x * torch.exp(-x * x)),
 }
-RULES.update(dict.fromkeys(FUNCTIONS, Unary))
+RULES.update(dict.fromkeys(FUNCTIONS.keys() - RULES.keys(), Unary))

@@ -13,14 +13,40 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...kernels.softmax import softmax_backward_tangent, softmax_jacobian
-from ..rule import Rule, rule
+from ...kernels.softmax import (
+    log_softmax_backward_tangent,
+    log_softmax_jacobian,
+    softmax_backward_tangent,
+    softmax_jacobian,
+)
+from ..rule import Rule, inner, rule
 
 aten = torch.ops.aten
 
 
+class OverRows(Rule):
+    """A rule whose kernels take rows, ``[rows, C]``, of the dimension that the op is over."""
+
+    def _save(self, x: Tensor, y: Tensor, dim: int) -> Tensor:
+        """Save where the rows lie; return those of y."""
+        # The op may compute in another dtype than that of x; cotangents go back to it.
+        self.before, self.dim = x.dtype, dim % max(1, y.ndim) + 1
+        # A 0-d result is a row of one number, which needs no formula of its own.
+        last = y.movedim(dim, -1) if y.ndim else y[None]
+        self.shape = last.shape
+        return last.reshape(-1, last.shape[-1]).contiguous()
+
+    def _rows(self, u: Tensor, like: Tensor) -> Tensor:
+        """``[k, *x]`` to ``[k, rows, C]``, in the dtype of other rows."""
+        u = u.movedim(self.dim, -1) if u.ndim > 1 else u
+        return u.reshape(u.shape[0], *like.shape).to(like.dtype)
+
+    def _unrows(self, u: Tensor) -> Tensor:
+        return u.view(u.shape[0], *self.shape).movedim(-1, self.dim)
+
+
 @rule(aten.softmax.int, aten._softmax.default)
-class Softmax(Rule):
+class Softmax(OverRows):
     """``y = softmax(x)``, as rows of probabilities."""
 
     freed_after_reverse = ("dp",)
@@ -28,67 +54,63 @@ class Softmax(Rule):
     def forward(self, x: Tensor, dim: int, *rest: Any) -> Tensor:
         """Save the probabilities."""
         y: Tensor = self.op(x, dim, *rest)
-        # The op may compute in another dtype than that of x; cotangents go back to it.
-        self.before, self.dim = x.dtype, dim % max(1, y.ndim) + 1
-        # A 0-d softmax is 1: a row of one number needs no formula of its own.
-        last = y.movedim(dim, -1) if y.ndim else y[None]
-        self.shape, self.p = last.shape, last.reshape(-1, last.shape[-1]).contiguous()
+        self.p = self._save(x, y, dim)
         return y
-
-    def _rows(self, u: Tensor) -> Tensor:
-        """``[k, *x]`` to ``[k, rows, C]``."""
-        u = u.movedim(self.dim, -1) if u.ndim > 1 else u
-        return u.reshape(u.shape[0], *self.p.shape).to(self.p.dtype)
-
-    def _unrows(self, u: Tensor) -> Tensor:
-        return u.view(u.shape[0], *self.shape).movedim(-1, self.dim)
 
     def tangent(self, dx: Tensor) -> Tensor:
         """Return ``p (dx - <p, dx>)``."""
-        self.dp, _ = softmax_jacobian(self.p, self._rows(dx))
+        self.dp, _ = softmax_jacobian(self.p, self._rows(dx, self.p))
         return self._unrows(self.dp)
 
     def backward(self, g: Tensor) -> tuple[Tensor]:
         """Return ``p (g - <p, g>)``."""
-        return (self._unrows(softmax_jacobian(self.p, self._rows(g))[0]).to(self.before),)
+        return (self._unrows(softmax_jacobian(self.p, self._rows(g, self.p))[0]).to(self.before),)
 
     def prepare(self, g: Tensor) -> None:
         """Compute ``g - <p, g>``."""
-        rows = self._rows(g)[0]
+        rows = self._rows(g, self.p)[0]
         # <dp, g> = <dp, inner>, for the rows of dp sum to zero: so g itself is not kept.
         self.inner = (rows - (self.p * rows).sum(1, keepdim=True)).contiguous()
 
     def backward_tangent(self, dg: Tensor, g: Tensor) -> tuple[Tensor]:
         """Return the tangent of ``backward``."""
-        rows = softmax_backward_tangent(self.p, self.dp, self.inner, self._rows(dg))
+        rows = softmax_backward_tangent(self.p, self.dp, self.inner, self._rows(dg, self.p))
         return (self._unrows(rows).to(self.before),)
 
 
 @rule(aten.log_softmax.int, aten._log_softmax.default)
-class LogSoftmax(Rule):
+class LogSoftmax(OverRows):
     """``y = log softmax(x)``."""
 
+    keeps_cotangent = False  # only its sum is of use
     freed_after_reverse = ("dl",)
 
     def forward(self, x: Tensor, dim: int, *rest: Any) -> Tensor:
-        """Save the probabilities; the dimension is counted from the end, so that a leading k does not matter."""
+        """Save the probabilities: all sweeps need them, and none needs y."""
         y: Tensor = self.op(x, dim, *rest)
-        # All sweeps need p, and none needs y.
-        self.p, self.dim, self.before = y.exp(), dim % max(1, y.ndim) - max(1, y.ndim), x.dtype
+        self.p = self._save(x, y, dim).exp()
         return y
 
     def tangent(self, dx: Tensor) -> Tensor:
         """Return ``dx - <p, dx>``."""
-        dx = dx.to(self.p.dtype)
-        self.dl = dx - (self.p * dx).sum(self.dim, keepdim=True)
-        return self.dl
+        self.dl = log_softmax_jacobian(self.p, self._rows(dx, self.p))
+        return self._unrows(self.dl)
 
     def backward(self, g: Tensor) -> tuple[Tensor]:
         """Return ``g - p sum g``."""
-        return (torch.addcmul(g, self.p, g.sum(self.dim, keepdim=True), value=-1).to(self.before),)
+        rows = self._rows(g, self.p)
+        back = torch.addcmul(rows, self.p, rows.sum(-1, keepdim=True), value=-1)
+        return (self._unrows(back).to(self.before),)
+
+    def prepare(self, g: Tensor) -> None:
+        """Add up g."""
+        self.total = self._rows(g, self.p)[0].sum(-1)
 
     def backward_tangent(self, dg: Tensor, g: Tensor) -> tuple[Tensor]:
         """Return ``dg - p (sum dg + dl sum g)``, since dp = p dl."""
-        # dp sum g = p dl sum g: with p in front, both terms share one pass over the rows.
-        inner = torch.addcmul(dg.sum(self.dim, keepdim=True), self.dl, g.sum(self.dim, keepdim=True))
-        return (torch.addcmul(dg, self.p, inner, value=-1).to(self.before),)
+        rows = log_softmax_backward_tangent(self.p, self.dl, self.total, self._rows(dg, self.p))
+        return (self._unrows(rows).to(self.before),)
+
+    def second_order(self, dargs: tuple[Any, ...], g: Tensor) -> Tensor:
+        """Return ``-sum g <p dl, dl>``: <p, dl> is zero, so that dl may stand for dx."""
+        return -inner(self.total[:, None] * self.p * self.dl, self.dl)
