@@ -3,6 +3,7 @@
     python scripts/matrix.py             # every pair of PAIRS, all tests: about 15 minutes each on two cores
     python scripts/matrix.py 3.10 3.13   # the pairs with these versions of Python
     python scripts/matrix.py --newest    # this Python with the newest torch, and the tests that lean on torch most
+    python scripts/matrix.py --newest --quick    # fewer of them, as CI runs them: two minutes
 
 A Python that is not installed is skipped with a line that says so. The environments stay in .venv-matrix, 5 GB each
 with torch's CUDA build; pip's own settings, such as PIP_INDEX_URL, lead to another build.
@@ -27,6 +28,10 @@ SUBSET = [
     "test_optimizer_rules.py", "test_program.py", "test_replayed.py",
     *(path.name for path in sorted((ROOT / "tests").glob("test_rules_*.py"))),
 ]  # fmt: skip
+QUICK = [
+    "test_decompositions.py", "test_gate.py", "test_rules_fallback.py", "test_rules_loss.py", "test_rules_norm.py",
+    "test_optimizer_rules.py",
+]  # fmt: skip
 
 
 class Skipped(Exception):
@@ -43,8 +48,14 @@ def interpreter(version: str) -> str:
     raise Skipped(f"{name} is not installed: neither on PATH nor in {pyenv}, or without its venv module")
 
 
-def install(python: str, torch: str) -> Path:
-    """Make an environment with the package and its extension, or bring it up to date; return its Python."""
+def install(python: str, torch: str, *, reuse: bool = False) -> Path:
+    """Make an environment with the package and its extension, or bring it up to date; return its Python.
+
+    Args:
+        python: the interpreter.
+        torch: version.
+        reuse: leave a compiled module that is here for this Python as it is: it does not depend on torch.
+    """
     version = subprocess.run([python, "-c", "import sys; print(*sys.version_info[:2], sep='.')"], text=True,
                              capture_output=True, check=True).stdout.strip()  # fmt: skip
     folder = ROOT / ".venv-matrix" / f"python{version}-torch{torch}"
@@ -53,7 +64,9 @@ def install(python: str, torch: str) -> Path:
     pip = [inside, "-m", "pip", "install", "--quiet", "--no-compile", "--disable-pip-version-check", f"torch=={torch}"]
     if subprocess.run([*pip, *BUILD]).returncode:
         raise Skipped(f"pip could not install torch {torch} for Python {version}, and says why above")
-    subprocess.run([*pip, "--no-build-isolation", "--editable", f"{ROOT}[test]"], check=True)
+    built = any((ROOT / "sharpkern").glob(f"_C.cpython-{version.replace('.', '')}-*"))
+    environment = {**os.environ, **({"SHARPKERN_NO_NATIVE": "1"} if reuse and built else {})}
+    subprocess.run([*pip, "--no-build-isolation", "--editable", f"{ROOT}[test]"], check=True, env=environment)
     return inside
 
 
@@ -63,15 +76,15 @@ def passes(python: Path, tests: list[Path], **environment: str) -> bool:
     return not subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", **environment}).returncode
 
 
-def newest() -> bool:
-    """Test the running Python with the newest torch; one that cannot be installed is no failure."""
+def newest(names: list[str]) -> bool:
+    """Run test files on the running Python with the newest torch; one that cannot be installed is no failure."""
     torch = PAIRS[-1][1]
     try:
-        python = install(sys.executable, torch)
+        python = install(sys.executable, torch, reuse=True)
     except Skipped as reason:
         print(f"newest torch: skipped, {reason}", flush=True)
         return True
-    good = passes(python, [ROOT / "tests" / name for name in SUBSET])
+    good = passes(python, [ROOT / "tests" / name for name in names])
     print(f"newest torch, {torch}: {'passed' if good else 'FAILED'}", flush=True)
     return good
 
@@ -102,8 +115,9 @@ def matrix(versions: list[str]) -> bool:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--newest", action="store_true", help="this Python, the newest torch, a subset of the tests")
+    parser.add_argument("--quick", action="store_true", help="with --newest: fewer tests")
     parser.add_argument("versions", nargs="*", metavar="PYTHON")
     given = parser.parse_args()
     if unknown := sorted(set(given.versions) - {version for version, _ in PAIRS}):
         parser.error(f"no pair has Python {', '.join(unknown)}")
-    sys.exit(not (newest() if given.newest else matrix(given.versions)))
+    sys.exit(not (newest(QUICK if given.quick else SUBSET) if given.newest else matrix(given.versions)))
