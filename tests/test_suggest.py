@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import sharpkern as sk
-from sharpkern.warmup.trials import most_runs
+from sharpkern.warmup.trials import Probe, Trial, holding, most_runs, sensible
 
 
 def half_mean_squares(output: Tensor, target: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ def test_the_suggestion_trains_and_costs_what_it_says(name: str) -> None:
     assert s.critical_lr == pytest.approx(exact, rel=0.08)
     assert 0 < s.lr_init <= s.lr_target <= s.lr_target_max
     assert 1 <= s.warmup_steps <= 32
-    assert s.critical.forward_passes == s.forward_passes
+    assert s.critical.forward_passes + 1 == s.forward_passes  # and the loss before training
     assert sum(40 for t in s.trials if t.fall > -1) + 10 < s.gradients <= 40 * len(s.trials) + 40
     assert s.matvecs > 32
     assert len(told) == 1 + len(s.trials) <= most_runs(32)
@@ -91,6 +91,48 @@ def test_the_suggestion_trains_and_costs_what_it_says(name: str) -> None:
     assert max(losses) / losses[0] == pytest.approx(trial.peak, rel=1e-3)
     assert max(losses) <= 2 * losses[0]
     assert losses[-1] < 0.5 * losses[0]
+
+
+def test_a_spike_at_the_start_of_a_run_is_no_fall() -> None:
+    """The loss before training is the same for all runs, and nothing of it is theirs."""
+    model, (x, y) = network(), images(64)
+    batches = [(x[i : i + 8], y[i : i + 8]) for i in range(0, 64, 8)]
+    probe = Probe(model, half_mean_squares, batches, torch.optim.SGD(model.parameters(), lr=0.1), steps=16)
+    with torch.no_grad():
+        before = sum(float(half_mean_squares(model(a), b)) for a, b in batches[:5]) / 5
+    assert probe.before == pytest.approx(before, rel=1e-6)
+    eta = 2 / sk.sharpness(model, half_mean_squares, (x, y)).value
+    for target in (0.1 * eta, eta, 4 * eta, 8 * eta):
+        trial = probe.run(target, target, 1)
+        twin, losses = copy.deepcopy(model), []
+        optimizer = torch.optim.SGD(twin.parameters(), lr=target)
+        for i in range(20):
+            loss = half_mean_squares(twin(batches[i % 8][0]), batches[i % 8][1])
+            losses.append(float(loss.detach()))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        if trial.fall > -float("inf"):
+            assert trial.fall == pytest.approx(1 - sum(losses[-5:]) / 5 / before, rel=1e-4)
+            means = [sum(losses[i : i + 5]) / 5 for i in range(16)]
+            assert trial.peak == pytest.approx(max(means) / before, rel=1e-4)
+        else:
+            assert not max(losses) < 99 * losses[0]
+
+
+@pytest.mark.parametrize(
+    ("falls", "target"),
+    [
+        ({1.0: 0.5, 2.0: 0.6, 4.0: 0.4}, 1.0),
+        ({1.0: 0.3, 2.0: 0.6, 4.0: 0.55}, 2.0),  # half of the best does not hold
+        ({2.0: 0.6, 3.0: 0.5}, 2.0),  # nor was it tried
+    ],
+)
+def test_half_of_the_target_that_learnt_most_is_recommended_if_it_holds(
+    falls: dict[float, float], target: float
+) -> None:
+    trials = [Trial(lr, lr, 1, 1.0, fall) for lr, fall in falls.items()]
+    assert sensible(holding(trials)) == (target, 2.0)
 
 
 def test_standard_parameterisation_needs_the_warmup_that_is_suggested() -> None:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from ..dynamics import TRENDS, Regime
 from ..optimizers.threshold import stability_threshold
 from .critical import CriticalLR
-from .suggest_text import say_critical, say_largest, say_sharpness, say_start, say_warmup
-from .trials import Probe, Trial, batches_of, holding
+from .suggest_text import say_choice, say_critical, say_largest, say_sharpness, say_start, say_warmup
+from .trials import Probe, Trial, batches_of, holding, sensible
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def suggest_warmup(
         data: a ``DataLoader`` or list of batches, gone through again and again; or one batch, a tuple or dict.
         optimizer: one that ``stability_threshold`` knows; learning rates are its first group's, the others keep their
             ratio to it.
-        lr_target: the target that you want; None recommends the one that learnt most.
+        lr_target: the target that you want; None recommends half of the one that learnt most, if that holds too.
         probe_steps: longest warmup tried; a run has a quarter more steps. Longer training may fail later.
         batches: how many batches lambda_0 and eta_c are measured on.
         on_run: called after each of the 7 to 20 short runs with a few words about it, to show progress.
@@ -128,7 +128,8 @@ def suggest_warmup(
                 f"steps: check loss and data, or give more probe_steps."
             )
         top = max(t.lr_target for t in held)
-        target = max(held, key=lambda t: t.fall).lr_target if lr_target is None else lr_target
+        recommended, best = sensible(held)
+        target = recommended if lr_target is None else lr_target
         # The first trial was at eta_c without a warmup. Below eta_c it need not have learnt well, only not have failed.
         jumps = trials[0] in held or (target < critical and bool(holding(trials[:1])))
         start = min(critical, target) if jumps else min(critical, target / 10)
@@ -146,7 +147,7 @@ def suggest_warmup(
         "regime": f"Natural trend: {TRENDS[regime.name]} ({regime.name}): {regime.evidence}",
         "lr_target_max": say_largest(top, trials),
         "lr_target": f"Recommended target: {target:.4g}"
-        + (", as asked" if lr_target is not None else ", which learnt most")
+        + (", as asked" if lr_target is not None else say_choice(recommended, best))
         + (f"; it is above the largest sensible one, {top:.4g}." if target > top else "."),
         "lr_init": say_start(lr_init, target, critical),
         "warmup_steps": say_warmup(chosen, warmups, bool(good)),

@@ -37,6 +37,13 @@ def say_largest(top: float, trials: list[Trial]) -> str:
     return f"Largest sensible target: {top:.4g}. Short runs by target, largest loss over first, and fall: {tried}."
 
 
+def say_choice(target: float, best: float) -> str:
+    """Say why a target is recommended."""
+    if target == best:
+        return ", which learnt most"
+    return f", half of the one that learnt most: longer training may fail at {best:.4g}"
+
+
 def say_start(lr_init: float, target: float, critical: float) -> str:
     """Say where to start, and why there."""
     # Compared exactly: ``suggest_warmup`` has chosen one of these very numbers.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import math
 import statistics
@@ -42,9 +43,10 @@ class Trial:
 
     Attributes:
         lr_target, lr_init, warmup_steps: its schedule.
-        peak: largest loss over the first loss, both means over a few steps with minibatches; infinite if it diverged.
-        fall: first loss less last loss, over the first: 0 is nothing learnt, 1 everything; negative infinity if it
-            diverged, or was stopped at 100 times the first loss.
+        peak: largest loss over the loss before training, both means over a few batches where there are several;
+            infinite if it diverged.
+        fall: loss before training less last loss, over the one before: 0 is nothing learnt, 1 everything; negative
+            infinity if it diverged, or was stopped at 100 times the first loss.
     """
 
     lr_target: float
@@ -91,6 +93,19 @@ class Probe:
         # Equal rates have the ratio 1 also where they are all 0, as before a schedule has set them.
         self.ratios = [1.0 if lr == rates[0] else lr / rates[0] for lr in rates]
         self.width = 5 if len(list(itertools.islice(self.data, 2))) > 1 else 1  # steps averaged against noise
+
+    @functools.cached_property
+    def before(self) -> float:
+        """The loss before training, over as many batches as runs average over.
+
+        The same for every run, and not the mean of a run's own first steps: where those raise the loss, it would seem
+        to fall the more afterwards.
+        """
+        module = LossModule(copy.deepcopy(self.model), self.loss_fn)
+        batches = list(itertools.islice(_endless(self.data), self.width))
+        self.forward_passes += len(batches)
+        with torch.no_grad():
+            return statistics.fmean(float(module(batch)[0]) for batch in batches)
 
     def sharpness(self, batches: int) -> tuple[float, float | None]:
         """Return the mean sharpness over batches, and GI-Adam's of the first if the optimizer is a fresh Adam.
@@ -245,7 +260,9 @@ class Probe:
         # Running means, so that the peak is a rise that lasts and not one hard batch.
         means = [statistics.fmean(losses[i : i + self.width]) for i in range(len(losses) - self.width + 1)]
         last = statistics.fmean(losses[-max(self.width, self.steps // 8) :])
-        return Trial(target, start, warmup, max(means) / means[0], 1 - last / means[0])
+        # A loss may be negative, as a density's: what counts is by how much of its size it changed.
+        first, size = self.before, abs(self.before)
+        return Trial(target, start, warmup, 1 + (max(means) - first) / size, (first - last) / size)
 
 
 def most_runs(steps: int) -> int:
@@ -286,10 +303,23 @@ def _endless(data: Iterable[Any]) -> Iterator[Any]:
         yield from data
 
 
+def sensible(held: list[Trial]) -> tuple[float, float]:
+    """Return the target to recommend, and the one whose run learnt most.
+
+    The one recommended is half of that, if it holds too. The rate that learns most in a short run is close to the
+    largest one that trains at all, and often fails, or falls behind, in a longer run (docs/lab/warmup.md).
+
+    Args:
+        held: of ``holding``, at least one.
+    """
+    best = max(held, key=lambda t: t.fall).lr_target
+    return (best / 2 if any(t.lr_target == best / 2 for t in held) else best), best
+
+
 def holding(trials: list[Trial]) -> list[Trial]:
     """Return the runs without a spike whose loss fell at least 0.8 times as much as in the best of them.
 
-    Without a spike: the loss stayed at or below twice the first.
+    Without a spike: the loss stayed at or below twice the one before training.
     """
     calm = [t for t in trials if t.peak <= _SPIKE and t.fall > 0]
     # A part of the best fall: where weights are scale-invariant, as before batch norm, no rate makes the loss rise.
