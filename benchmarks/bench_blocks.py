@@ -35,7 +35,8 @@ def row(name: str, k: int, rounds: int) -> str:
     }
     seconds = interleave(contenders, rounds, seconds_at_most=60)
     figures = [ratio(seconds, *pair) for pair in (("columns", "singles"), ("rows", "singles"), ("columns", "rows"))]
-    return " | ".join(["", name, str(k), *(f"{f['median']:.2f} ({f['low']:.2f} to {f['high']:.2f})" for f in figures), ""])
+    cells = (f"{f['median']:.2f} ({f['low']:.2f} to {f['high']:.2f})" for f in figures)
+    return " | ".join(["", name, str(k), *cells, ""])
 
 
 def main() -> None:

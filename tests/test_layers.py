@@ -22,9 +22,9 @@ LAYERS = {
     "warm_block",
     "optimizers": "parts held gi_adam rules.rule rules.sgd rules.adam rules.squares rules.adafactor rules.table norms "
     "threshold preconditioner next_update unit_ball geometry",
-    "curvature": "losses parameters wrappers reading watch eager gate engines freshness base operators repeatable "
-    "fisher dataset chunked memory negative preconditioned distributed.group distributed.shards distributed.blocks "
-    "distributed.skeleton distributed.replicated distributed.sharded distributed.choose sharpness audit",
+    "curvature": "losses parameters wrappers reading watch exports eager gate engines freshness base operators "
+    "repeatable fisher dataset chunked memory negative preconditioned distributed.group distributed.shards "
+    "distributed.blocks distributed.skeleton distributed.replicated distributed.sharded distributed.choose sharpness audit",
     "spectrum": "probes trace diagonal density layers",
     "dynamics": "",
     "tracking": "budget pace probe record popups block_width options failures followed gradients target following "

@@ -25,8 +25,10 @@ from torch.utils import _pytree as pytree
 
 from ..rop import Program, RecomputedProgram, ReplayedProgram, UnsupportedModelError, UnsupportedOpError, export
 from ..rop.double_backward import DoubleBackward
+from ..rop.export import Graph
 from ..rop.sandbox import restored_buffers, user_code, without_trace
 from .eager import EagerPass, run_eagerly, run_forward
+from .exports import keep_graph, kept_graph
 from .gate import Verdict, compare
 from .losses import FunctionalLoss, LossModule, NonFiniteLossError
 from .watch import Kept, Snapshot, changes
@@ -211,14 +213,29 @@ class Engines:
         return self._second_engine(spec, reason)
 
     def _program(self, leaves: list[Any], spec: pytree.TreeSpec, eager: EagerPass) -> ReplayedProgram:
+        """Make a program of what an operator before this one has exported, or export."""
         assert self._snapshot is not None
-        with torch.random.fork_rng([]), restored_buffers(self._snapshot.others):
+        (_, tensors, structure), values = self._state(leaves, spec)
+        key = spec, tensors, structure[1:], _hashable(values)
+        if (graph := kept_graph(self.module, key)) is not None:
+            try:
+                return self._gated(graph, leaves, spec, eager)
+            except UnsupportedModelError:
+                pass  # something has changed that nobody looks at: a new export may see it
+        snapshot = self._snapshot
+        with torch.random.fork_rng([]), restored_buffers(snapshot.others):
             try:
                 graph = export(self.module, pytree.tree_unflatten(leaves, spec))
             finally:
-                self._snapshot.put_back()  # what the trace has left behind are tensors without numbers
-            engine = ReplayedProgram(self._kind(graph, self.params, keep_outputs=self.keep_outputs))
+                snapshot.put_back()  # what the trace has left behind are tensors without numbers
         self._clear_up(leaves, spec)
+        engine = self._gated(graph, leaves, spec, eager)
+        keep_graph(self.module, key, snapshot, graph)
+        return engine
+
+    def _gated(self, graph: Graph, leaves: list[Any], spec: pytree.TreeSpec, eager: EagerPass) -> ReplayedProgram:
+        """Make a program of a graph, and compare it with the eager model."""
+        engine = ReplayedProgram(self._kind(graph, self.params, keep_outputs=self.keep_outputs))
         self._uses[id(engine)] = 0
         if self.verify:
             verdict = self._compare(engine, leaves, spec, eager)

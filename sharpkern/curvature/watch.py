@@ -30,6 +30,7 @@ class Snapshot:
         others: modules that the loss function reaches without being among the module's own, such as a teacher.
         iterators: where the code can reach one; what it gives next cannot be given twice.
         tensors: captured ones, attributes that are no buffers, and all parameters.
+        objects: what ``structure`` names by its id, but for the module itself, which stands first there.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -60,6 +61,7 @@ class Snapshot:
         kept = [t for m in self.others for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
         self._addresses = [(t, t.data_ptr()) for t in (*kept, *reader.tensors) if t.layout is torch.strided]
         self._modes = _modes()
+        self.objects = [*own[1:], *self._params]
         self.structure = (
             *map(id, own), *(m.training for m in own), *(n for _, n in self._parts), *map(id, self._params),
             *self._flags, *(p.shape for p in self._params), *(a for _, a in self._addresses), self._modes,
