@@ -24,7 +24,8 @@ LAYERS = {
     "threshold preconditioner next_update unit_ball geometry",
     "curvature": "losses parameters wrappers reading watch exports eager gate engines freshness base operators "
     "repeatable fisher dataset chunked memory negative preconditioned distributed.group distributed.shards "
-    "distributed.blocks distributed.skeleton distributed.replicated distributed.sharded distributed.choose sharpness audit",
+    "distributed.blocks distributed.skeleton distributed.replicated distributed.sharded distributed.choose "
+    "sharpness audit",
     "spectrum": "probes trace diagonal density layers",
     "dynamics": "",
     "tracking": "budget pace probe record popups block_width options failures followed gradients target following "
