@@ -27,7 +27,7 @@ def run(
     config: TrainConfig,
     *,
     lr_target: Annotated[
-        float | None, Option(help="the target that you want (default: half of the one that learnt most)")
+        float | None, Option(help="the target that you want (default: the one that learnt most)")
     ] = None,
     probe_steps: Annotated[int, Option(help="longest warmup tried")] = 64,
 ) -> int:

@@ -14,7 +14,7 @@ from ..dynamics import TRENDS, Regime
 from ..optimizers.threshold import stability_threshold
 from .critical import CriticalLR
 from .suggest_text import say_choice, say_critical, say_largest, say_sharpness, say_start, say_warmup
-from .trials import Probe, Trial, batches_of, holding, sensible
+from .trials import Probe, Trial, batches_of, holding
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,9 @@ def suggest_warmup(
     3. Targets eta_c, 2 eta_c, 4 eta_c, ... with the longest warmup, each on a fresh copy, while they hold: the loss
        stays below twice the first and falls at least 0.8 times as much as in the best run. The last is
        ``lr_target_max``. Then eta_c / 2, eta_c / 4, ... while the loss falls more, at least until two hold.
-    4. For the target, warmups of 1, 4, 16, ... steps; the shortest that holds.
+    4. The target whose loss fell most runs four times as long, and its halves while they learn more: the best of these
+       runs is the target.
+    5. For the target, warmups of 1, 4, 16, ... steps; the shortest that holds.
 
     eta_init is eta_c: a warmup from zero spends steps below it, where no catapult can happen. Where training at eta_c
     itself does not hold (momentum gathers speed, some transformers), it is a tenth of the target. Model, optimizer and
@@ -83,10 +85,11 @@ def suggest_warmup(
         data: a ``DataLoader`` or list of batches, gone through again and again; or one batch, a tuple or dict.
         optimizer: one that ``stability_threshold`` knows; learning rates are its first group's, the others keep their
             ratio to it.
-        lr_target: the target that you want; None recommends half of the one that learnt most, if that holds too.
-        probe_steps: longest warmup tried; a run has a quarter more steps. Longer training may fail later.
+        lr_target: the target that you want; None recommends the one that learnt most in the longest runs.
+        probe_steps: longest warmup tried; a run has a quarter more steps, and those that decide on the target have five
+            times as many. Longer training may fail later.
         batches: how many batches lambda_0 and eta_c are measured on.
-        on_run: called after each of the 7 to 20 short runs with a few words about it, to show progress.
+        on_run: called after each run with a few words about it, to show progress.
 
     Returns:
         A ``WarmupSuggestion``.
@@ -98,8 +101,8 @@ def suggest_warmup(
         NonFiniteLossError: the loss is NaN or infinite at the present state.
         RuntimeError: no target trained, down to eta_c / 64.
 
-    Cost: 7 to 20 runs of ``1.25 probe_steps`` training steps, a few dozen forward passes, 100 to 600 Hessian-vector
-    products; counted in the result. Memory: one copy of model and optimizer.
+    Cost: 7 to 20 runs of ``1.25 probe_steps`` training steps, two or three of ``5 probe_steps``, a few dozen forward
+    passes, 100 to 600 Hessian-vector products; counted in the result. Memory: one copy of model and optimizer.
     Source: Kalra and Barkeshli, Why warmup the learning rate? (2024), for eta_init = eta_c, a tenth of the target, and
     raising T_wrm until spikes are small; the trials and their limits (0.8, twice) are ours.
     """
@@ -128,8 +131,8 @@ def suggest_warmup(
                 f"steps: check loss and data, or give more probe_steps."
             )
         top = max(t.lr_target for t in held)
-        recommended, best = sensible(held)
-        target = recommended if lr_target is None else lr_target
+        finals = probe.finals(trials) if lr_target is None else []
+        target = lr_target if lr_target is not None else _best(finals)
         # The first trial was at eta_c without a warmup. Below eta_c it need not have learnt well, only not have failed.
         jumps = trials[0] in held or (target < critical and bool(holding(trials[:1])))
         start = min(critical, target) if jumps else min(critical, target / 10)
@@ -147,7 +150,7 @@ def suggest_warmup(
         "regime": f"Natural trend: {TRENDS[regime.name]} ({regime.name}): {regime.evidence}",
         "lr_target_max": say_largest(top, trials),
         "lr_target": f"Recommended target: {target:.4g}"
-        + (", as asked" if lr_target is not None else say_choice(recommended, best))
+        + (say_choice(finals) if finals else ", as asked")
         + (f"; it is above the largest sensible one, {top:.4g}." if target > top else "."),
         "lr_init": say_start(lr_init, target, critical),
         "warmup_steps": say_warmup(chosen, warmups, bool(good)),
@@ -155,6 +158,21 @@ def suggest_warmup(
         "Hessian-vector products.",
     }  # fmt: skip
     return WarmupSuggestion(
-        sharpness, first, critical, regime, lr_init, chosen.warmup_steps, target, top, [*trials, *warmups], evidence,
-        probe.forward_passes, probe.gradients, probe.matvecs,
+        sharpness, first, critical, regime, lr_init, chosen.warmup_steps, target, top, [*trials, *finals, *warmups],
+        evidence, probe.forward_passes, probe.gradients, probe.matvecs,
     )  # fmt: skip
+
+
+def _best(finals: list[Trial]) -> float:
+    """Return the target of the run that learnt most.
+
+    Raises:
+        RuntimeError: all diverged.
+    """
+    best = max(finals, key=lambda t: t.fall)
+    if not best.fall > 0:
+        raise RuntimeError(
+            f"no learning rate from {finals[-1].lr_target:.4g} to {finals[0].lr_target:.4g} trained for "
+            f"{best.steps} steps: check loss and data."
+        )
+    return best.lr_target

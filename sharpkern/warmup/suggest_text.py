@@ -37,11 +37,10 @@ def say_largest(top: float, trials: list[Trial]) -> str:
     return f"Largest sensible target: {top:.4g}. Short runs by target, largest loss over first, and fall: {tried}."
 
 
-def say_choice(target: float, best: float) -> str:
-    """Say why a target is recommended."""
-    if target == best:
-        return ", which learnt most"
-    return f", half of the one that learnt most: longer training may fail at {best:.4g}"
+def say_choice(finals: list[Trial]) -> str:
+    """Say why a target is recommended: of the runs that decided."""
+    tried = ", ".join(f"{t.lr_target:.3g}: {_told(t)}" for t in finals)
+    return f", which learnt most in {finals[0].steps} steps ({tried})"
 
 
 def say_start(lr_init: float, target: float, critical: float) -> str:

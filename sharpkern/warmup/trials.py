@@ -34,6 +34,7 @@ _DOUBLINGS = 12
 _HALVINGS = 6
 _SPIKE = 2.0  # a run holds only if its loss stays below so many times the first
 _LEARNS = 0.8  # and falls at least so many times the best run's fall
+_LONGER = 4  # times as many steps, for the runs that decide
 _HOPELESS = 100.0  # a loss so many times the first ends a run
 
 
@@ -47,6 +48,7 @@ class Trial:
             infinite if it diverged.
         fall: loss before training less last loss, over the one before: 0 is nothing learnt, 1 everything; negative
             infinity if it diverged, or was stopped at 100 times the first loss.
+        steps: how many it took, or would have taken.
     """
 
     lr_target: float
@@ -54,6 +56,7 @@ class Trial:
     warmup_steps: int
     peak: float
     fall: float
+    steps: int
 
 
 @dataclass
@@ -218,6 +221,27 @@ class Probe:
                 break
         return trials
 
+    def finals(self, trials: list[Trial]) -> list[Trial]:
+        """Run the target that learnt most for four times as long, then its halves while they learn more.
+
+        The rate that learns most in a short run is near the largest that trains at all: some fail, or fall behind, in
+        a longer one (docs/lab/warmup.md).
+
+        Args:
+            trials: of ``targets``.
+        """
+        tried = {t.lr_target: t for t in trials}
+        found = [self._longer(max(holding(trials), key=lambda t: t.fall))]
+        while (half := tried.get(found[-1].lr_target / 2)) is not None:
+            found.append(self._longer(half))
+            # Where neither trained, a still smaller one may.
+            if math.isfinite(found[-2].fall) and found[-1].fall <= found[-2].fall:
+                break
+        return found
+
+    def _longer(self, trial: Trial) -> Trial:
+        return self.run(trial.lr_target, trial.lr_init, trial.warmup_steps, _LONGER * trial.steps)
+
     def warmups(self, target: float, start: float) -> list[Trial]:
         """Try ever longer warmups to a target, the longest last; one run alone where ``start`` is not below it.
 
@@ -228,23 +252,24 @@ class Probe:
             return [self.run(target, target, 1)]
         return [self.run(target, start, length) for length in _lengths(self.steps)]
 
-    def run(self, target: float, start: float, warmup: int) -> Trial:
-        """Train a copy with a linear warmup to a target, for a quarter more steps than the longest warmup.
+    def run(self, target: float, start: float, warmup: int, steps: int | None = None) -> Trial:
+        """Train a copy with a linear warmup to a target.
 
         Args:
             target, start: learning rates of the first group; the others keep their ratio to it.
             warmup: steps until the target is reached; 1 is no warmup.
+            steps: how many; None for a quarter more than the longest warmup, so that every run is at its target for a
+                while.
         """
-        trial = self._run(target, start, warmup)
-        self.on_run(f"warmup of {warmup} steps to {target:.3g}")
+        trial = self._run(target, start, warmup, self.steps * 5 // 4 if steps is None else steps)
+        self.on_run(f"warmup of {warmup} steps to {target:.3g}" + (f", {steps} steps" if steps else ""))
         return trial
 
-    def _run(self, target: float, start: float, warmup: int) -> Trial:
+    def _run(self, target: float, start: float, warmup: int, steps: int) -> Trial:
         model, optimizer = copy.deepcopy((self.model, self.optimizer))
         module, params = LossModule(model, self.loss_fn), list(trainable(model).values())
         losses: list[float] = []
-        # A quarter more than the longest warmup, so that every run is at its target for a while.
-        for t, batch in enumerate(itertools.islice(_endless(self.data), self.steps * 5 // 4), start=1):
+        for t, batch in enumerate(itertools.islice(_endless(self.data), steps), start=1):
             lr = start + (target - start) * min(1.0, t / warmup)
             set_rates(optimizer, [lr * ratio for ratio in self.ratios])
             loss = module(batch)[0]
@@ -253,7 +278,7 @@ class Probe:
             # In absolute value, for a loss may be negative; and "not <=", so that NaN ends the run too.
             if not losses[-1] <= losses[0] + (_HOPELESS - 1) * abs(losses[0]):
                 peak = losses[-1] / losses[0] if math.isfinite(losses[-1]) else math.inf
-                return Trial(target, start, warmup, peak, -math.inf)
+                return Trial(target, start, warmup, peak, -math.inf, steps)
             for p, g in zip(params, torch.autograd.grad(loss, params, allow_unused=True), strict=True):
                 p.grad = g
             optimizer.step()
@@ -262,16 +287,17 @@ class Probe:
         last = statistics.fmean(losses[-max(self.width, self.steps // 8) :])
         # A loss may be negative, as a density's: what counts is by how much of its size it changed.
         first, size = self.before, abs(self.before)
-        return Trial(target, start, warmup, 1 + (max(means) - first) / size, (first - last) / size)
+        return Trial(target, start, warmup, 1 + (max(means) - first) / size, (first - last) / size, steps)
 
 
 def most_runs(steps: int) -> int:
-    """Return how many short runs a suggestion takes at most: the trend, targets, warmups.
+    """Return how many runs a suggestion takes at most: the trend, targets, those that decide, warmups.
 
     Args:
         steps: of the longest warmup.
     """
-    return 1 + (2 + _DOUBLINGS + _HALVINGS) + len(_lengths(steps))
+    targets = 2 + _DOUBLINGS + _HALVINGS
+    return 1 + targets + targets + len(_lengths(steps))
 
 
 def _lengths(steps: int) -> list[int]:
@@ -301,19 +327,6 @@ def batches_of(data: Any) -> Iterable[Any]:
 def _endless(data: Iterable[Any]) -> Iterator[Any]:
     while True:
         yield from data
-
-
-def sensible(held: list[Trial]) -> tuple[float, float]:
-    """Return the target to recommend, and the one whose run learnt most.
-
-    The one recommended is half of that, if it holds too. The rate that learns most in a short run is close to the
-    largest one that trains at all, and often fails, or falls behind, in a longer run (docs/lab/warmup.md).
-
-    Args:
-        held: of ``holding``, at least one.
-    """
-    best = max(held, key=lambda t: t.fall).lr_target
-    return (best / 2 if any(t.lr_target == best / 2 for t in held) else best), best
 
 
 def holding(trials: list[Trial]) -> list[Trial]:
