@@ -53,10 +53,11 @@ class SharpnessTracker:
         every: measure at steps 1, 1 + every, ... only; the steps between carry the last value.
         max_matvecs: the most Hessian-vector products per solve.
         k: how many eigenvalues to track.
-        budget: spend at most this fraction of the steps' own time on tracking, choosing when to measure from how fast
-            the sharpness moves and how near the threshold is, and stopping solves that the budget cannot pay short of
-            ``tol`` (``Record.converged``). The steps between carry the last value or its Rayleigh quotient. Which
-            steps are measured then depends on the clock; training does not. None: every step allowed by ``every``.
+        budget: spend at most this fraction of the steps' own time on tracking. The tracker then measures where the
+            sharpness moves fast or is near the threshold. A solve may end before ``tol`` is reached
+            (``Record.converged``), where the budget does not pay for more. The steps between carry the last value or
+            its Rayleigh quotient. Which steps are measured depends on the clock; training does not. None: every step
+            allowed by ``every``.
         probe: a fixed batch whose Hessian is tracked instead of that of the step's own batch, for one more gradient
             per measured step. The sharpness of a part of the data is not that of the whole: it reads higher. "auto",
             with ``budget``: the first examples of the first batch, as many as the budget pays for; for mini-batches,
@@ -85,8 +86,7 @@ class SharpnessTracker:
 
     Raises:
         ValueError: an argument out of range, one that a model over several processes does not have, probe and loader
-            together, tf32 with tol below 0.005, or neither products
-            nor directions.
+            together, tf32 with tol below 0.005, or neither products nor directions.
 
     Cost per measured step: a gradient and 2 to 10 Hessian-vector products; twice that for adaptive optimizers and for
     parameter groups with learning rates or momenta of their own, whose preconditioned sharpness is tracked besides.
