@@ -179,6 +179,26 @@ def test_hooks_get_real_tensors_back_without_a_second_gradient(monkeypatch: pyte
         kept[-1].sum().backward()
 
 
+class Hooked(nn.Module):
+    """Puts hooks on a tensor in its forward pass, which torch allows only where gradients are recorded."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.tanh(x)
+        y.retain_grad()
+        return y
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_gauss_newton_matrix_of_a_model_that_puts_hooks_on_its_tensors(grad: bool) -> None:
+    model, plain, data = net(Hooked()), net(), batch()
+    plain.load_state_dict(model.state_dict())
+    with torch.set_grad_enabled(grad):
+        G = sk.GGNOperator(model, F.cross_entropy, data)
+        E = sk.EmpiricalFisherOperator(model, F.cross_entropy, data)
+    torch.testing.assert_close(G.to_dense(), sk.GGNOperator(plain, F.cross_entropy, data).to_dense())
+    torch.testing.assert_close(E.to_dense(), sk.EmpiricalFisherOperator(plain, F.cross_entropy, data).to_dense())
+
+
 def test_the_warning_points_at_the_line_outside_of_the_package() -> None:
     model = net()
     model[0].weight.register_hook(lambda g: g)

@@ -127,11 +127,12 @@ def test_a_tuple_with_a_loss_and_labels_apart() -> None:
         (Pair, lambda output, batch: output[0] + output[1].square().mean()),
     ],
 )
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
 @pytest.mark.parametrize("eager_only", [False, True])
-def test_the_models_own_loss_is_no_output_to_split_at(form: Any, loss_fn: Any, eager_only: bool) -> None:
+def test_the_models_own_loss_is_no_output_to_split_at(form: Any, loss_fn: Any, eager_only: bool, grad: bool) -> None:
     model = Classifier(form, eager_only=eager_only).double()
     words = r"computes the loss itself.*loss_fn = lambda output, batch: F.cross_entropy"
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=words), torch.set_grad_enabled(grad):
         sk.GGNOperator(model, loss_fn, data())
     H = sk.HessianOperator(Classifier(form).double(), loss_fn, data())  # the Hessian needs no split
     assert float(H.gradient.norm()) > 0

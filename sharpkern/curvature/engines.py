@@ -201,7 +201,7 @@ class Engines:
         """Export and check, or say why not and take double backward."""
         if self.keep_outputs and isinstance(self.module, LossModule):
             kept = Kept(self.module)
-            with without_trace([self.module], {t.device for t in self.params.values()}):
+            with torch.enable_grad(), without_trace([self.module], {t.device for t in self.params.values()}):
                 self.module.check_outputs(pytree.tree_unflatten(leaves, spec))
             kept.put_back()
         reason = self._eager_only or "; ".join(f"it uses {what}" for what in eager.unseen)
@@ -223,7 +223,8 @@ class Engines:
             except UnsupportedModelError:
                 pass  # something has changed that nobody looks at: a new export may see it
         snapshot = self._snapshot
-        with torch.random.fork_rng([]), restored_buffers(snapshot.others):
+        # With gradients, as in training, whatever the caller's mode: a forward pass may ask for it.
+        with torch.random.fork_rng([]), restored_buffers(snapshot.others), torch.enable_grad():
             try:
                 graph = export(self.module, pytree.tree_unflatten(leaves, spec))
             finally:

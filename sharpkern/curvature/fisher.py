@@ -96,7 +96,8 @@ class EmpiricalFisherOperator(ParameterOperator):
         _check_batch_norm(model)
         with without_trace([self._module], {p.device for p in model.parameters()}):
             output = self._output_of_rows(batch, length)
-            self._module.check_outputs(batch)
+            with torch.enable_grad():
+                self._module.check_outputs(batch)
         # A dict by place: which outputs the loss uses is then part of the batch's structure, and another set of them
         # gets another program. Losses one by one, because a mean over the batch would hide their weights.
         slopes: dict[str, list[Tensor]] = {}
@@ -115,7 +116,7 @@ class EmpiricalFisherOperator(ParameterOperator):
 
     def _output_of_rows(self, batch: Any, length: int) -> Any:
         """Run the model; compare its first row with what it makes of the first example alone."""
-        with torch.no_grad():
+        with torch.enable_grad():  # a forward pass may put hooks on its tensors
             # The states tell for certain what a comparison of two outputs would show most of the time only.
             cpu, cuda = random_state()
             output = self._module.output(batch)
@@ -127,7 +128,7 @@ class EmpiricalFisherOperator(ParameterOperator):
                 )
             alone = self._module.output(_row(batch, 0, length))
         for all_rows, one in zip(tensors_of(output), tensors_of(alone), strict=True):
-            if all_rows.is_floating_point() and all_rows.ndim and not _close(all_rows[: len(one)], one):
+            if all_rows.is_floating_point() and all_rows.ndim and not _close(all_rows[: len(one)].detach(), one.detach()):
                 raise ValueError(
                     f"the model gives the first example another output when it is alone, of shape {list(one.shape)}: "
                     "examples that depend on each other, as in batch norm in training, have no gradients of their own."
@@ -138,10 +139,10 @@ class EmpiricalFisherOperator(ParameterOperator):
         """Return the loss of one example, and its derivative by each output that it uses."""
         tensors = tensors_of(output)
         leaves = {i: t.detach().requires_grad_() for i, t in enumerate(tensors) if t.is_floating_point()}
-        # Copies of the leaves, which a loss may change in place.
-        copies = {id(tensors[i]): leaf.clone() for i, leaf in leaves.items()}
-        apart = pytree.tree_map(lambda t: copies.get(id(t), t), output)
         with torch.enable_grad():
+            # Copies of the leaves, which a loss may change in place.
+            copies = {id(tensors[i]): leaf.clone() for i, leaf in leaves.items()}
+            apart = pytree.tree_map(lambda t: copies.get(id(t), t), output)
             loss = self._module.loss(apart, batch)
         if not isinstance(loss, Tensor) or loss.ndim or not loss.requires_grad:
             raise ValueError("loss_fn must return a scalar tensor that depends on the model's outputs.")

@@ -107,12 +107,13 @@ class LossModule(nn.Module):
         """Check that a generalised Gauss-Newton matrix can be split at the model's output.
 
         A model may compute a loss of its own beside its outputs, as Hugging Face's do, if ``loss_fn`` does not use it.
+        The model runs in the present grad mode. Gradients should be recorded, for a forward pass may put hooks on its
+        tensors.
 
         Raises:
             ValueError: the output holds no tensor that torch's pytree finds, or ``loss_fn`` uses the model's own loss.
         """
-        with torch.no_grad():
-            output = self.output(batch)
+        output = self.output(batch)
         tensors = tensors_of(output)
         if not tensors:
             raise ValueError(
@@ -137,9 +138,9 @@ class LossModule(nn.Module):
         if not scalars:
             return False
         leaves = {id(t): t.detach().requires_grad_() for t in tensors if t.is_floating_point()}
-        # Copies of the leaves, which a loss may change in place.
-        apart = pytree.tree_map(lambda t: leaves[id(t)].clone() if id(t) in leaves else t, output)
         with torch.enable_grad():
+            # Copies of the leaves, which a loss may change in place.
+            apart = pytree.tree_map(lambda t: leaves[id(t)].clone() if id(t) in leaves else t, output)
             loss = self.loss(apart, batch)
         if not loss.requires_grad:
             return False

@@ -135,7 +135,7 @@ class ShardedHessian(ParameterOperator):
 
     def _primal(self, *, update_buffers: bool) -> Tensor:
         if self._needs_outputs:
-            with without_trace([self._module], {self.device}):
+            with torch.no_grad(), without_trace([self._module], {self.device}):
                 self._module.check_outputs(self.batch)
         leaves = pytree.tree_leaves(self.batch)
         own = self._engine.forward(self._module, leaves, update_buffers=update_buffers)
