@@ -97,7 +97,8 @@ class Target:
         if self.chunk is not None and not isinstance(batch, MicroBatches):
             batch = MicroBatches.split(batch, self.chunk)
         # A loop may change from one form to the other, as for its last, shorter batch.
-        if self.hessian is not None and isinstance(self.hessian, ChunkedHessian) == isinstance(batch, MicroBatches):
+        same_form = isinstance(self.hessian, ChunkedHessian) == isinstance(batch, MicroBatches)
+        if self.hessian is not None and (same_form or isinstance(self.hessian, DataParallelHessian)):
             self.hessian.refresh(batch, update_buffers=training)
         else:
             self.hessian = self._operator(batch, update_buffers=training)
