@@ -19,6 +19,7 @@ from ..curvature.parameters import gradients_of, select_parameters
 from ..curvature.repeatable import check_no_iterator
 from ..curvature.wrappers import kind_of
 from ..optimizers.held import check_held
+from ..rop import ReplayedProgram
 from ..rop.sandbox import kept_random_states, same_noise
 from .probe import fitted_probe
 
@@ -135,6 +136,15 @@ class Target:
     def __getstate__(self) -> dict[str, Any]:
         # Programs are made anew where the copy goes on: they hold views of this model's parameters.
         return {**vars(self), "hessian": None, "_instead": None, "_present": []}
+
+    @property
+    def has_program(self) -> bool:
+        """Whether a program gives the products of the step's Hessian; with several processes, on every one."""
+        assert self.hessian is not None
+        # Where a model can be exported on some processes only, all must still make the same calls.
+        if isinstance(self.hessian, DataParallelHessian):
+            return self.hessian.all_programs
+        return isinstance(self.hessian.engine, ReplayedProgram)
 
     @property
     def waits_for_probe(self) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ...eigen.common import Space
+from ...rop import ReplayedProgram
 from ..base import ParameterOperator
 from ..chunked import ChunkedHessian, MicroBatches
 from ..dataset import examples_of
@@ -47,6 +48,7 @@ class DataParallelHessian(ParameterOperator):
 
     Attributes:
         loss: 0-d, of all processes together.   gradient: ``[n]``, likewise.   local: this process's own operator.
+        all_programs: whether the products of every process come from a program; the same on all.
         params, products, n, shape, dtype, device: as of a ``HessianOperator``.
 
     Raises:
@@ -56,7 +58,8 @@ class DataParallelHessian(ParameterOperator):
         NonFiniteLossError: the loss of any process is NaN or infinite.
         DistributedError: a process failed, is missing, or disagrees: other parameters, shapes, vectors or calls.
 
-    Cost: of a product, this process's own (see ``ChunkedHessian`` for micro-batches); one all-reduce of its ``k n`` numbers; an exchange of 12 numbers.
+    Cost: of a product, this process's own (see ``ChunkedHessian`` for micro-batches); one all-reduce of its ``k n``
+    numbers; an exchange of 12 numbers.
     """
 
     _kind: ClassVar[Callable[..., LossCurvature]] = HessianOperator
@@ -138,7 +141,9 @@ class DataParallelHessian(ParameterOperator):
         if self.weighting == "examples":
             same["the batch's shape beyond its length, as a checksum,"] = checksum(shapes_of(local.batch))
         near = {"the sum of all parameters": _sum_and_scale(self.params.values())}
-        self.ranks.agree(step, same=same, near=near, detail=[*names, *shapes_of(local.batch)])
+        mine = [float(isinstance(local.engine, ReplayedProgram))]
+        programs = self.ranks.agree(step, same=same, near=near, own=mine, detail=[*names, *shapes_of(local.batch)])
+        self.all_programs = bool(programs.all())
         # From the table that all have, so that all divide by the same total.
         counts = own[:, 0]
         self._weight = float(counts[self.ranks.rank] / counts.sum())
