@@ -345,6 +345,7 @@ def program_on_one_process(rank: int, world: int) -> Any:
     return kind, [(r.sharpness, r.batch_sharpness) for r in records]
 
 
+@pytest.mark.slow
 def test_a_model_that_exports_on_one_process_only_is_measured_on_all(seed: int) -> None:
     (first, records), (second, others) = results(program_on_one_process, 2, seed)
     assert first != second == "DoubleBackward"
