@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from typing import Any
 
@@ -186,3 +187,167 @@ def test_tracker_beside_ddp_trains_as_ddp_does_and_measures_the_global_batch(see
         assert max(worst["grad"], worst["parameter"], worst["buffer"], worst["loss"]) <= 1e-9, worst
         assert max(worst["sharpness"], worst["beside"]) <= 1e-6, worst
     assert told[0]["bits"] == told[1]["bits"]
+
+
+def cut(batch: tuple[Tensor, Tensor], *lengths: int) -> list[tuple[Tensor, Tensor]]:
+    return list(zip(*(t.split(list(lengths)) for t in batch), strict=True))
+
+
+def weighted(problem: Problem, parts: list, weights: list[float], world: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean over the processes of each one's weighted sum of losses, of gradients, and of dense Hessians."""
+    total: list[Any] = [0.0, 0.0, 0.0]
+    for part, weight in zip(parts, weights, strict=True):
+        own = problem._replace(batch=part)
+        for i, t in enumerate((*loss_and_gradient(own), dense_hessian(own))):
+            total[i] = total[i] + weight * t.detach()
+    for t in total:
+        torch.distributed.all_reduce(t)
+    return total[0] / world, total[1] / world, total[2] / world
+
+
+def micro_batches_agree(rank: int, world: int) -> dict[str, Any]:
+    problem = double(mlp())
+    x, y = problem.batch
+    whole = problem._replace(batch=(torch.cat([x, x + 0.5]), torch.cat([y, y.flip(0)])))
+    mine = my_part(whole.batch, rank, world)
+    lengths = (5, 4, 3) if rank == 0 else (2, 4)
+    V = torch.randn(sum(p.numel() for p in problem.model.parameters()), 3, dtype=torch.float64)
+    parts, weights = cut(mine, *lengths), torch.rand(len(lengths)).tolist()
+    model = DistributedDataParallel(problem.model)
+    options = {"weighting": "ranks", "time_limit": LIMIT}
+    errors: dict[str, float] = {}
+
+    def compare(what: str, A: Any, truth: tuple[Tensor, Tensor, Tensor]) -> None:
+        loss, gradient, dense = truth
+        top = float(torch.linalg.eigvalsh(dense)[-1])
+        errors.update({
+            f"{what}: loss": abs(float(A.loss) - float(loss)),
+            f"{what}: gradient": error(A.gradient, gradient),
+            f"{what}: product": error(A @ V, dense @ V),
+            f"{what}: form": error(A.quadratic_form(V), (V * (dense @ V)).sum(0)),
+            f"{what}: eigenvalue": abs(float(sk.lanczos(A, tol=1e-7).eigenvalues[0]) / top - 1),
+        })  # fmt: skip
+
+    A = sk.DataParallelHessian(model, problem.loss_fn, sk.MicroBatches(parts, weights), **options)
+    truth = weighted(problem, parts, weights, world)
+    compare("weights", A, truth)
+    A.refresh(mine)
+    compare("then a plain batch", A, weighted(problem, [mine], [1.0], world))
+    # One process in micro-batches, the other not.
+    mixed = (parts, weights) if rank == 1 else ([mine], [1.0])
+    A.refresh(sk.MicroBatches(*mixed) if rank == 1 else mine)
+    compare("mixed", A, weighted(problem, *mixed, world))
+    shares = sk.hessian_of(model, problem.loss_fn, sk.MicroBatches(parts), time_limit=LIMIT)
+    compare("shares", shares, (*(t.detach() for t in loss_and_gradient(whole)), dense_hessian(whole)))
+    # Errors of one process only.
+    spoilt = [(parts[0][0] * torch.inf, parts[0][1]), *parts[1:]] if rank == 1 else parts
+    told = {
+        "not finite": lambda: A.refresh(sk.MicroBatches(spoilt, weights)),
+        "own weights": lambda: shares.refresh(sk.MicroBatches(parts, weights if rank == 1 else None)),
+        "ggn": lambda: sk.DataParallelGGN(model, problem.loss_fn, sk.MicroBatches(parts), **options),
+    }
+    outcomes = {}
+    for name, call in told.items():
+        try:
+            outcomes[name] = f"no error: {call()}"
+        except Exception as e:
+            outcomes[name] = f"{type(e).__name__}: {e}"
+    A.refresh(sk.MicroBatches(parts, weights))
+    compare("after an error", A, truth)
+    return {"errors": errors, "outcomes": outcomes, "bits": float(A.gradient.sum()).hex()}
+
+
+def test_micro_batches_give_the_operator_of_their_weighted_sum(seed: int) -> None:
+    told = results(micro_batches_agree, 2, seed)
+    for rank, own in enumerate(told):
+        values = {k: v for k, v in own["errors"].items() if "eigenvalue" in k}
+        assert len(values) == 5 and max(values.values()) <= 1e-6, values
+        assert max(v for k, v in own["errors"].items() if k not in values) <= 1e-12, own["errors"]
+        assert own["outcomes"]["not finite"].startswith("NonFiniteLossError")
+        first = "DistributedError: rank 1 failed at 'refresh': ValueError" if rank == 0 else "ValueError"
+        assert own["outcomes"]["own weights"].startswith(f"{first}: micro-batches of [")
+        assert 'use weighting="ranks"' in own["outcomes"]["own weights"]
+        assert own["outcomes"]["ggn"].startswith("ValueError: MicroBatches are for the Hessian")
+    assert told[0]["bits"] == told[1]["bits"]
+
+
+def tracker_of_micro_batches(rank: int, world: int) -> dict[str, Any]:
+    model = normed()
+    twin = copy.deepcopy(model)
+    tracked, plain = (DistributedDataParallel(m) for m in (model, twin))
+    first, second = (torch.optim.SGD(m.parameters(), lr=0.05) for m in (tracked, plain))
+    tracker, beside = (
+        sk.SharpnessTracker(m, nn.functional.cross_entropy, o, tol=1e-5) for m, o in ((tracked, first), (plain, second))
+    )
+    worst = {"grad": 0.0, "sharpness": 0.0, "loss": 0.0, "buffer": 0.0}
+    bits = []
+    for _ in range(3):
+        batch = torch.randn(9 * world, 5, dtype=torch.float64), torch.randint(0, 3, (9 * world,))
+        parts = cut(tuple(t[9 * rank : 9 * rank + 9] for t in batch), 2 + rank, 7 - rank)
+        weights, states, dense, total = (torch.rand(2) + 0.1).tolist(), [], 0.0, 0.0
+        second.zero_grad()
+        noise = torch.get_rng_state()
+        for i, (part, weight) in enumerate(zip(parts, weights, strict=True)):
+            states.append(sk.rop.sandbox.random_state())
+            dense = dense + weight * dense_hessian(
+                Problem(_same_noise(twin, states[-1][0]), nn.functional.cross_entropy, part)
+            )
+            with plain.no_sync() if i == 0 else contextlib.nullcontext():
+                loss = weight * nn.functional.cross_entropy(plain(part[0]), part[1])
+                loss.backward()
+            total = total + loss.detach()
+        micro = sk.MicroBatches(parts, weights, random_states=states)
+        seen = beside.observe(micro)
+        after = torch.get_rng_state()
+        torch.set_rng_state(noise)
+        rec = tracker.step(micro)
+        torch.set_rng_state(after)
+        for t in (dense, total):
+            torch.distributed.all_reduce(t)
+        top = float(torch.linalg.eigvalsh(dense / world)[-1])
+        grads = [torch.cat([p.grad.flatten() for p in m.parameters()]) for m in (tracked, plain)]
+        worst["grad"] = max(worst["grad"], error(*grads))
+        worst["sharpness"] = max(worst["sharpness"], abs(rec.sharpness / top - 1), abs(seen.sharpness / top - 1))
+        worst["loss"] = max(worst["loss"], *(abs(r.loss - float(total) / world) for r in (rec, seen)))
+        bits.append((rec.sharpness, rec.ratio, rec.matvecs, rec.batch_sharpness))
+        first.step()
+        second.step()
+    if rank == 0:
+        worst["buffer"] = max(
+            error(a.double(), b.double()) for a, b in zip(model.buffers(), twin.buffers(), strict=True)
+        )
+    return {"worst": worst, "bits": bits}
+
+
+def test_tracker_takes_micro_batches_beside_ddps_accumulation(seed: int) -> None:
+    told = results(tracker_of_micro_batches, 2, seed)
+    for own in told:
+        worst = own["worst"]
+        assert max(worst["grad"], worst["loss"], worst["buffer"]) <= 1e-9, worst
+        assert worst["sharpness"] <= 1e-6, worst
+    assert told[0]["bits"] == told[1]["bits"]
+
+
+def program_on_one_process(rank: int, world: int) -> Any:
+    from sharpkern.curvature import engines
+    from sharpkern.rop import UnsupportedModelError
+
+    def refused(*_: Any) -> Any:
+        raise UnsupportedModelError("not here")
+
+    if rank == 1:
+        engines.export = refused
+    problem = double(mlp())
+    model = DistributedDataParallel(problem.model)
+    tracker = sk.SharpnessTracker(model, problem.loss_fn, torch.optim.SGD(model.parameters(), lr=0.1), tol=1e-5)
+    records = [tracker.step(my_part(problem.batch, rank, world)) for _ in range(2)]
+    kind = type(tracker.hessian.local.engine).__name__
+    return kind, [(r.sharpness, r.batch_sharpness) for r in records]
+
+
+@pytest.mark.slow
+def test_a_model_that_exports_on_one_process_only_is_measured_on_all(seed: int) -> None:
+    (first, records), (second, others) = results(program_on_one_process, 2, seed)
+    assert first != second == "DoubleBackward"
+    assert records == others
+    assert all(sharpness > 0 and along is None for sharpness, along in records)

@@ -6,13 +6,17 @@ import copy
 import csv
 import json
 import logging
+import os
+import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from problems import Problem, dense_hessian
+import torch.distributed as dist
+from problems import Problem, dense_hessian, loss_and_gradient
+from ranks import results
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -149,3 +153,81 @@ def test_batches_of_another_form(tmp_path: Path) -> None:
     callback = SharpnessCallback(nn.CrossEntropyLoss(), batch=lambda b: (b["x"], b["y"]))
     fit(Pairs(), DataLoader(data, batch_size=None), tmp_path, [callback])
     assert all(row["sharpness"] > 0 for row in rows_of(tmp_path / "sharpness.jsonl"))
+
+
+class Noting(Network):
+    """Keeps the micro-batches of each step, and the first gradient that the optimizer may clip."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        vars(self).setdefault("noted", []).append(batch)
+        return super().training_step(batch, batch_idx)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        vars(self).setdefault("gradient", torch.cat([p.grad.flatten() for p in self.parameters()]))
+
+
+def two_processes(rank: int, world: int) -> dict[str, Any]:
+    """Train with the callback and without; compare with a float64 dense truth of both processes' batches."""
+    os.environ.update(LOCAL_RANK=str(rank), NODE_RANK="0", WORLD_SIZE=str(world))
+    warnings.simplefilter("ignore")
+    (folder,) = _from_first([tempfile.mkdtemp()])
+    wide = Noting().double()
+    start = copy.deepcopy(wide).float()
+    wide.load_state_dict(start.state_dict())  # of the same numbers
+    loader = loader_of(rows=48)
+    options = {"accumulate_grad_batches": 2, "devices": world, "strategy": "ddp", "gradient_clip_val": 0.05}
+    told: dict[str, Any] = {}
+    for name, dropout, callbacks in (
+        ("true", 0.0, [SharpnessCallback(nn.CrossEntropyLoss(), tol=1e-4)]),
+        ("with", 0.3, [SharpnessCallback(nn.CrossEntropyLoss(), tol=0.05)]),
+        ("without", 0.3, []),
+    ):
+        model = copy.deepcopy(start)
+        model.layers[3].p = dropout
+        # Of each process its own folder: the first one's is used by all.
+        fit(model, loader, Path(folder, name, str(rank)), callbacks, **options)
+        told[name] = [float(t.double().sum()).hex() for t in model.parameters()]
+        told[f"{name}: buffers"] = [float(t.double().sum()).hex() for t in model.buffers()]
+        told[f"{name}: files"] = sorted(str(f.relative_to(folder)) for f in Path(folder, name).rglob("*.jsonl"))
+        if name == "true":
+            parts = [(x.double(), y) for x, y in model.noted[:2]]
+            problems = [Problem(wide.layers, nn.CrossEntropyLoss(), part) for part in parts]
+            seen = model.gradient
+    truth = [sum(own) / (2 * world) for own in zip(*(_truth(p) for p in problems), strict=True)]
+    for t in truth:
+        dist.all_reduce(t)
+    loss, gradient, dense = truth
+    told["gradient"] = float((gradient - seen).norm() / seen.norm())
+    told["loss"], told["top"] = float(loss), float(torch.linalg.eigvalsh(dense)[-1])
+    dist.barrier()
+    told["rows"] = rows_of(Path(folder, "true", "0", "sharpness.jsonl"))
+    return told
+
+
+def _truth(problem: Problem) -> list[torch.Tensor]:
+    loss, gradient = loss_and_gradient(problem)
+    return [loss, gradient.detach(), dense_hessian(problem)]
+
+
+def _from_first(values: list[Any]) -> list[Any]:
+    dist.broadcast_object_list(values)
+    return values
+
+
+def test_two_processes_measure_the_loss_of_both_and_train_as_without(seed: int) -> None:
+    told = results(two_processes, 2, seed)
+    for own in told:
+        for what in ("", ": buffers"):
+            assert own[f"with{what}"] == own[f"without{what}"], what
+        assert own["with"] == told[0]["with"]
+        assert own["gradient"] <= 1e-5
+        assert [row["step"] for row in own["rows"]] == [1, 2]
+        assert own["rows"][0]["loss"] == pytest.approx(own["loss"], rel=1e-5)
+        assert own["rows"][0]["sharpness"] == pytest.approx(own["top"], rel=1e-4)
+    assert told[0]["true: files"] == ["true/0/sharpness.jsonl"], "only the first process writes"
+
+
+def test_another_strategy_on_two_devices_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(lightning.Trainer, "world_size", 2)
+    with pytest.raises(ValueError, match=r"needs a model in DistributedDataParallel, got Network \(plain\)"):
+        fit(Network(), loader_of(), tmp_path, [SharpnessCallback(nn.CrossEntropyLoss())])

@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from ..tracking.tracker import SharpnessTracker
-from .observer import Observer
+from .observer import Observer, data_parallel
 
 
 class SharpnessCallback(Callback):
@@ -21,7 +21,8 @@ class SharpnessCallback(Callback):
 
     The curvature is that of ``loss_fn(module(inputs), targets)`` on the step's own micro-batches, with the dropout
     masks of the step itself; clipped gradients are the optimizer's. ``training_step`` is not run again, because it
-    logs. Training is bit for bit what it is without.
+    logs. Training is bit for bit what it is without. With ``DDPStrategy`` what is measured is the mean over the
+    processes, whose gradient the optimizer gets, and the first process writes the file.
 
     Args:
         loss_fn: the loss that ``training_step`` minimises, ``(output, targets) -> scalar``, or ``(output, batch)`` for
@@ -33,8 +34,9 @@ class SharpnessCallback(Callback):
         options: of ``SharpnessTracker``.
 
     Raises:
-        ValueError: while training, the Trainer runs on several devices, the module has several optimizers or optimizes
-            by hand, or the first gradient is not that of the loss.
+        ValueError: while training, the Trainer runs on several devices with another strategy than DDP, the module has
+            several optimizers or optimizes by hand, or the first gradient is not that of the loss, or a multiple of it.
+        DistributedError: while training, a process failed, is missing, or does something else than the others.
 
     Cost: nothing at the steps between. At an observed one what ``SharpnessTracker.observe`` costs; with c
     micro-batches, each product takes c gradients more, so that the memory stays that of one.
@@ -54,17 +56,17 @@ class SharpnessCallback(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the tracker."""
-        if trainer.world_size > 1:
-            raise ValueError(f"SharpnessCallback observes one device, got {trainer.world_size}.")
         if len(trainer.optimizers) != 1 or not pl_module.automatic_optimization:
             raise ValueError(
                 f"SharpnessCallback needs one optimizer that Lightning steps, got {len(trainer.optimizers)}; with "
                 "automatic_optimization=False call SharpnessTracker.observe in training_step."
             )
-        tracker = SharpnessTracker(pl_module, self.loss_fn, trainer.optimizers[0], **self.options)
-        folder = Path(trainer.log_dir or trainer.default_root_dir)
+        model = pl_module if trainer.world_size == 1 else data_parallel(trainer.strategy.model)
+        tracker = SharpnessTracker(model, self.loss_fn, trainer.optimizers[0], **self.options)
+        folder = Path(trainer.log_dir or trainer.default_root_dir)  # on every process: the first tells the others
         path = folder / "sharpness.jsonl" if self.path is None else Path(self.path)
-        self._observer = Observer(tracker, path, every=self.every, done=trainer.global_step)
+        first = trainer.is_global_zero
+        self._observer = Observer(tracker, path if first else None, every=self.every, done=trainer.global_step)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Note the micro-batch; it is on its device now."""

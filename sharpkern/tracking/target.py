@@ -19,6 +19,7 @@ from ..curvature.parameters import gradients_of, select_parameters
 from ..curvature.repeatable import check_no_iterator
 from ..curvature.wrappers import kind_of
 from ..optimizers.held import check_held
+from ..rop import ReplayedProgram
 from ..rop.sandbox import kept_random_states, same_noise
 from .probe import fitted_probe
 
@@ -97,7 +98,8 @@ class Target:
         if self.chunk is not None and not isinstance(batch, MicroBatches):
             batch = MicroBatches.split(batch, self.chunk)
         # A loop may change from one form to the other, as for its last, shorter batch.
-        if self.hessian is not None and isinstance(self.hessian, ChunkedHessian) == isinstance(batch, MicroBatches):
+        same_form = isinstance(self.hessian, ChunkedHessian) == isinstance(batch, MicroBatches)
+        if self.hessian is not None and (same_form or isinstance(self.hessian, DataParallelHessian)):
             self.hessian.refresh(batch, update_buffers=training)
         else:
             self.hessian = self._operator(batch, update_buffers=training)
@@ -134,6 +136,15 @@ class Target:
     def __getstate__(self) -> dict[str, Any]:
         # Programs are made anew where the copy goes on: they hold views of this model's parameters.
         return {**vars(self), "hessian": None, "_instead": None, "_present": []}
+
+    @property
+    def has_program(self) -> bool:
+        """Whether a program gives the products of the step's Hessian; with several processes, on every one."""
+        assert self.hessian is not None
+        # Where a model can be exported on some processes only, all must still make the same calls.
+        if isinstance(self.hessian, DataParallelHessian):
+            return self.hessian.all_programs
+        return isinstance(self.hessian.engine, ReplayedProgram)
 
     @property
     def waits_for_probe(self) -> bool:

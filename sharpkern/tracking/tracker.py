@@ -18,7 +18,6 @@ from ..eigen.state import check_state
 from ..optimizers.preconditioner import Preconditioner, is_adaptive, threshold_preconditioner
 from ..optimizers.rules import learning_rate
 from ..optimizers.threshold import stability_threshold
-from ..rop import ReplayedProgram
 from ..rop.sandbox import kept_random_states
 from .budget import Status
 from .cost import Cost, cost_of, forecast
@@ -45,8 +44,9 @@ class SharpnessTracker:
 
     Args:
         model: a module; one that ``torch.compile`` has wrapped is looked into. Under ``DistributedDataParallel`` or
-            ``fully_shard`` every process calls the tracker on its own batch; loss, gradients and sharpness are those of
-            all batches, each process weighing the same (docs/explain/distributed.md).
+            ``fully_shard`` every process calls the tracker on its own batch, under the former also on its own
+            ``MicroBatches``; loss, gradients and sharpness are those of all batches, each process weighing the same
+            (docs/explain/distributed.md).
         loss_fn: ``(output, targets) -> scalar``.
         optimizer: read for learning rate, threshold and, if adaptive, the diagonal preconditioner.
         tol: relative residual at which a solve stops. The eigenvalue's error is of second order in it.
@@ -287,10 +287,8 @@ class SharpnessTracker:
             return self.directions
         if not self.products:
             return True
-        assert self._target.hessian is not None
         # Double backward has no half product: there, two forms cost two products.
-        cheap = isinstance(self._target.hessian.engine, ReplayedProgram)
-        return cheap and status == "measured" and self._following.budget is None
+        return self._target.has_program and status == "measured" and self._following.budget is None
 
     def _left(self, record: Record, paid_from: float) -> Record:
         """Note the time at which the caller's own work goes on, and what the step has cost until then."""

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ...eigen.common import Space
+from ...rop import ReplayedProgram
 from ..base import ParameterOperator
+from ..chunked import ChunkedHessian, MicroBatches
 from ..dataset import examples_of
 from ..engines import Engine
 from ..operators import GGNOperator, HessianOperator, LossCurvature
@@ -32,27 +34,32 @@ class DataParallelHessian(ParameterOperator):
     Args:
         model: a module, the same on every process, or ``DistributedDataParallel``, whose forward pass is not used.
         loss_fn: as for ``HessianOperator``, averaged over the examples.
-        batch: this process's part of the batch.
+        batch: this process's part of the batch; or ``MicroBatches`` of it, whose weighted sum is this process's loss
+            (``ChunkedHessian``). The other processes may have another number of them, or none.
         params: as for ``HessianOperator``.
         update_buffers: let the forward pass change the model's buffers; those of the first process are first copied to
             the others, as DDP does it.
         verify: compare programs with the eager model; see ``HessianOperator``.
         weighting: "examples" weighs each process by the length of its batch: the loss is the mean over all examples.
             "ranks" weighs all alike, as DDP averages gradients. The two agree for batches of one length.
+            ``MicroBatches`` with weights of their own need "ranks", because their loss is no mean over examples.
         group: the processes; None for DDP's own, or all.
         time_limit: seconds that a process may come later than the others; beyond, all raise.
 
     Attributes:
         loss: 0-d, of all processes together.   gradient: ``[n]``, likewise.   local: this process's own operator.
+        all_programs: whether the products of every process come from a program; the same on all.
         params, products, n, shape, dtype, device: as of a ``HessianOperator``.
 
     Raises:
         ValueError: as ``HessianOperator``; ``torch.distributed`` is not initialised; a model that is not replicated,
-            or whose processes do more than average gradients (synchronised batch norm, DDP's communication hooks).
+            or whose processes do more than average gradients (synchronised batch norm, DDP's communication hooks);
+            ``weighting="examples"`` with ``MicroBatches`` whose weights are not their shares of the examples.
         NonFiniteLossError: the loss of any process is NaN or infinite.
         DistributedError: a process failed, is missing, or disagrees: other parameters, shapes, vectors or calls.
 
-    Cost: of a product, this process's own; one all-reduce of its ``k n`` numbers; an exchange of 12 numbers.
+    Cost: of a product, this process's own (see ``ChunkedHessian`` for micro-batches); one all-reduce of its ``k n``
+    numbers; an exchange of 12 numbers.
     """
 
     _kind: ClassVar[Callable[..., LossCurvature]] = HessianOperator
@@ -78,23 +85,37 @@ class DataParallelHessian(ParameterOperator):
             check_uncoupled(module)
         self.space: Space = _Replicas(self.ranks, self)
         self.weighting = weighting
+        # A generator of names would be empty the second time.
+        self._options = params if params is None or isinstance(params, Mapping | str) else list(params), verify
+        self._loss_fn = loss_fn
         # A plain model has no wrapper that would keep buffers equal, so they are left alone.
         self._sends_buffers = module is not unwrapped(model) and bool(unwrapped(model).broadcast_buffers)
         self._module, self.products = module, 0
         # Before the forward pass, as DDP: statistics of the other processes are overwritten, not averaged.
         if update_buffers:
             self._send_buffers()
-        options: dict[str, Any] = {"params": params, "verify": verify}
-        if self._kind is HessianOperator:
-            options["update_buffers"] = update_buffers
-        self._primal("setup", lambda: self._start(type(self)._kind(module, loss_fn, batch, **options)))
+        self._primal("setup", lambda: self._start(batch, update_buffers=update_buffers))
 
-    def _start(self, local: LossCurvature) -> LossCurvature:
-        self.local = local
-        return local
+    def _start(self, batch: Any, *, update_buffers: bool) -> LossCurvature | ChunkedHessian:
+        """Make this process's own operator."""
+        kind: Any = type(self)._kind
+        params, verify = self._options
+        options: dict[str, Any] = {"params": params, "verify": verify}
+        if kind is HessianOperator:
+            options["update_buffers"] = update_buffers
+        if isinstance(batch, MicroBatches):
+            if kind is not HessianOperator:
+                raise ValueError("MicroBatches are for the Hessian: a GGN takes this process's batch as a whole.")
+            kind = ChunkedHessian
+        self.local: LossCurvature | ChunkedHessian = kind(self._module, self._loss_fn, batch, **options)
+        return self.local
 
     def refresh(self, batch: Any = None, *, update_buffers: bool = False) -> None:
         """Run the primal sweeps of every process at the present parameter values; see ``HessianOperator.refresh``.
+
+        Args:
+            batch: None keeps the last one. Of a plain batch and ``MicroBatches`` either may follow the other.
+            update_buffers: let the forward passes change the model's buffers.
 
         Raises:
             ValueError, NonFiniteLossError, DistributedError: as the constructor.
@@ -102,24 +123,29 @@ class DataParallelHessian(ParameterOperator):
         if update_buffers:
             self._send_buffers()
 
-        def work() -> LossCurvature:
+        def work() -> LossCurvature | ChunkedHessian:
+            if batch is not None and isinstance(batch, MicroBatches) != isinstance(self.local, ChunkedHessian):
+                return self._start(batch, update_buffers=update_buffers)
             self.local.refresh(batch, update_buffers=update_buffers)
             return self.local
 
         self._primal("refresh", work)
 
-    def _primal(self, step: Step, work: Callable[[], LossCurvature]) -> None:
+    def _primal(self, step: Step, work: Callable[[], LossCurvature | ChunkedHessian]) -> None:
         """Run a process's own primal sweeps, compare what must be equal, and average the loss."""
-        local, own = self.ranks.together(step, work, own=lambda h: [examples_of(h.batch), float(h.loss)])
+        count = _counted if self.weighting == "examples" else lambda _: 1
+        local, own = self.ranks.together(step, work, own=lambda h: [count(h.batch), float(h.loss)])
         self.params, self.n, self.dtype, self.device = local.params, local.n, local.dtype, local.device
         names = [f"{name} {list(p.shape)} {p.dtype}" for name, p in self.params.items()]
         same = {"the parameters' checksum": checksum(names)}
         if self.weighting == "examples":
             same["the batch's shape beyond its length, as a checksum,"] = checksum(shapes_of(local.batch))
         near = {"the sum of all parameters": _sum_and_scale(self.params.values())}
-        self.ranks.agree(step, same=same, near=near, detail=[*names, *shapes_of(local.batch)])
+        mine = [float(isinstance(local.engine, ReplayedProgram))]
+        programs = self.ranks.agree(step, same=same, near=near, own=mine, detail=[*names, *shapes_of(local.batch)])
+        self.all_programs = bool(programs.all())
         # From the table that all have, so that all divide by the same total.
-        counts = own[:, 0] if self.weighting == "examples" else torch.ones(self.ranks.size, dtype=torch.float64)
+        counts = own[:, 0]
         self._weight = float(counts[self.ranks.rank] / counts.sum())
         self.loss = (own[:, 1] @ counts / counts.sum()).to(local.loss)
         self._gradient: Tensor | None = None
@@ -238,8 +264,26 @@ def _sum_and_scale(tensors: Iterable[Tensor]) -> tuple[float, float]:
     return value, scale * (1 + 1e4 * rounding)
 
 
+def _counted(batch: Any) -> int:
+    """Return how many examples a process's batch holds, if its loss is their mean.
+
+    Raises:
+        ValueError: it is that of micro-batches that are not weighted by their length.
+    """
+    if not isinstance(batch, MicroBatches):
+        return examples_of(batch)
+    counts = [examples_of(part) for part in batch.batches]
+    if not all(math.isclose(w * sum(counts), n, rel_tol=1e-6) for w, n in zip(batch.weights, counts, strict=True)):
+        raise ValueError(
+            f"micro-batches of {counts} examples have the weights {batch.weights}, so that their loss is no mean over "
+            'examples: use weighting="ranks", which averages the losses over the processes as DDP averages gradients.'
+        )
+    return sum(counts)
+
+
 def shapes_of(batch: Any) -> list[str]:
-    """Describe the tensors of a batch, but for their length."""
+    """Describe the tensors of a batch, but for their length; of micro-batches those of the first."""
+    batch = batch.batches[0] if isinstance(batch, MicroBatches) else batch
     return [
         f"a batch of [..., {', '.join(map(str, t.shape[1:]))}] {t.dtype}"
         for t in pytree.tree_leaves(batch)
