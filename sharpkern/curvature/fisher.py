@@ -128,7 +128,11 @@ class EmpiricalFisherOperator(ParameterOperator):
                 )
             alone = self._module.output(_row(batch, 0, length))
         for all_rows, one in zip(tensors_of(output), tensors_of(alone), strict=True):
-            if all_rows.is_floating_point() and all_rows.ndim and not _close(all_rows[: len(one)].detach(), one.detach()):
+            if (
+                all_rows.is_floating_point()
+                and all_rows.ndim
+                and not _close(all_rows[: len(one)].detach(), one.detach())
+            ):
                 raise ValueError(
                     f"the model gives the first example another output when it is alone, of shape {list(one.shape)}: "
                     "examples that depend on each other, as in batch norm in training, have no gradients of their own."

@@ -284,7 +284,7 @@ class Probe:
             optimizer.step()
         # Running means, so that the peak is a rise that lasts and not one hard batch.
         means = [statistics.fmean(losses[i : i + self.width]) for i in range(len(losses) - self.width + 1)]
-        last = statistics.fmean(losses[-max(self.width, self.steps // 8) :])
+        last = statistics.fmean(losses[-max(self.width, steps // 10) :])
         # A loss may be negative, as a density's: what counts is by how much of its size it changed.
         first, size = self.before, abs(self.before)
         return Trial(target, start, warmup, 1 + (max(means) - first) / size, (first - last) / size, steps)
