@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from ..rop.export import tensors_of
 from ..rop.sandbox import random_state, without_trace
 from .base import ParameterOperator
-from .losses import LossModule, NonFiniteLossError
+from .losses import LossModule, NonFiniteLossError, check_recordable
 from .operators import GGNOperator
 from .wrappers import check_one_process, unwrapped
 
@@ -93,6 +93,7 @@ class EmpiricalFisherOperator(ParameterOperator):
         """Return the model's inputs; and s_i of the outputs that the loss uses, place -> ``[B, ...]``, with targets."""
         model, batch = self._module.model, self.batch
         length = _examples(batch)
+        check_recordable(batch)
         _check_batch_norm(model)
         with without_trace([self._module], {p.device for p in model.parameters()}):
             output = self._output_of_rows(batch, length)
@@ -127,12 +128,8 @@ class EmpiricalFisherOperator(ParameterOperator):
                     "model.eval(), or set its dropout to 0."
                 )
             alone = self._module.output(_row(batch, 0, length))
-        for all_rows, one in zip(tensors_of(output), tensors_of(alone), strict=True):
-            if (
-                all_rows.is_floating_point()
-                and all_rows.ndim
-                and not _close(all_rows[: len(one)].detach(), one.detach())
-            ):
+        for all_rows, one in zip(map(Tensor.detach, tensors_of(output)), tensors_of(alone), strict=True):
+            if all_rows.is_floating_point() and all_rows.ndim and not _close(all_rows[: len(one)], one.detach()):
                 raise ValueError(
                     f"the model gives the first example another output when it is alone, of shape {list(one.shape)}: "
                     "examples that depend on each other, as in batch norm in training, have no gradients of their own."

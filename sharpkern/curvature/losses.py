@@ -31,6 +31,21 @@ class NonFiniteLossError(RuntimeError):
         )
 
 
+def check_recordable(batch: Any) -> None:
+    """Check that torch can record gradients of a batch's loss; a caller's ``no_grad`` is no obstacle.
+
+    Raises:
+        RuntimeError: within ``torch.inference_mode``, or a tensor of the batch was made there.
+    """
+    within = torch.is_inference_mode_enabled()
+    if within or any(t.is_inference() for t in pytree.tree_leaves(batch) if isinstance(t, Tensor)):
+        raise RuntimeError(
+            f"{'this call is within' if within else 'the batch was made within'} torch.inference_mode, where torch "
+            "records no gradients: leave that block (of Lightning's by Trainer(inference_mode=False)), and clone "
+            "tensors that were made in it."
+        )
+
+
 class Opened:
     """A mapping whose class pytree does not know, such as ``UserDict``: with it around, its entries can be replaced."""
 

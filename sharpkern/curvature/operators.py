@@ -14,7 +14,7 @@ from ..rop.layout import Layout
 from .base import ParameterOperator
 from .engines import Engine, Engines
 from .freshness import Freshness
-from .losses import FunctionalLoss, LossModule, NonFiniteLossError
+from .losses import FunctionalLoss, LossModule, NonFiniteLossError, check_recordable
 from .parameters import select_parameters
 from .wrappers import check_one_process, unwrapped
 
@@ -90,8 +90,10 @@ class LossCurvature(ParameterOperator):
         Raises:
             ValueError: the batch is empty, on another device, or neither a pair nor a mapping; the loss is no scalar.
             NonFiniteLossError: the loss is NaN or infinite.
+            RuntimeError: this is called within ``torch.inference_mode``, or the batch was made there.
         """
         self.batch = self.batch if batch is None else self.module.accepted(batch)
+        check_recordable(self.batch)
         leaves, spec = pytree.tree_flatten(self.batch)
         self._inputs = [x for x in leaves if isinstance(x, Tensor)]
         if not self._engines.unchanged():

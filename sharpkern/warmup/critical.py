@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from ..curvature.losses import LossModule, NonFiniteLossError
+from ..curvature.losses import LossModule, NonFiniteLossError, check_recordable
 from ..curvature.parameters import trainable
 from ..curvature.wrappers import check_one_process, unwrapped
 from ..optimizers.next_update import next_update
@@ -199,6 +199,7 @@ class _Line:
         self, model: nn.Module, loss_fn: Callable[..., Tensor], batch: Any, optimizer: torch.optim.Optimizer
     ) -> None:
         check_one_process(model)  # each process would find a rate of its own
+        check_recordable(batch)
         self.module, self.batch = LossModule(unwrapped(model), loss_fn), batch
         self.buffers = dict(self.module.named_buffers())
         held = {p for group in optimizer.param_groups for p in group["params"]}

@@ -272,7 +272,8 @@ class Probe:
         for t, batch in enumerate(itertools.islice(_endless(self.data), steps), start=1):
             lr = start + (target - start) * min(1.0, t / warmup)
             set_rates(optimizer, [lr * ratio for ratio in self.ratios])
-            loss = module(batch)[0]
+            with torch.enable_grad():
+                loss = module(batch)[0]
             losses.append(float(loss.detach()))
             self.gradients += 1
             # In absolute value, for a loss may be negative; and "not <=", so that NaN ends the run too.
