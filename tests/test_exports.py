@@ -168,3 +168,10 @@ def test_nothing_keeps_a_model_or_its_loss_alive() -> None:
     gone = references()
     gc.collect()
     assert all(reference() is None for reference in gone)
+
+
+def test_of_one_model_few_graphs_are_kept() -> None:
+    model = net()
+    for rows in range(2, 2 + 2 * kept._MOST_GRAPHS):
+        sk.HessianOperator(model, F.cross_entropy, (torch.randn(rows, 4).double(), torch.randint(0, 3, (rows,))))
+    assert len(kept.graphs[model]) == kept._MOST_GRAPHS
