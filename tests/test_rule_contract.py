@@ -14,7 +14,7 @@ from sharpkern.rop.rules.arithmetic import Add, Mul
 from sharpkern.rop.rules.conv import Convolution
 from sharpkern.rop.rules.linear import AddMM, Linear, MatMul
 from sharpkern.rop.rules.norm import LayerNorm
-from sharpkern.rop.rules.pointwise import Unary
+from sharpkern.rop.rules.pointwise import Activation, Unary
 from sharpkern.rop.rules.softmax import Softmax
 from sharpkern.rop.rules.views import Cat, Permute
 
@@ -34,7 +34,8 @@ GOOD: list[tuple[type[Rule], Any, Any]] = [
     (Convolution, aten.conv1d.default, lambda: (random(2, 3, 6), random(4, 3, 2), random(4), [1], [0], [1], 1)),
     (LayerNorm, aten.layer_norm.default, lambda: (random(3, 4), [4], random(4), random(4))),
     (Softmax, aten.softmax.int, lambda: (random(3, 4), 1)),
-    (Unary, aten.tanh.default, lambda: (random(3, 4),)),
+    (Unary, aten.sin.default, lambda: (random(3, 4),)),
+    (Activation, aten.tanh.default, lambda: (random(3, 4),)),
     (Cat, aten.cat.default, lambda: ([random(3, 4), random(2, 4)], 0)),
     (Permute, aten.permute.default, lambda: (random(2, 3, 4), [2, 0, 1])),
 ]

@@ -183,14 +183,16 @@ def _softplus_second(x: Tensor, y: Tensor, beta: float = 1, threshold: float = 2
     return (beta * s * (1 - s)).masked_fill_(x * beta >= threshold, 0)
 
 
-def _elu_first(x: Tensor, y: Tensor, alpha: float = 1, scale: float = 1, inner: float = 1) -> Tensor:  # noqa: ARG001
-    slope: Tensor = aten.elu_backward.default(torch.ones_like(x), alpha, scale, inner, False, x)
+def _elu_first(x: Tensor, y: Tensor, alpha: float = 1, scale: float = 1, inner: float = 1) -> Tensor:
+    # From y, which saves the exponential, where its sign is that of x.
+    signs = alpha >= 0 and scale > 0
+    slope: Tensor = aten.elu_backward.default(torch.ones_like(x), alpha, scale, inner, signs, y if signs else x)
     return slope
 
 
 def _elu_second(x: Tensor, y: Tensor, alpha: float = 1, scale: float = 1, inner: float = 1) -> Tensor:
     # The slope of the exponential times its rate; for x >= 0 the function is a line.
-    return _elu_first(x, y, alpha, scale, inner).mul_(inner).masked_fill_(x >= 0, 0)
+    return torch.where(x < 0, _elu_first(x, y, alpha, scale, inner).mul_(inner), 0)
 
 
 def _within(x: Tensor, low: float | None, high: float | None) -> Tensor:
@@ -204,7 +206,8 @@ def _within(x: Tensor, low: float | None, high: float | None) -> Tensor:
 
 
 def _strictly_within(x: Tensor, low: float, high: float, value: float = 1) -> Tensor:
-    return torch.zeros_like(x).masked_fill_((x > low) & (x < high), value)
+    inside: Tensor = aten.hardtanh_backward.default(torch.full_like(x, value), x, low, high)
+    return inside
 
 
 def _erfinv_first(y: Tensor) -> Tensor:
