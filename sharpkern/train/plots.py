@@ -78,38 +78,7 @@ def plot_run(
     middle.plot(step, _column(rows, "lr"), color=_GREY)
     middle.set(ylabel="learning rate η", ylim=(0, None))
 
-    lr = _column(rows, "lr")
-    adaptive = any(row.get("preconditioned_sharpness") is not None for row in rows)
-    key, label = ("preconditioned_sharpness", "preconditioned sharpness") if adaptive else ("sharpness", "sharpness λ")
-    value = _column(rows, key)
-    if np.isfinite(value).any():  # nothing is with tracking.products = false
-        bottom.plot(step, value, color=_BLUE, label=label)
-        error = _column(rows, f"{key}_error")
-        low = np.maximum(value - error, 1e-12)
-        bottom.fill_between(step, low, value + error, color=_BLUE, alpha=0.25, linewidth=0, label="error band")
-    if adaptive:
-        bottom.plot(
-            step,
-            _column(rows, "sharpness"),
-            color=_ORANGE,
-            linewidth=1,
-            label="sharpness λ (not the stability variable)",
-        )
-    along = _column(rows, "batch_sharpness")
-    if minibatch and np.isfinite(along).any():
-        bottom.plot(step, along, color=_GREEN, linewidth=0.8, alpha=0.6, label="batch sharpness g'Hg / g'g")
-    for name, kappa, style in threshold_curves(optimizer, minibatch=minibatch):
-        # A rate of 0 has an infinite threshold, which is not drawn.
-        with np.errstate(divide="ignore"):
-            bottom.plot(step, kappa / lr, color=_RED, linestyle=style, label=name)
-    # Limits from the curvatures alone: early in a warmup the threshold is so high that nothing else would be seen.
-    shown = np.concatenate([value, _column(rows, "sharpness")]) if adaptive else value
-    if minibatch:
-        shown = np.concatenate([shown, along])
-    positive = shown[np.isfinite(shown) & (shown > 0)]
-    if positive.size:
-        bottom.set_ylim(positive.min() / 2, positive.max() * 4)
-    bottom.set(yscale="log", ylabel=label, xlabel="step")
+    _draw_curvature(bottom, rows, optimizer, minibatch=minibatch)
     for axes in (top, middle, bottom):
         axes.grid(alpha=0.3)
         for index, c in enumerate(catapults):
@@ -121,6 +90,43 @@ def plot_run(
     for axes in (top, bottom):
         axes.legend(fontsize=9, framealpha=0.9)
     canvas.print_figure(path, dpi=120)
+
+
+def _draw_curvature(axes: Any, rows: list[Row], optimizer: OptimizerConfig, *, minibatch: bool) -> None:
+    """Draw curvatures and thresholds over the steps; arguments as of ``plot_run``."""
+    step = _column(rows, "step")
+    lr = _column(rows, "lr")
+    adaptive = any(row.get("preconditioned_sharpness") is not None for row in rows)
+    key, label = ("preconditioned_sharpness", "preconditioned sharpness") if adaptive else ("sharpness", "sharpness λ")
+    value = _column(rows, key)
+    if np.isfinite(value).any():  # nothing is with tracking.products = false
+        axes.plot(step, value, color=_BLUE, label=label)
+        error = _column(rows, f"{key}_error")
+        low = np.maximum(value - error, 1e-12)
+        axes.fill_between(step, low, value + error, color=_BLUE, alpha=0.25, linewidth=0, label="error band")
+    if adaptive:
+        axes.plot(
+            step,
+            _column(rows, "sharpness"),
+            color=_ORANGE,
+            linewidth=1,
+            label="sharpness λ (not the stability variable)",
+        )
+    along = _column(rows, "batch_sharpness")
+    if minibatch and np.isfinite(along).any():
+        axes.plot(step, along, color=_GREEN, linewidth=0.8, alpha=0.6, label="batch sharpness g'Hg / g'g")
+    for name, kappa, style in threshold_curves(optimizer, minibatch=minibatch):
+        # A rate of 0 has an infinite threshold, which is not drawn.
+        with np.errstate(divide="ignore"):
+            axes.plot(step, kappa / lr, color=_RED, linestyle=style, label=name)
+    # Limits from the curvatures alone: early in a warmup the threshold is so high that nothing else would be seen.
+    shown = np.concatenate([value, _column(rows, "sharpness")]) if adaptive else value
+    if minibatch:
+        shown = np.concatenate([shown, along])
+    positive = shown[np.isfinite(shown) & (shown > 0)]
+    if positive.size:
+        axes.set_ylim(positive.min() / 2, positive.max() * 4)
+    axes.set(yscale="log", ylabel=label, xlabel="step")
 
 
 def _column(rows: list[Row], key: str) -> NDArray[np.float64]:

@@ -65,12 +65,7 @@ def summary_lines(rows: list[Row]) -> list[str]:
                 f"Natural trend: {TRENDS[regime.name]} ({regime.name}), {regime.trend:.2f} of the initial value "
                 f"{when}{caution}."
             )
-    if along := [row for row in rows if row.get("batch_sharpness") is not None]:
-        late = [row["batch_sharpness"] * row["lr"] for row in along[len(along) // 2 :]]
-        lines.append(
-            f"Batch sharpness x lr: {along[0]['batch_sharpness'] * along[0]['lr']:.3g} at first, "
-            f"{sum(late) / len(late):.3g} on average over the second half."
-        )
+    lines += _along(rows)
     if rows[-1].get("diverged"):
         lines.append(f"The run diverged: the loss was not finite at step {rows[-1]['step']}.")
     losses = [row["loss"] for row in rows if row.get("loss") is not None]
@@ -87,6 +82,16 @@ def summary_lines(rows: list[Row]) -> list[str]:
             f"Cost: {matvecs / len(measured):.1f} Hessian-vector products and {seconds / len(measured):.2f} s a step."
         )
     return lines
+
+
+def _along(rows: list[Row]) -> list[str]:
+    """Say how the batch sharpness went, in units of 1 / lr."""
+    products = [row["batch_sharpness"] * row["lr"] for row in rows if row.get("batch_sharpness") is not None]
+    if not products:
+        return []
+    late = products[len(products) // 2 :]
+    mean = sum(late) / len(late)
+    return [f"Batch sharpness x lr: {products[0]:.3g} at first, {mean:.3g} on average over the second half."]
 
 
 def _failing(rows: list[Row]) -> list[str]:
