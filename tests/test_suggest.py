@@ -131,7 +131,26 @@ def test_the_runs_that_decide_are_longer_and_go_down_while_that_helps(monkeypatc
     assert [(t.lr_target, t.steps) for t in probe.finals(trials)] == [(r, 160) for r in (4.0, 2.0, 1.0, 0.5)]
     falls[160, 4.0], falls[160, 2.0] = 0.9, 0.9
     assert [t.lr_target for t in probe.finals(trials)] == [4.0, 2.0]
-    assert [t.lr_target for t in probe.finals(trials[2:])] == [4.0]  # half of it was not tried
+    # Half of it was not tried: it gets the schedule of its double.
+    assert [(t.lr_target, t.lr_init, t.steps) for t in probe.finals(trials[2:])] == [(4.0, 4.0, 160), (2.0, 2.0, 160)]
+
+
+def test_a_warmup_that_is_too_short_for_a_longer_run_is_not_recommended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Made-up runs: nothing trains at eta_c; a tenth of it does, and in long runs only after more than one step."""
+    model, batch = network(), images()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    eta = sk.critical_learning_rate(model, half_mean_squares, batch, optimizer).value
+
+    def run(self: Probe, target: float, start: float, warmup: int, steps: int) -> Trial:
+        fall = -math.inf if target > 0.2 * eta else 0.8 - 0.1 * abs(math.log(target / (0.1 * eta)))
+        return Trial(target, start, warmup, 1.0, fall / 2 if warmup == 1 and steps > 80 else fall, steps)
+
+    monkeypatch.setattr(Probe, "_run", run)
+    s = sk.suggest_warmup(model, half_mean_squares, batch, optimizer, probe_steps=64)
+    assert s.warmup_steps == 16
+    assert s.lr_init == pytest.approx(s.lr_target / 10)
+    assert "1 steps held, but learnt less in 320" in s.evidence["warmup_steps"]
+    assert [t for t in s.trials if (t.warmup_steps, t.steps) == (1, 320)]
 
 
 def test_standard_parameterisation_needs_the_warmup_that_is_suggested() -> None:

@@ -14,7 +14,7 @@ from ..dynamics import TRENDS, Regime
 from ..optimizers.threshold import stability_threshold
 from .critical import CriticalLR
 from .suggest_text import say_choice, say_critical, say_largest, say_sharpness, say_start, say_warmup
-from .trials import Probe, Trial, batches_of, holding
+from .trials import Probe, Trial, as_good, batches_of, holding
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,8 @@ def suggest_warmup(
        ``lr_target_max``. Then eta_c / 2, eta_c / 4, ... while the loss falls more, at least until two hold.
     4. The target whose loss fell most runs four times as long, and its halves while they learn more: the best of these
        runs is the target.
-    5. For the target, warmups of 1, 4, 16, ... steps; the shortest that holds.
+    5. For the target, warmups of 1, 4, 16, ... steps: the shortest that holds, if it learns as much as the one of
+       step 4 in a run as long, and that one otherwise.
 
     eta_init is eta_c: a warmup from zero spends steps below it, where no catapult can happen. Where training at eta_c
     itself does not hold (momentum gathers speed, some transformers), it is a tenth of the target. Model, optimizer and
@@ -99,10 +100,11 @@ def suggest_warmup(
         ValueError: an argument is out of range, no batch, data that can be read only once, a sharpness that is not
             positive, a first step that does not descend.
         NonFiniteLossError: the loss is NaN or infinite at the present state.
-        RuntimeError: no target trained, down to eta_c / 64.
+        RuntimeError: no target trained, down to eta_c / 4096.
 
-    Cost: 7 to 20 runs of ``1.25 probe_steps`` training steps, two or three of ``5 probe_steps``, a few dozen forward
-    passes, 100 to 600 Hessian-vector products; counted in the result. Memory: one copy of model and optimizer.
+    Cost: 7 to 20 runs of ``1.25 probe_steps`` training steps, two to nine, mostly three, of ``5 probe_steps``, a few
+    dozen forward passes, 100 to 600 Hessian-vector products; counted in the result. Memory: one copy of model and
+    optimizer.
     Source: Kalra and Barkeshli, Why warmup the learning rate? (2024), for eta_init = eta_c, a tenth of the target, and
     raising T_wrm until spikes are small; the trials and their limits (0.8, twice) are ours.
     """
@@ -132,16 +134,20 @@ def suggest_warmup(
             )
         top = max(t.lr_target for t in held)
         finals = probe.finals(trials) if lr_target is None else []
-        target = lr_target if lr_target is not None else _best(finals)
+        target = lr_target if lr_target is not None else _best(finals).lr_target
         # The first trial was at eta_c without a warmup. Below eta_c it need not have learnt well, only not have failed.
         jumps = trials[0] in held or (target < critical and bool(holding(trials[:1])))
         start = min(critical, target) if jumps else min(critical, target / 10)
         warmups = probe.warmups(target, start)
-    # Judged together: "half the fall of the best run" is about all runs to all targets.
-    all_held = holding([*trials, *warmups])
-    good = [t for t in warmups if t in all_held]
-    # They are in the order of their lengths, so the first is the shortest.
-    chosen = good[0] if good else min(warmups, key=lambda t: t.peak)
+        # Judged together: "half the fall of the best run" is about all runs to all targets.
+        all_held = holding([*trials, *warmups])
+        good = [t for t in warmups if t in all_held]
+        # They are in the order of their lengths, so the first is the shortest.
+        chosen = good[0] if good else min(warmups, key=lambda t: t.peak)
+        confirmed = [probe.longer(chosen)] if finals and _differs(chosen, decisive := _best(finals)) else []
+        # What is short enough for 80 steps may be too short for a longer run.
+        if confirmed and not as_good(confirmed[0], decisive):
+            chosen, start = decisive, decisive.lr_init
     # A warmup of one step is at its target in that step: the start would never be used.
     lr_init = start if chosen.warmup_steps > 1 else target
     evidence = {
@@ -153,18 +159,24 @@ def suggest_warmup(
         + (say_choice(finals) if finals else ", as asked")
         + (f"; it is above the largest sensible one, {top:.4g}." if target > top else "."),
         "lr_init": say_start(lr_init, target, critical),
-        "warmup_steps": say_warmup(chosen, warmups, bool(good)),
+        "warmup_steps": say_warmup(chosen, warmups, bool(good), confirmed),
         "cost": f"Cost: {probe.forward_passes} forward passes, {probe.gradients} gradients, {probe.matvecs} "
         "Hessian-vector products.",
     }  # fmt: skip
     return WarmupSuggestion(
-        sharpness, first, critical, regime, lr_init, chosen.warmup_steps, target, top, [*trials, *finals, *warmups],
-        evidence, probe.forward_passes, probe.gradients, probe.matvecs,
+        sharpness, first, critical, regime, lr_init, chosen.warmup_steps, target, top,
+        [*trials, *finals, *warmups, *confirmed], evidence, probe.forward_passes, probe.gradients, probe.matvecs,
     )  # fmt: skip
 
 
-def _best(finals: list[Trial]) -> float:
-    """Return the target of the run that learnt most.
+def _differs(chosen: Trial, decisive: Trial) -> bool:
+    """Whether a run has another schedule than the one that decided on the target; of one step only the end counts."""
+    short = chosen.warmup_steps == decisive.warmup_steps == 1
+    return not short and (chosen.lr_init, chosen.warmup_steps) != (decisive.lr_init, decisive.warmup_steps)
+
+
+def _best(finals: list[Trial]) -> Trial:
+    """Return the run that learnt most.
 
     Raises:
         RuntimeError: all diverged.
@@ -175,4 +187,4 @@ def _best(finals: list[Trial]) -> float:
             f"no learning rate from {finals[-1].lr_target:.4g} to {finals[0].lr_target:.4g} trained for "
             f"{best.steps} steps: check loss and data."
         )
-    return best.lr_target
+    return best

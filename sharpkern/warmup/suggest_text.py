@@ -55,10 +55,13 @@ def say_start(lr_init: float, target: float, critical: float) -> str:
     return f"Recommended initial learning rate: {lr_init:.4g} ({why})."
 
 
-def say_warmup(chosen: Trial, warmups: list[Trial], good: bool) -> str:
+def say_warmup(chosen: Trial, warmups: list[Trial], good: bool, confirmed: list[Trial]) -> str:
     """Say how long to warm up, and what was tried."""
     tried = ", ".join(f"{t.warmup_steps}: {_told(t)}" for t in warmups)
     why = "the shortest that held" if good else "but none held: choose a smaller target or a longer probe"
+    if confirmed and chosen.warmup_steps != confirmed[0].warmup_steps:
+        c = confirmed[0]
+        why = f"of the run that decided: {c.warmup_steps} steps held, but learnt less in {c.steps} ({_told(c)})"
     return f"Recommended warmup: {chosen.warmup_steps} steps, {why}. Runs by length, likewise: {tried}."
 
 

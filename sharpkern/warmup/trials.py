@@ -8,7 +8,7 @@ import itertools
 import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -31,10 +31,12 @@ from .schedule import WarmupLR, set_rates
 
 # A model that holds 4096 eta_c is not limited by its learning rate: the search for a limit ends.
 _DOUBLINGS = 12
-_HALVINGS = 6
+_HALVINGS = 12
 _SPIKE = 2.0  # a run holds only if its loss stays below so many times the first
 _LEARNS = 0.8  # and falls at least so many times the best run's fall
 _LONGER = 4  # times as many steps, for the runs that decide
+_FINALS = 8  # of them at most
+_AS_GOOD = 0.98  # of the longer warmup's fall, for a shorter one to be taken
 _HOPELESS = 100.0  # a loss so many times the first ends a run
 
 
@@ -231,15 +233,22 @@ class Probe:
             trials: of ``targets``.
         """
         tried = {t.lr_target: t for t in trials}
-        found = [self._longer(max(holding(trials), key=lambda t: t.fall))]
-        while (half := tried.get(found[-1].lr_target / 2)) is not None:
-            found.append(self._longer(half))
+        best = max(holding(trials), key=lambda t: t.fall)
+        found = [self.longer(best)]
+        while len(found) < _FINALS:
+            last = found[-1]
+            # One that was not tried gets the schedule of its double.
+            half = tried.get(last.lr_target / 2) or replace(
+                last, lr_target=last.lr_target / 2, lr_init=last.lr_init / 2, steps=best.steps
+            )
+            found.append(self.longer(half))
             # Where neither trained, a still smaller one may.
-            if math.isfinite(found[-2].fall) and found[-1].fall <= found[-2].fall:
+            if math.isfinite(last.fall) and found[-1].fall <= last.fall:
                 break
         return found
 
-    def _longer(self, trial: Trial) -> Trial:
+    def longer(self, trial: Trial) -> Trial:
+        """Repeat a run for four times as many steps."""
         return self.run(trial.lr_target, trial.lr_init, trial.warmup_steps, _LONGER * trial.steps)
 
     def warmups(self, target: float, start: float) -> list[Trial]:
@@ -297,8 +306,7 @@ def most_runs(steps: int) -> int:
     Args:
         steps: of the longest warmup.
     """
-    targets = 2 + _DOUBLINGS + _HALVINGS
-    return 1 + targets + targets + len(_lengths(steps))
+    return 1 + (2 + _DOUBLINGS + _HALVINGS) + _FINALS + len(_lengths(steps)) + 1
 
 
 def _lengths(steps: int) -> list[int]:
@@ -328,6 +336,11 @@ def batches_of(data: Any) -> Iterable[Any]:
 def _endless(data: Iterable[Any]) -> Iterator[Any]:
     while True:
         yield from data
+
+
+def as_good(shorter: Trial, longer: Trial) -> bool:
+    """Whether a run with a shorter warmup learnt as much, but for noise, as one with a longer warmup."""
+    return shorter.fall >= _AS_GOOD * longer.fall
 
 
 def holding(trials: list[Trial]) -> list[Trial]:
