@@ -27,6 +27,8 @@ aten = torch.ops.aten
 class OverRows(Rule):
     """A rule whose kernels take rows, ``[rows, C]``, of the dimension that the op is over."""
 
+    p: Tensor  # rows of probabilities
+
     def _save(self, x: Tensor, y: Tensor, dim: int) -> Tensor:
         """Save where the rows lie; return those of y."""
         # The op may compute in another dtype than that of x; cotangents go back to it.
@@ -36,10 +38,10 @@ class OverRows(Rule):
         self.shape = last.shape
         return last.reshape(-1, last.shape[-1]).contiguous()
 
-    def _rows(self, u: Tensor, like: Tensor) -> Tensor:
-        """``[k, *x]`` to ``[k, rows, C]``, in the dtype of other rows."""
+    def _rows(self, u: Tensor) -> Tensor:
+        """``[k, *x]`` to ``[k, rows, C]``, in the dtype of p."""
         u = u.movedim(self.dim, -1) if u.ndim > 1 else u
-        return u.reshape(u.shape[0], *like.shape).to(like.dtype)
+        return u.reshape(u.shape[0], *self.p.shape).to(self.p.dtype)
 
     def _unrows(self, u: Tensor) -> Tensor:
         return u.view(u.shape[0], *self.shape).movedim(-1, self.dim)
@@ -59,22 +61,22 @@ class Softmax(OverRows):
 
     def tangent(self, dx: Tensor) -> Tensor:
         """Return ``p (dx - <p, dx>)``."""
-        self.dp, _ = softmax_jacobian(self.p, self._rows(dx, self.p))
+        self.dp, _ = softmax_jacobian(self.p, self._rows(dx))
         return self._unrows(self.dp)
 
     def backward(self, g: Tensor) -> tuple[Tensor]:
         """Return ``p (g - <p, g>)``."""
-        return (self._unrows(softmax_jacobian(self.p, self._rows(g, self.p))[0]).to(self.before),)
+        return (self._unrows(softmax_jacobian(self.p, self._rows(g))[0]).to(self.before),)
 
     def prepare(self, g: Tensor) -> None:
         """Compute ``g - <p, g>``."""
-        rows = self._rows(g, self.p)[0]
+        rows = self._rows(g)[0]
         # <dp, g> = <dp, inner>, for the rows of dp sum to zero: so g itself is not kept.
         self.inner = (rows - (self.p * rows).sum(1, keepdim=True)).contiguous()
 
     def backward_tangent(self, dg: Tensor, g: Tensor) -> tuple[Tensor]:
         """Return the tangent of ``backward``."""
-        rows = softmax_backward_tangent(self.p, self.dp, self.inner, self._rows(dg, self.p))
+        rows = softmax_backward_tangent(self.p, self.dp, self.inner, self._rows(dg))
         return (self._unrows(rows).to(self.before),)
 
 
@@ -93,22 +95,22 @@ class LogSoftmax(OverRows):
 
     def tangent(self, dx: Tensor) -> Tensor:
         """Return ``dx - <p, dx>``."""
-        self.dl = log_softmax_jacobian(self.p, self._rows(dx, self.p))
+        self.dl = log_softmax_jacobian(self.p, self._rows(dx))
         return self._unrows(self.dl)
 
     def backward(self, g: Tensor) -> tuple[Tensor]:
         """Return ``g - p sum g``."""
-        rows = self._rows(g, self.p)
+        rows = self._rows(g)
         back = torch.addcmul(rows, self.p, rows.sum(-1, keepdim=True), value=-1)
         return (self._unrows(back).to(self.before),)
 
     def prepare(self, g: Tensor) -> None:
         """Add up g."""
-        self.total = self._rows(g, self.p)[0].sum(-1)
+        self.total = self._rows(g)[0].sum(-1)
 
     def backward_tangent(self, dg: Tensor, g: Tensor) -> tuple[Tensor]:
         """Return ``dg - p (sum dg + dl sum g)``, since dp = p dl."""
-        rows = log_softmax_backward_tangent(self.p, self.dl, self.total, self._rows(dg, self.p))
+        rows = log_softmax_backward_tangent(self.p, self.dl, self.total, self._rows(dg))
         return (self._unrows(rows).to(self.before),)
 
     def second_order(self, dargs: tuple[Any, ...], g: Tensor) -> Tensor:
