@@ -66,6 +66,48 @@ def test_products_follow_vectors_parameters_and_batches(name: str) -> None:
     assert isinstance(H._engine._recordings["hvp", 1], CUDAGraph)
 
 
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_products_on_a_stream_of_the_callers_own(name: str) -> None:
+    """The recording, its replays and what is written between them are in the order of that stream."""
+    truth = double(PROBLEMS[name]())
+    with torch.cuda.stream(torch.cuda.Stream()):
+        mine = on_gpu(truth)
+        H = operator(mine)
+        for _ in range(3):
+            with torch.no_grad():
+                for p, q in zip(truth.model.parameters(), mine.model.parameters(), strict=True):
+                    p.add_(0.05 * torch.randn_like(p))
+                    q.copy_(p)
+            H.refresh()
+            V = torch.randn(2, H.n, dtype=torch.float64)
+            got = H.matmat(V.t().float().cuda()).t().cpu()
+            want = hessian_times(truth, V)
+            assert float((got - want).norm() / want.norm()) <= 1e-4
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_a_model_on_another_device_than_the_current_one(name: str) -> None:
+    """Kernels and recordings go to the tensors' device; operators on two devices do not disturb each other."""
+    truth = double(PROBLEMS[name]())
+    operators = []
+    for device in ("cuda:0", "cuda:1"):
+        move = lambda t, device=device: _narrow(t).to(device)  # noqa: E731
+        batch = torch.utils._pytree.tree_map_only(Tensor, move, truth.batch)
+        model = copy.deepcopy(truth.model).float().to(device)
+        operators.append(sk.HessianOperator(model, truth.loss_fn, batch))
+    assert torch.cuda.current_device() == 0
+    for _ in range(3):
+        V = torch.randn(2, operators[0].n, dtype=torch.float64)
+        want = hessian_times(truth, V)
+        for H in operators:
+            got = H.matmat(V.t().float().to(H.device)).t()
+            assert got.device == H.device
+            assert float((got.cpu() - want).norm() / want.norm()) <= 1e-4
+    first, second = (float(sk.lanczos(H, tol=1e-4).eigenvalues[0]) for H in operators)
+    assert first == pytest.approx(second, rel=1e-3)
+
+
 def test_tf32_is_only_in_its_block() -> None:
     truth = double(PROBLEMS["mlp"]())
     H, V = operator(on_gpu(truth)), torch.randn(1, operator(truth).n, dtype=torch.float64)
