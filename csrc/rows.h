@@ -67,11 +67,11 @@ struct Transpose {
   }
 };
 
-#define ROW_KERNELS(KERNEL)                                \
-  KERNEL(slope_product, SlopeProduct) \
-  KERNEL(softmax_jacobian, SoftmaxJacobian) \
-  KERNEL(softmax_backward_tangent, SoftmaxBackwardTangent) \
-  KERNEL(log_softmax_jacobian, LogSoftmaxJacobian) \
+#define ROW_KERNELS(KERNEL)                                       \
+  KERNEL(slope_product, SlopeProduct)                             \
+  KERNEL(softmax_jacobian, SoftmaxJacobian)                       \
+  KERNEL(softmax_backward_tangent, SoftmaxBackwardTangent)        \
+  KERNEL(log_softmax_jacobian, LogSoftmaxJacobian)                \
   KERNEL(log_softmax_backward_tangent, LogSoftmaxBackwardTangent) \
   KERNEL(transpose, Transpose)
 

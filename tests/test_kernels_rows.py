@@ -74,6 +74,20 @@ def test_activation_derivatives_far_out(backend: str, name: str, dtype: torch.dt
     assert float(flat.abs().max()) <= 1e-100
 
 
+@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_is_not_a_number_has_no_slope(backend: str, name: str, dtype: torch.dtype) -> None:
+    """Also within a stretch that is vectorised, and without a trace in its neighbours."""
+    x = torch.randn(100, dtype=dtype)
+    x[[3, 50, 99]] = torch.nan
+    bad = x.isnan()
+    for result in (
+        pointwise.activation_slope(name, x, x),
+        pointwise.activation_curvature(name, x, torch.ones_like(x)),
+    ):
+        assert torch.equal(result.isnan(), bad)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_softplus_is_a_line_from_twenty_on_as_torchs(backend: str, dtype: torch.dtype) -> None:
     x = torch.tensor([19.5, 20.0, 20.5, 30.0], dtype=dtype)

@@ -11,9 +11,7 @@ from problems import relative as error
 from torch import nn
 
 import sharpkern as sk
-from sharpkern.eigen import WarmLanczos
 from sharpkern.kernels.precision import within_tf32_products
-from sharpkern.tracking.followed import Followed
 
 
 def optimizer_of(name: str, model: nn.Module) -> torch.optim.Optimizer:
@@ -367,25 +365,6 @@ def test_bad_options_are_refused(options: dict, message: str) -> None:
         sk.SharpnessTracker(model, loss_fn, torch.optim.SGD(model.parameters(), lr=0.1), **options)
 
 
-def test_one_call_sharpness_and_preconditioned_sharpness() -> None:
-    problem = double(mlp())
-    dense = dense_hessian(problem)
-    top = float(torch.linalg.eigvalsh(dense)[-1])
-    r = sk.sharpness(*problem, tol=1e-6)
-    assert r.converged and abs(r.value - top) <= 1e-9 * top + r.error_bound
-    assert abs(r.value - top) <= 1e-6 * top
-    assert error(dense @ r.vector, r.value * r.vector) <= 1e-4
-    optimizer = torch.optim.Adam(problem.model.parameters(), lr=0.01)
-    r = sk.preconditioned_sharpness(*problem, optimizer, tol=1e-6)
-    g = loss_and_gradient(problem)[1].detach()
-    s = (0.1 * (g.abs() + 1e-8)) ** -0.5  # at t = 1, v / (1 - b2) is the squared gradient
-    top = float(torch.linalg.eigvalsh(s[:, None] * dense * s)[-1])
-    assert abs(r.value - top) <= 1e-5 * top
-    assert not optimizer.state
-    low = sk.sharpness(*problem, max_matvecs=2, tol=1e-9)
-    assert not low.converged and low.matvecs == 2 and "max_matvecs" in low.reason
-
-
 @pytest.mark.parametrize("name", ["sgd", "adam"])
 def test_twin_adopts_a_step_and_carries_the_next_like_a_tracker_of_its_own(name: str) -> None:
     problem = double(mlp())
@@ -441,21 +420,6 @@ def test_tf32_rounding_is_measured_and_part_of_the_error(monkeypatch: pytest.Mon
         whole = curvature.error_bound + curvature.rounding * rec.sharpness
         assert rec.sharpness_error == pytest.approx(whole, rel=1e-9)
         optimizer.step()
-
-
-def test_doubt_adds_up_what_is_known_of_the_value() -> None:
-    """Error bound of the solve, rounding, what forms have moved since it, and the drift since the value was seen."""
-    followed = Followed(WarmLanczos(), value=2.0, seen=3, speed=0.2, error_bound=0.1, rounding=0.01, eigenvalues=(1.5,))
-    assert followed.turned == pytest.approx(2.0 / 1.5 - 1)
-    assert followed.drift(5) == pytest.approx(0.4)
-    assert followed.doubt(5) == pytest.approx(0.1 + 0.02 + 0.5 + 0.8)
-
-
-@pytest.mark.parametrize("change", [-0.3, 0.3])
-def test_speed_is_the_size_of_the_change_whatever_its_sign(change: float) -> None:
-    followed = Followed(WarmLanczos(), value=2.0, seen=1, speed=0.0)
-    followed._see(2.0 * (1 + change), 4)  # three steps later
-    assert followed.speed == pytest.approx(0.3 * 0.3 / 3)
 
 
 def test_tf32_needs_a_tolerance_above_its_rounding() -> None:

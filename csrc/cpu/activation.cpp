@@ -39,7 +39,8 @@ struct Format<double> {
                           MAGIC = 6755399441055744., LEAST = -708., TINY = 1e-290;
 };
 
-// e^x for x <= 0: 2^k times a Taylor sum over |r| <= ln(2) / 2, whose rest is below the rounding. Zero below LEAST.
+// e^x for x <= 0: 2^k times a Taylor sum over |r| <= ln(2) / 2, whose rest is below the rounding. Zero below LEAST, and
+// NaN for NaN.
 template <class T>
 inline T decay(T x) {
   typedef Format<T> F;
@@ -55,7 +56,7 @@ inline T decay(T x) {
   std::memcpy(&bits, &sum, sizeof bits);
   bits += exponent << F::MANTISSA;
   std::memcpy(&sum, &bits, sizeof bits);
-  return x < F::LEAST ? T(0) : sum;
+  return x < F::LEAST ? T(0) : x == x ? sum : x;  // NaN has no exponent that could be added
 }
 
 template <class T>
@@ -177,44 +178,40 @@ void curvature_of(const ActivationCurvature<T>& a, int threads) {
   });
 }
 
-template <class T>
-void activation_slope(const ActivationSlope<T>& a, int threads) {
-  switch (Activation(a.activation)) {
+template <class F>
+struct Formula {
+  typedef F Type;
+};
+
+// Calls use(Formula<F>()) for the formulas F of an activation.
+template <class T, class Use>
+void with_formula(int64_t activation, const Use& use) {
+  switch (Activation(activation)) {
     case Activation::gelu:
-      return slope_of<Gelu<T>>(a, threads);
+      return use(Formula<Gelu<T>>());
     case Activation::gelu_tanh:
-      return slope_of<Gated<T, GeluTanh>>(a, threads);
+      return use(Formula<Gated<T, GeluTanh>>());
     case Activation::silu:
-      return slope_of<Gated<T, Silu>>(a, threads);
+      return use(Formula<Gated<T, Silu>>());
     case Activation::tanh:
-      return slope_of<Tanh<T>>(a, threads);
+      return use(Formula<Tanh<T>>());
     case Activation::sigmoid:
-      return slope_of<Sigmoid<T>>(a, threads);
+      return use(Formula<Sigmoid<T>>());
     case Activation::softplus:
-      return slope_of<Softplus<T>>(a, threads);
+      return use(Formula<Softplus<T>>());
     case Activation::mish:
-      return slope_of<Mish<T>>(a, threads);
+      return use(Formula<Mish<T>>());
   }
 }
 
 template <class T>
+void activation_slope(const ActivationSlope<T>& a, int threads) {
+  with_formula<T>(a.activation, [&](auto f) { slope_of<typename decltype(f)::Type>(a, threads); });
+}
+
+template <class T>
 void activation_curvature(const ActivationCurvature<T>& a, int threads) {
-  switch (Activation(a.activation)) {
-    case Activation::gelu:
-      return curvature_of<Gelu<T>>(a, threads);
-    case Activation::gelu_tanh:
-      return curvature_of<Gated<T, GeluTanh>>(a, threads);
-    case Activation::silu:
-      return curvature_of<Gated<T, Silu>>(a, threads);
-    case Activation::tanh:
-      return curvature_of<Tanh<T>>(a, threads);
-    case Activation::sigmoid:
-      return curvature_of<Sigmoid<T>>(a, threads);
-    case Activation::softplus:
-      return curvature_of<Softplus<T>>(a, threads);
-    case Activation::mish:
-      return curvature_of<Mish<T>>(a, threads);
-  }
+  with_formula<T>(a.activation, [&](auto f) { curvature_of<typename decltype(f)::Type>(a, threads); });
 }
 
 template <class T>
