@@ -7,14 +7,13 @@ code alone.
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Callable, Iterator, Mapping
-from statistics import median
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from bench_attention import by_rule, recomputed
+from gpu_attention import attention, attention_scan
+from gpu_timing import Row, error_of, row, seconds
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from workloads import GPT, WORKLOADS, Workload
@@ -25,50 +24,6 @@ from sharpkern.kernels import norm, pointwise, reference, softmax
 from sharpkern.kernels.dispatch import choose
 from sharpkern.kernels.linear import dual_gemm
 from sharpkern.kernels.precision import tf32_products
-from sharpkern.rop.rules.attention import Blocked
-
-Row = dict[str, Any]
-ROUNDS = 7
-
-
-def seconds(calls: Mapping[str, Callable[[], object]], device: torch.device, full: bool) -> dict[str, list[float]]:
-    """Time calls round by round; each entry is the mean of as many calls as take about 5 ms, queued together."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    repeats = {}
-    for name, call in calls.items():
-        call()
-        _wait(device)
-        start = time.perf_counter()
-        call()
-        _wait(device)
-        repeats[name] = max(1, min(200, int(5e-3 / (time.perf_counter() - start)))) if full else 1
-    for _ in range(ROUNDS if full else 1):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            for _ in range(repeats[name]):
-                call()
-            _wait(device)
-            times[name].append((time.perf_counter() - start) / repeats[name])
-    return times
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def row(name: str, goal: str, value: float, met: bool, error: float, limit: float, times: Mapping[str, Any]) -> Row:
-    """Assemble a row; value and met count only if the result is right."""
-    right = bool(error <= limit)
-    summary = {key: {"min": min(t), "median": median(t)} for key, t in times.items()}
-    return {"name": name, "goal": goal, "value": value, "met": met and right, "right": right, "error": error,
-            "limit": limit, "seconds": summary}  # fmt: skip
-
-
-def _error(got: Tensor, want: Tensor) -> float:
-    want = want.double()
-    return float((got.double() - want).norm() / want.norm())
-
 
 # -- Hessian-vector products ----------------------------------------------------------------------------------------
 
@@ -117,7 +72,7 @@ def _product_row(name: str, work: Workload, device: torch.device, full: bool, go
     times = seconds(calls, device, full)
     value = min(times[against]) / min(times["HVP"])
     limit = {"autograd twice": 10.0, "gradient": 1 / 2.0}[against]
-    error = _error(H.matvec(v).cpu(), truth)
+    error = error_of(H.matvec(v).cpu(), truth)
     result = row(name, goal, value, value >= limit, error, 5e-3, times)  # convolutions may be in TF32
     return result | {"recorded": bool(getattr(H._engine, "_recordings", None))}
 
@@ -146,7 +101,7 @@ def tf32(device: torch.device, full: bool) -> Iterator[Row]:
         with tf32_products():
             return H.matvec(v)
 
-    error = _error(rounded(), H.matvec(v))
+    error = error_of(rounded(), H.matvec(v))
     times = seconds({"TF32": rounded, "float32": lambda: H.matvec(v)}, device, full)
     value = min(times["float32"]) / min(times["TF32"])
     yield row("HVP in TF32, mlp", ">= 1x of float32", value, value >= 1, error, 5e-3, times)
@@ -222,45 +177,10 @@ def _gemm(name: str, size: int, dtype: torch.dtype, device: torch.device, full: 
     want = d[0] @ d[1].t() + d[2] @ d[3].t() + d[4]
     value = min(times["two products of torch"]) / min(times["fused"])
     limit = 1e-5 if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "ieee" else 1e-2
-    return row(name, ">= 0.90 of torch's rate", value, value >= 0.9, _error(got, want), limit, times) | {
+    return row(name, ">= 0.90 of torch's rate", value, value >= 0.9, error_of(got, want), limit, times) | {
         "backend": choose("dual_gemm", dx).__name__,
         "bias_seconds": min(times["fused"]) - min(times["without bias"]),
         "teraflops": 4e-12 * size**3 / min(times["fused"]),
-    }
-
-
-def attention(device: torch.device, full: bool) -> Iterator[Row]:
-    """Product of causal attention, in blocks, against the math path through autograd twice."""
-    T, heads, width = (4096, 8, 64) if full else (48, 2, 16)
-    six = torch.randn(6, heads, T, width, device=device).unbind()
-    point, tangents = six[:3], six[3:]
-    peaks = {}
-    products = {}
-    way = Blocked(width**-0.5)
-    for name, make in {
-        "blocked": lambda: by_rule(way, way.forward(*point, None, True), tangents),
-        "autograd twice": lambda: recomputed(point, tangents),
-    }.items():
-        products[name] = make()
-        products[name]()  # compiles
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-            torch.cuda.reset_peak_memory_stats(device)
-            held = torch.cuda.memory_allocated(device)
-            products[name]()
-            torch.cuda.synchronize(device)
-            peaks[name] = (torch.cuda.max_memory_allocated(device) - held) / 2**20
-    times = seconds(products, device, full)
-    wide = recomputed(tuple(t.cpu().double()[:1] for t in point), tuple(t.cpu().double()[:1] for t in tangents))()
-    got = products["blocked"]()
-    error = max(_error(a[:, :1].reshape(b.shape).cpu(), b) for a, b in zip(got, wide, strict=True))
-    value = min(times["autograd twice"]) / min(times["blocked"])
-    scores = heads * T * T * 4 / 2**20
-    met = value >= 5 and peaks.get("blocked", 0.0) < scores / 2
-    goal = ">= 5x faster than the math path twice, peak below half of the scores"
-    yield row(f"attention HVP, T = {T}, {heads} heads", goal, value, met, error, 1e-3, times) | {
-        "peak_MiB": peaks,
-        "scores_MiB": scores,
     }
 
 
@@ -276,7 +196,7 @@ def _against_copy(
 ) -> Row:
     times = seconds({"kernel": call, "copy": _copy(moved, x.device)}, x.device, full)
     results, wants = (r if isinstance(r, tuple) else (r,) for r in (call(), want))
-    error = max(_error(a, b) for a, b in zip(results, wants, strict=True) if a is not None)
+    error = max(error_of(a, b) for a, b in zip(results, wants, strict=True) if a is not None)
     value = min(times["copy"]) / min(times["kernel"])
     return row(name, ">= 0.85 of the copy bandwidth", value, value >= 0.85, error, limit, times) | {
         "backend": choose(kernel, x).__name__,
@@ -343,5 +263,5 @@ def rows_and_numbers(device: torch.device, full: bool) -> Iterator[Row]:
 
 
 MEASUREMENTS: tuple[Callable[[torch.device, bool], Iterator[Row]], ...] = (
-    launch_bound, gemms, attention, vectors, rows_and_numbers, products, tf32, waits,
+    launch_bound, gemms, attention, attention_scan, vectors, rows_and_numbers, products, tf32, waits,
 )  # fmt: skip
