@@ -114,6 +114,62 @@ def test_unequal_parts_of_a_batch_give_the_operator_of_the_whole(world: int, see
     assert all(own["bits"] == told[0]["bits"] for own in told), "the processes' results must be equal to the last bit"
 
 
+def memory_and_parameters(rank: int, world: int) -> dict[str, Any]:
+    """Trackers that differentiate pieces, compute parts again, or follow some parameters, beside DDP."""
+    problem = double(mlp())
+    parts = [my_part(problem.batch, r, world) for r in range(world)]
+    dense = torch.stack([dense_hessian(problem._replace(batch=part)) for part in parts]).mean(0)
+    model = DistributedDataParallel(problem.model)
+    names = [name for name, _ in problem.model.named_parameters()][1:3]
+    kept = torch.cat([torch.full((p.numel(),), name in names) for name, p in problem.model.named_parameters()])
+    block = dense[kept][:, kept]
+    options: dict[str, dict[str, Any]] = {
+        "chunk": {"chunk": 2 + rank},
+        "recompute": {"recompute": True},
+        "both": {"chunk": 3, "recompute": True},
+        "names": {"params": names},
+        "tensors": {"params": [p for name, p in model.module.named_parameters() if name in names], "chunk": 2},
+    }
+    found = {}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for name, option in options.items():
+        tracker = sk.SharpnessTracker(model, problem.loss_fn, optimizer, tol=1e-6, **option)
+        records = [tracker.observe(parts[rank]) for _ in range(2)]
+        found[name] = [r.sharpness for r in records]
+    found["sharpness"] = [
+        sk.sharpness(model, problem.loss_fn, parts[rank], tol=1e-7, params=names, recompute=True).value
+    ]
+    try:
+        sk.SharpnessTracker(model, problem.loss_fn, optimizer, params=names).step(parts[rank])
+    except ValueError as e:
+        found["step"] = str(e)
+    model(parts[rank][0]).sum().backward()
+    stepped = sk.SharpnessTracker(model, problem.loss_fn, optimizer, chunk=2, recompute=True)
+    stepped.step(parts[rank])
+    mine = torch.cat([p.grad.flatten() for p in model.parameters()])
+    model.zero_grad()
+    problem.loss_fn(model(parts[rank][0]), parts[rank][1]).backward()
+    theirs = torch.cat([p.grad.flatten() for p in model.parameters()])
+    tops = {name: float(torch.linalg.eigvalsh(block if "params" in o else dense)[-1]) for name, o in options.items()}
+    # sk.sharpness weighs by examples, and a tracker by processes.
+    counts = torch.tensor([len(part[1]) for part in parts], dtype=torch.float64)
+    whole = (torch.stack([dense_hessian(problem._replace(batch=part)) for part in parts]) * counts[:, None, None]).sum(
+        0
+    )
+    tops["sharpness"] = float(torch.linalg.eigvalsh((whole / counts.sum())[kept][:, kept])[-1])
+    return {"found": found, "tops": tops, "gradient": error(mine, theirs)}
+
+
+def test_a_tracker_beside_ddp_takes_chunk_recompute_and_params(seed: int) -> None:
+    told = results(memory_and_parameters, 2, seed)
+    assert told[0]["found"] == told[1]["found"]
+    for own in told:
+        assert own["gradient"] <= 1e-12
+        assert "observe" in own["found"].pop("step")
+        for name, values in own["found"].items():
+            assert values == pytest.approx([own["tops"][name]] * len(values), rel=1e-6), name
+
+
 def normed() -> nn.Module:
     """Batch norm has buffers that training moves; dropout needs the training's own noise."""
     layers = nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Dropout(0.2), nn.Linear(6, 3)

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from ..eigen import EigenResult, lanczos
 from ..optimizers.preconditioner import preconditioner
-from .distributed.choose import AnyHessian, hessian_of
-from .operators import HessianOperator
+from .distributed.choose import hessian_of
 from .parameters import gradients_of
 from .preconditioned import PreconditionedOperator
 
@@ -80,10 +79,7 @@ def sharpness(
     True
     """
     # Both are for models that one process holds; others are refused there.
-    if params is not None or recompute:
-        operator: AnyHessian = HessianOperator(model, loss_fn, batch, params=params, recompute=recompute)
-    else:
-        operator = hessian_of(model, loss_fn, batch)
+    operator = hessian_of(model, loss_fn, batch, params=params, recompute=recompute)
     return _top(lanczos(operator, tol=tol, v0=v0, max_matvecs=max_matvecs, generator=generator))
 
 

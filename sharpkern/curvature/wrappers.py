@@ -20,6 +20,12 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return inner
 
 
+def inside(model: nn.Module) -> nn.Module:
+    """Return the module below ``torch.compile`` and ``DistributedDataParallel``, in whatever order; its own names."""
+    model = unwrapped(model)
+    return unwrapped(model.module) if isinstance(model, nn.parallel.DistributedDataParallel) else model
+
+
 def kind_of(model: Any) -> Kind:
     """Say how a model is spread over processes.
 
@@ -37,16 +43,15 @@ def kind_of(model: Any) -> Kind:
             f"{type(model).__name__} is a part of a pipeline: no process holds a loss of the whole model. Measure the "
             "model before it is split, or a copy of it on one process."
         )
-    model = unwrapped(model)
-    inside = unwrapped(model.module) if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    model, module = unwrapped(model), inside(model)
     # Anywhere inside: parallelism may be applied to a part of a model only.
-    modules = list(inside.modules())
+    modules = list(module.modules())
     for m in modules:
         if any(c.__module__.startswith("torch.distributed.fsdp.fully_sharded") for c in type(m).__mro__):
             raise ValueError("FSDP1 (FullyShardedDataParallel) is not supported: use fully_shard (FSDP2), or DDP.")
     sharded = any(is_fully_sharded(m) for m in modules)
-    _check_placements(inside, sharded=sharded)
-    if inside is not model:
+    _check_placements(module, sharded=sharded)
+    if module is not model:
         return "ddp"
     return "fsdp2" if sharded else "plain"
 

@@ -17,7 +17,7 @@ from ..curvature.negative import NegativeOperator
 from ..curvature.operators import HessianOperator
 from ..curvature.parameters import gradients_of, select_parameters
 from ..curvature.repeatable import check_no_iterator
-from ..curvature.wrappers import kind_of
+from ..curvature.wrappers import inside, kind_of
 from ..optimizers.held import check_held
 from ..rop import ReplayedProgram
 from ..rop.sandbox import kept_random_states, same_noise
@@ -63,11 +63,13 @@ class Target:
     ) -> None:
         self.model, self.loss_fn = model, loss_fn
         self.kind = kind_of(model)
-        if self.kind != "plain" and not (loader is None and params is None and chunk is None and not recompute):
+        if self.kind != "plain" and loader is not None:
             raise ValueError(
-                "loader=, params=, chunk= and recompute= are for a model that one process holds, and this one is "
-                f"wrapped for several ({self.kind}): leave them out."
+                f"loader= is for a model that one process holds, and this one is wrapped for several ({self.kind}): "
+                "leave it out."
             )
+        if self.kind == "fsdp2" and not (params is None and chunk is None and not recompute):
+            raise ValueError("params=, chunk= and recompute= are not for a model under fully_shard: leave them out.")
         self.probe, self.loader, self.chunk, self.verify, self.recompute = probe, loader, chunk, verify, recompute
         # A generator of names would be empty the second time.
         self.params: Any = params if params is None or isinstance(params, Mapping | str) else list(params)
@@ -179,7 +181,7 @@ class Target:
         """Whether every trainable parameter is differentiated by, so that its gradient can be set."""
         if self.params is None:  # asked at every step, where a walk over the modules would be felt
             return True
-        chosen = {id(p) for p in select_parameters(self.model, self.params).values()}
+        chosen = {id(p) for p in select_parameters(inside(self.model), self.params).values()}
         return all(id(p) in chosen for p in self.model.parameters() if p.requires_grad)
 
     def tracked(self, *, maximize: bool) -> Tracked | NegativeOperator:
@@ -227,7 +229,14 @@ class Target:
         if self.kind != "plain":
             # Processes weigh alike, as DDP and FSDP average gradients: the curvature is that of the loss descended.
             return hessian_of(
-                self.model, self.loss_fn, batch, update_buffers=update_buffers, verify=self.verify, weighting="ranks"
+                self.model,
+                self.loss_fn,
+                batch,
+                params=self.params,
+                update_buffers=update_buffers,
+                verify=self.verify,
+                recompute=self.recompute,
+                weighting="ranks",
             )
         kind: Any = ChunkedHessian if isinstance(batch, MicroBatches) else HessianOperator
         operator: StepHessian = kind(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,8 +20,10 @@ def hessian_of(
     loss_fn: Callable[..., Tensor],
     batch: Any,
     *,
+    params: Mapping[str, Tensor] | Iterable[str] | Iterable[Tensor] | None = None,
     update_buffers: bool = False,
     verify: bool = True,
+    recompute: bool = False,
     weighting: Weighting = "examples",
     time_limit: float = TIME_LIMIT,
 ) -> AnyHessian:
@@ -32,13 +34,16 @@ def hessian_of(
             ``fully_shard`` (``ShardedHessian``).
         loss_fn: ``(output, targets) -> scalar``, averaged over the examples.
         batch: this process's part of the batch.
+        params: which parameters; None for all with ``requires_grad``, and for a sharded model.
         update_buffers: let the forward pass change the model's buffers.
         verify: compare programs with the eager model; see ``HessianOperator``. Sharded models have no program.
+        recompute: keep less of the forward pass; see ``HessianOperator``. Not for a sharded model.
         weighting: how unequal parts of a batch are weighed; see ``DataParallelHessian``.
         time_limit: seconds that a process may come later than the others; beyond, all raise.
 
     Raises:
-        ValueError: as the operator; a kind of parallelism that is not supported, on every process.
+        ValueError: as the operator; a kind of parallelism that is not supported, on every process; params or recompute
+            with a sharded model.
         NonFiniteLossError: the loss is NaN or infinite.
         DistributedError: a process failed, is missing, or disagrees.
 
@@ -49,9 +54,13 @@ def hessian_of(
     kind = kind_of(model)
     # Also in a process group: a plain model may be trained by each process for itself, as in a sweep.
     if kind == "plain":
-        return HessianOperator(model, loss_fn, batch, update_buffers=update_buffers, verify=verify)
+        return HessianOperator(
+            model, loss_fn, batch, params=params, update_buffers=update_buffers, verify=verify, recompute=recompute
+        )
     options: dict[str, Any] = {"update_buffers": update_buffers, "weighting": weighting, "time_limit": time_limit}
     if kind == "ddp":
-        return DataParallelHessian(model, loss_fn, batch, verify=verify, **options)
+        return DataParallelHessian(model, loss_fn, batch, params=params, verify=verify, recompute=recompute, **options)
+    if params is not None or recompute:
+        raise ValueError("params= and recompute= are not for a model under fully_shard: leave them out.")
     # No verify: there is no program that could differ from the eager model.
     return ShardedHessian(model, loss_fn, batch, **options)

@@ -18,7 +18,7 @@ from ..chunked import ChunkedHessian, MicroBatches
 from ..dataset import examples_of
 from ..engines import Engine
 from ..operators import GGNOperator, HessianOperator, LossCurvature
-from ..wrappers import check_uncoupled, kind_of, unwrapped
+from ..wrappers import check_uncoupled, inside, kind_of, unwrapped
 from .group import Ranks, Step, checksum, ranks_of
 
 Weighting = Literal["examples", "ranks"]
@@ -40,6 +40,7 @@ class DataParallelHessian(ParameterOperator):
         update_buffers: let the forward pass change the model's buffers; those of the first process are first copied to
             the others, as DDP does it.
         verify: compare programs with the eager model; see ``HessianOperator``.
+        recompute: keep less of the forward pass; see ``HessianOperator``.
         weighting: "examples" weighs each process by the length of its batch: the loss is the mean over all examples.
             "ranks" weighs all alike, as DDP averages gradients. The two agree for batches of one length.
             ``MicroBatches`` with weights of their own need "ranks", because their loss is no mean over examples.
@@ -73,6 +74,7 @@ class DataParallelHessian(ParameterOperator):
         params: Mapping[str, Tensor] | Iterable[str] | Iterable[Tensor] | None = None,
         update_buffers: bool = False,
         verify: bool = True,
+        recompute: bool = False,
         weighting: Weighting = "examples",
         group: dist.ProcessGroup | None = None,
         time_limit: float = TIME_LIMIT,
@@ -86,7 +88,8 @@ class DataParallelHessian(ParameterOperator):
         self.space: Space = _Replicas(self.ranks, self)
         self.weighting = weighting
         # A generator of names would be empty the second time.
-        self._options = params if params is None or isinstance(params, Mapping | str) else list(params), verify
+        chosen = params if params is None or isinstance(params, Mapping | str) else list(params)
+        self._options: dict[str, Any] = {"params": chosen, "verify": verify, "recompute": recompute}
         self._loss_fn = loss_fn
         # A plain model has no wrapper that would keep buffers equal, so they are left alone.
         self._sends_buffers = module is not unwrapped(model) and bool(unwrapped(model).broadcast_buffers)
@@ -99,10 +102,7 @@ class DataParallelHessian(ParameterOperator):
     def _start(self, batch: Any, *, update_buffers: bool) -> LossCurvature | ChunkedHessian:
         """Make this process's own operator."""
         kind: Any = type(self)._kind
-        params, verify = self._options
-        options: dict[str, Any] = {"params": params, "verify": verify}
-        if kind is HessianOperator:
-            options["update_buffers"] = update_buffers
+        options = self._options if kind is GGNOperator else {**self._options, "update_buffers": update_buffers}
         if isinstance(batch, MicroBatches):
             if kind is not HessianOperator:
                 raise ValueError("MicroBatches are for the Hessian: a GGN takes this process's batch as a whole.")
@@ -240,7 +240,7 @@ def _replica(model: nn.Module) -> tuple[nn.Module, dist.ProcessGroup | None]:
     # Compiled outside, inside, or both.
     ddp: Any = unwrapped(model)
     _check_hooks(ddp)
-    return unwrapped(ddp.module), ddp.process_group
+    return inside(model), ddp.process_group
 
 
 def _check_hooks(ddp: Any) -> None:
