@@ -17,9 +17,10 @@ import torch
 
 import sharpkern as sk
 from sharpkern.curvature.losses import NonFiniteLossError
+from sharpkern.rop.recompute import RecomputedProgram
 from sharpkern.train import checkpoint, metrics
 from sharpkern.train.build import batch_at
-from sharpkern.train.config import DataConfig, ModelConfig, OptimizerConfig, TrainConfig, to_toml
+from sharpkern.train.config import DataConfig, ModelConfig, OptimizerConfig, TrackingConfig, TrainConfig, to_toml
 from sharpkern.train.loop import Run
 from sharpkern.train.summary import summary_lines
 
@@ -55,6 +56,18 @@ def test_same_seed_gives_the_same_rows(tmp_path: Path, optimizer: str) -> None:
         finish(Run(config(tmp_path / name, optimizer=chosen)))
     assert rows_without_time(tmp_path / "a") == rows_without_time(tmp_path / "b")
     assert len(rows_without_time(tmp_path / "a")) == 8
+
+
+def test_recomputing_run_gives_the_same_values(tmp_path: Path) -> None:
+    runs = {
+        kept: Run(config(tmp_path / str(kept), tracking=TrackingConfig(recompute=not kept))) for kept in (True, False)
+    }
+    rows = {kept: finish(run) for kept, run in runs.items()}
+    engines = {kept: run.tracker.hessian.engine.program for kept, run in runs.items()}
+    assert isinstance(engines[False], RecomputedProgram) and not isinstance(engines[True], RecomputedProgram)
+    for kept, again in zip(rows[True], rows[False], strict=True):
+        assert again["sharpness"] == pytest.approx(kept["sharpness"], rel=1e-4)
+        assert again["loss"] == pytest.approx(kept["loss"], rel=1e-5)
 
 
 def test_rows_hold_what_a_plain_training_run_computes(tmp_path: Path) -> None:
@@ -130,10 +143,18 @@ def test_run_that_takes_over_a_program_gives_the_same_rows(tmp_path: Path, optim
     assert rows_without_time(tmp_path / "shared") == rows_without_time(tmp_path / "own")
 
 
-@pytest.mark.parametrize("other", [{"loss": "cross-entropy"}, {"batch_size": 7}, {"data": DataConfig(limit=30)}])
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"loss": "cross-entropy"},
+        {"batch_size": 7},
+        {"data": DataConfig(limit=30)},
+        {"tracking": TrackingConfig(recompute=True)},
+    ],
+)
 def test_run_takes_over_no_other_program(tmp_path: Path, other: dict) -> None:
     first = Run(config(tmp_path / "first", loss="mse"))
-    with pytest.raises(ValueError, match="another model, data, loss or batch size"):
+    with pytest.raises(ValueError, match="another model, data, loss, batch size or recompute"):
         Run(config(tmp_path / "second", **{"loss": "mse"} | other), like=first)
 
 

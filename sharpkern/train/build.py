@@ -98,7 +98,7 @@ def evaluated_at(step: int, config: TrainConfig) -> bool:
 def what_is_exported(config: TrainConfig) -> tuple[Any, ...]:
     """Return what runs with one exported program have in common."""
     # Neither seed nor optimizer: a program reads parameters from their memory and holds none of their values.
-    return config.task, config.model, config.data, config.loss, config.batch_size
+    return config.task, config.model, config.data, config.loss, config.batch_size, config.tracking.recompute
 
 
 class Task(Protocol):
@@ -223,8 +223,8 @@ def build_task(config: TrainConfig, *, like: Task | None = None) -> Task:
         like: a reference task whose data and model are used again.
 
     Raises:
-        ValueError: ``like`` is of another model, data, loss or batch size, or a user's own; see ``OwnTask`` and
-            ``ReferenceTask`` for the others.
+        ValueError: ``like`` is of another model, data, loss, batch size or recompute, or a user's own; see
+            ``OwnTask`` and ``ReferenceTask`` for the others.
         FileNotFoundError: missing data.
     """
     if config.threads is not None:
@@ -234,7 +234,9 @@ def build_task(config: TrainConfig, *, like: Task | None = None) -> Task:
     if like is None:
         return ReferenceTask(config) if config.task is None else OwnTask(config.task)
     if not isinstance(like, ReferenceTask) or what_is_exported(config) != what_is_exported(like.config):
-        raise ValueError(f"{config.out} has another model, data, loss or batch size than the run that it is like.")
+        raise ValueError(
+            f"{config.out} has another model, data, loss, batch size or recompute than the run that it is like."
+        )
     return ReferenceTask(config, like)
 
 
@@ -280,7 +282,7 @@ def build_tracker(config: TrainConfig, task: Task, optimizer: torch.optim.Optimi
         task.model, task.loss_fn, optimizer, tol=t.tol, every=t.every, max_matvecs=t.max_matvecs, k=t.k,
         budget=t.budget, probe=probe,
         loader=task.whole() if t.dataset else None, tf32=t.tf32,
-        chunk=t.chunk, products=t.products, block=block, directions=t.directions,
+        chunk=t.chunk, recompute=t.recompute, products=t.products, block=block, directions=t.directions,
     )  # fmt: skip
 
 

@@ -103,6 +103,9 @@ class TrackingConfig:
     ] = "no"
     tf32: Annotated[bool, "on a GPU, let the products round to TF32; needs a tol of at least 0.005"] = False
     chunk: Annotated[int | None, "differentiate at most so many examples of a batch at a time, to save memory"] = None
+    recompute: Annotated[
+        bool, "keep a part of the forward pass only, and compute the rest again: less memory, twice a product's time"
+    ] = False
     products: Annotated[
         bool, "track the sharpness; without, only batch sharpness and update curvature are measured, at every step"
     ] = True
