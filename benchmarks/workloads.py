@@ -133,12 +133,12 @@ def gpt(context: int = 128, batch: int = 8, d: int = 192, blocks: int = 4) -> Wo
     return Workload(GPT(256, d, 6, blocks, context), _per_token, (data.train_inputs, data.train_targets))
 
 
-def gpt2(context: int = 128) -> Workload:
+def gpt2(context: int = 128, batch: int = 1) -> Workload:
     """GPT-2's 12 blocks, d = 768, 12 heads, vocabulary 50257, tied: 124 million parameters; one text of 128 tokens.
 
     The tokens are characters spread over the vocabulary, for want of GPT-2's tokeniser; the arithmetic is the same.
     """
-    data = load(DataConfig("text", context=context, limit=1))
+    data = load(DataConfig("text", context=context, limit=batch))
     model = GPT(50257, 768, 12, 12, 1024, tied=True)
     return Workload(model, _per_token, tuple(t * 211 for t in (data.train_inputs, data.train_targets)))
 

@@ -108,10 +108,19 @@ def test_what_cannot_be_priced_is_refused() -> None:
     with pytest.raises(ValueError, match="pass one"):
         tracker.cost()
     x, y = problem.batch
-    with pytest.raises(ValueError, match="has one example"):
-        tracker.memory((x[:1], y[:1]))
+    with pytest.raises(ValueError, match="cannot be cut into rows"):
+        tracker.memory((x[:2], y[:1]))
     with pytest.raises(sk.NonFiniteLossError):
         tracker.cost((x * math.inf, y))
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_memory_of_one_example_is_measured(recompute: bool) -> None:
+    model, loss_fn, (x, y) = deep(6, 40, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    need = sk.SharpnessTracker(model, loss_fn, optimizer, chunk=1, recompute=recompute).memory((x, y))
+    assert need == memory_of(sk.HessianOperator(model, loss_fn, (x[:1], y[:1]), recompute=recompute))
+    assert need.product > 4 * sum(p.numel() for p in model.parameters())
 
 
 def deep(depth: int, width: int, rows: int) -> tuple[nn.Module, Any, Any]:

@@ -131,23 +131,24 @@ def gradient_of(operator: HessianOperator, batch: Any) -> tuple[Tensor | None, .
 
 
 def memory_forecast(make: Callable[[Any], HessianOperator], batch: Any) -> Memory:
-    """Say what a batch will need, from runs with an eighth and a quarter of its examples.
+    """Say what a batch will need, from runs with an eighth and a quarter of its examples; one example is run itself.
 
     Args:
         make: an operator of a batch.
-        batch: every tensor in it that has a dimension has one row per example; at least two.
+        batch: every tensor in it that has a dimension has one row per example.
 
     Returns:
-        A straight line through the two, at the whole batch; exact where all results grow with the examples.
+        A straight line through the two, at the whole batch; exact where all results grow with the examples, or where
+        there is one.
 
     Raises:
-        ValueError: the batch cannot be cut into examples, or has one only.
+        ValueError: the batch cannot be cut into examples.
 
     Cost: two exports, and ``memory_of`` of small batches.
     """
     rows = len(MicroBatches.split(batch, 1).batches)
-    if rows < 2:
-        raise ValueError("the batch, or chunk, has one example, of which there is no smaller one: use cost().")
+    if rows == 1:
+        return memory_of(make(batch))
     few, more = (max(least, rows // share) for share, least in zip(_SHARES, (1, 2), strict=True))
     small, large = (memory_of(make(MicroBatches.split(batch, size).batches[0])) for size in (few, more))
     steps = (rows - few) / (more - few)

@@ -314,10 +314,10 @@ class SharpnessTracker:
         return cost_of(self._target.anew(), last if batch is None else batch)
 
     def memory(self, batch: Any) -> Memory:
-        """Forecast the memory that a batch (with ``chunk`` a chunk) will need; only a quarter of it is run.
+        """Forecast the memory that a batch (with ``chunk`` a chunk) will need: a quarter of it is run, or one example.
 
         Raises:
-            ValueError: it has one example, or cannot be cut into examples; see also ``cost``.
+            ValueError: it cannot be cut into examples.
         """
         return forecast(self._target.anew(), batch)
 
