@@ -21,13 +21,14 @@ from typing import Any
 _DEADLINE = 150.0  # seconds for the ranks, imports apart
 
 
-def on_ranks(case: Callable[[int, int], Any], world: int, seed: int) -> list[dict[str, Any]]:
+def on_ranks(case: Callable[[int, int], Any], world: int, seed: int, backend: str = "gloo") -> list[dict[str, Any]]:
     """Call ``case(rank, world)`` on every rank; return for each {"result": ...}, {"error": ..., "seconds"} or {}."""
     root = Path(__file__).parent.parent
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{root}:{root / 'tests'}"}
     env.pop("SHARPKERN_BACKEND", None)
+    env["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # asking whether there is a GPU must not start CUDA before the fork
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, __file__, case.__module__, case.__name__, str(world), str(seed), folder]
+        command = [sys.executable, __file__, case.__module__, case.__name__, str(world), str(seed), folder, backend]
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=_DEADLINE + 150, check=False)
         files = [Path(folder) / f"{rank}.json" for rank in range(world)]
         told = [json.loads(f.read_text()) if f.exists() else {} for f in files]
@@ -36,15 +37,15 @@ def on_ranks(case: Callable[[int, int], Any], world: int, seed: int) -> list[dic
     return told
 
 
-def results(case: Callable[[int, int], Any], world: int, seed: int) -> list[Any]:
+def results(case: Callable[[int, int], Any], world: int, seed: int, backend: str = "gloo") -> list[Any]:
     """Return what the case returned on each rank; fail with the error of one that did not."""
-    told = on_ranks(case, world, seed)
+    told = on_ranks(case, world, seed, backend)
     bad = [t for t in told if "result" not in t]
     assert not bad, bad
     return [t["result"] for t in told]
 
 
-def _rank(case: Callable[[int, int], Any], rank: int, world: int, seed: int, folder: str) -> None:
+def _rank(case: Callable[[int, int], Any], rank: int, world: int, seed: int, folder: str, backend: str) -> None:
     import torch
     import torch.distributed as dist
 
@@ -54,7 +55,7 @@ def _rank(case: Callable[[int, int], Any], rank: int, world: int, seed: int, fol
     try:
         limit = timedelta(seconds=_DEADLINE)
         dist.init_process_group(
-            "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world, timeout=limit
+            backend, init_method=f"file://{folder}/store", rank=rank, world_size=world, timeout=limit
         )
         told: dict[str, Any] = {"result": case(rank, world)}
     except BaseException as error:
@@ -66,13 +67,13 @@ def _rank(case: Callable[[int, int], Any], rank: int, world: int, seed: int, fol
     Path(folder, f"{rank}.part").rename(Path(folder, f"{rank}.json"))
 
 
-def _main(module: str, function: str, world: int, seed: int, folder: str) -> None:
+def _main(module: str, function: str, world: int, seed: int, folder: str, backend: str) -> None:
     case = getattr(importlib.import_module(module), function)
     alive = set()
     for rank in range(world):
         pid = os.fork()
         if not pid:
-            _rank(case, rank, world, seed, folder)
+            _rank(case, rank, world, seed, folder, backend)
             sys.stderr.flush()
             os._exit(0)  # connections close with the process, as those of one that has ended do
         alive.add(pid)
@@ -85,4 +86,4 @@ def _main(module: str, function: str, world: int, seed: int, folder: str) -> Non
 
 
 if __name__ == "__main__":
-    _main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5])
+    _main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), *sys.argv[5:])
