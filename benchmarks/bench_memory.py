@@ -12,7 +12,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +89,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     result: dict[str, Any] = {
-        "date": datetime.now(UTC).date().isoformat(), "machine": machine(), "versions": versions(), "entries": [],
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        "machine": machine(), "versions": versions(), "entries": [],
     }  # fmt: skip
     for name in NAMES:
         result["entries"].append(ask(name, options.rounds))

@@ -15,7 +15,7 @@ import copy
 import json
 import statistics
 import time
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -231,7 +231,8 @@ def main() -> None:
     data = load(DataConfig("fashion-mnist-5k"))
     x, y = data.train_inputs, F.one_hot(data.train_targets, 10).float()
     result: dict[str, Any] = {
-        "date": datetime.now(UTC).date().isoformat(), "machine": machine(), "versions": versions(), "entries": [],
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        "machine": machine(), "versions": versions(), "entries": [],
     }  # fmt: skip
     for name, setup in RUNS.items():
         if options.only not in name:

@@ -57,8 +57,10 @@ class ChainInstead(WarmLanczos):
         self.chain.advance(op, None if due is None else self.product, result.eigenvectors)
         return result
 
-    def _begin(self, op: SymmetricOperator, extra: Tensor | None, **kind: bool) -> Basis:
-        basis = super()._begin(op, extra, **kind)
+    def _begin(
+        self, op: SymmetricOperator, extra: Tensor | None, hint: Tensor | None, *, first: bool, near: bool
+    ) -> Basis:
+        basis = super()._begin(op, extra, hint, first=first, near=near)
         self.product = basis.W[basis.size - 1 : basis.size].clone()
         return basis
 

@@ -19,7 +19,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +154,8 @@ def main() -> None:
     torch.manual_seed(0)
     found = series(options.steps)
     result = {
-        "date": datetime.now(UTC).date().isoformat(), "machine": machine(), "versions": versions(), "series": found,
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        "machine": machine(), "versions": versions(), "series": found,
         "rows": rows(found),
     }  # fmt: skip
     (ROOT / "benchmarks" / "results" / "budget_floor.json").write_text(json.dumps(result))

@@ -20,7 +20,7 @@ import copy
 import json
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -303,7 +303,7 @@ def main() -> None:
     data = load(DataConfig("fashion-mnist-5k"))
     x, y = data.train_inputs, F.one_hot(data.train_targets, 10).float()
     result: dict[str, Any] = {
-        "date": datetime.now(UTC).date().isoformat(), "machine": machine(), "versions": versions(),
+        "date": datetime.now(timezone.utc).date().isoformat(), "machine": machine(), "versions": versions(),
         "runs": {name: (real if options.real else replay)(name, options.steps, x, y)
                  for name in RUNS if options.only in name},
     }  # fmt: skip

@@ -13,7 +13,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -183,7 +183,8 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     result: dict[str, Any] = {
-        "date": datetime.now(UTC).date().isoformat(), "machine": machine(), "versions": versions(), "entries": [],
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        "machine": machine(), "versions": versions(), "entries": [],
     }  # fmt: skip
     for title, contenders in questions().items():
         seconds = interleave(contenders, options.rounds, untimed=1)

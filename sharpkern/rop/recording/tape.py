@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ...kernels.cpu import native
 from ...kernels.dispatch import interpreted
+from .bindings import BINDINGS
 from .common import NotReplayableError, Recording, copy_all
 from .cuda_graph import CUDAGraph
 from .pool import Pool
@@ -86,7 +87,7 @@ class Tape:
         # Without gradients, here and in replays: a graph would keep every intermediate result.
         with torch.no_grad(), self._recorder, native.recorded(self._recorder.add_native):
             computation(*mine)
-        self._calls = self._recorder.calls
+        self._calls = [(BINDINGS.get(f, f), args, kwargs) for f, args, kwargs in self._recorder.calls]
         if self._large:
             self._release()
         else:
