@@ -226,29 +226,13 @@ class Target:
         return {p.device for p in self.model.parameters()}
 
     def _operator(self, batch: Any, *, update_buffers: bool) -> StepHessian:
-        if self.kind != "plain":
-            # Processes weigh alike, as DDP and FSDP average gradients: the curvature is that of the loss descended.
-            return hessian_of(
-                self.model,
-                self.loss_fn,
-                batch,
-                params=self.params,
-                update_buffers=update_buffers,
-                verify=self.verify,
-                recompute=self.recompute,
-                weighting="ranks",
-            )
-        kind: Any = ChunkedHessian if isinstance(batch, MicroBatches) else HessianOperator
-        operator: StepHessian = kind(
-            self.model,
-            self.loss_fn,
-            batch,
-            params=self.params,
-            update_buffers=update_buffers,
-            verify=self.verify,
-            recompute=self.recompute,
-        )
-        return operator
+        options: dict[str, Any] = {
+            "params": self.params, "update_buffers": update_buffers, "verify": self.verify, "recompute": self.recompute,
+        }  # fmt: skip
+        if self.kind == "plain" and isinstance(batch, MicroBatches):
+            return ChunkedHessian(self.model, self.loss_fn, batch, **options)
+        # Processes weigh alike, as DDP and FSDP average gradients: the curvature is that of the loss descended.
+        return hessian_of(self.model, self.loss_fn, batch, weighting="ranks", **options)
 
     def _follow(self, params: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, *, sets_gradients: bool) -> bool:
         """Check who holds the parameters when they are others than before; say whether the flat order is the same.
