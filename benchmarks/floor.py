@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sharpkern.rop.recording.bindings import BINDINGS
+
 aten = torch.ops.aten
 PRODUCTS = {
     aten.mm.default, aten.mm.out, aten.addmm.default, aten.addmm_.default, aten.addmm.out,
@@ -61,7 +63,9 @@ def floor_of(computation: Callable[[], object]) -> Callable[[], None]:
 def _replay(func: Any, args: Any, kwargs: Any) -> Callable[[], object]:
     into = {aten.mm.default: aten.mm.out, aten.addmm.default: aten.addmm.out, aten.bmm.default: aten.bmm.out,
             aten.baddbmm.default: aten.baddbmm.out}.get(func)  # fmt: skip
+    # Called as a recording calls them, or the floor would stand above what it is for.
     if into is None:
-        return lambda: func(*args, **kwargs)
-    out = func(*args, **kwargs)
-    return lambda: into(*args, **kwargs, out=out)
+        call = BINDINGS.get(func, func)
+        return lambda: call(*args, **kwargs)
+    out, call = func(*args, **kwargs), BINDINGS.get(into, into)
+    return lambda: call(*args, **kwargs, out=out)

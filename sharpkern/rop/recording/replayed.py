@@ -105,6 +105,9 @@ class ReplayedProgram:
     def _product(self, name: str, sweep: Callable[[Tensor, Tensor], None], block: Tensor, result: Tensor) -> Tensor:
         if within_tf32_products():  # a CUDA graph keeps the precision that it was captured in
             name = f"{name}, TF32"
+        if len(block) <= self._at_once:  # cutting would take 9 us
+            self._run((name, len(block)), sweep, [block], [result])
+            return result
         # The last part may be shorter, and has a recording of its own: shapes are fixed in one.
         for part, out in zip(block.split(self._at_once), result.split(self._at_once), strict=True):
             self._run((name, len(part)), sweep, [part], [out])
