@@ -2,18 +2,27 @@
 
 The calls are recorded while the computation runs, then replayed on tensors of their own. What lies above the floor is
 everything that is not a product: pointwise passes, norms, softmax, allocation, Python.
+
+    OMP_NUM_THREADS=1 python benchmarks/floor.py overhead cnn [--seconds 3]
+
+compares a Hessian-vector product with its floor, the two in turn and nothing between them.
 """
 
 from __future__ import annotations
 
+import argparse
+import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from interleave import interleave
 from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+from workloads import WORKLOADS
 
+import sharpkern as sk
 from sharpkern.rop.recording.bindings import BINDINGS
 
 aten = torch.ops.aten
@@ -69,3 +78,25 @@ def _replay(func: Any, args: Any, kwargs: Any) -> Callable[[], object]:
         return lambda: call(*args, **kwargs)
     out, call = func(*args, **kwargs), BINDINGS.get(into, into)
     return lambda: call(*args, **kwargs, out=out)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("workloads", nargs="+", choices=WORKLOADS)
+    parser.add_argument("--seconds", type=float, default=3.0, help="of each workload")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    for name in options.workloads:
+        H = sk.HessianOperator(*WORKLOADS[name]())
+        v = torch.randn(H.n)
+        H.matvec(v)  # recorded
+        start = time.perf_counter()
+        H.matvec(v)
+        rounds = max(5, int(options.seconds / (2 * (time.perf_counter() - start))))
+        times = interleave({"product": lambda H=H, v=v: H @ v, "floor": floor_of(lambda H=H, v=v: H @ v)}, rounds)
+        product, floor = (1e3 * min(times[key]) for key in ("product", "floor"))
+        print(f"{name}: {product:.3f} ms, its products {floor:.3f} ms, ratio {product / floor:.2f}, {rounds} rounds")
+
+
+if __name__ == "__main__":
+    main()
