@@ -28,12 +28,13 @@ def calls(name: str) -> list[tuple[list[Any], dict[str, Any]]]:
         return [(pair, {}), *([(pair, {"beta": 0.5, "alpha": -2.0})] if "add" in name else [])]
     if name == "sum":
         return [([normal(4, 6), dims], options) for dims, options in (([0], {}), ([1], {"dtype": torch.float64}))] + [
-            ([normal(4, 6), [0, 1], True], {})
+            ([normal(4, 6), [0, 1], True], {}),
+            ([normal(4, 6), None, False], {"dtype": None}),
         ]
     if name in ("neg", "copy"):
         return [([normal(4, 6)], {})]
     given = [normal(4, 6), normal(6)]
-    return [(given, {}), *([(given, {"alpha": 3.0})] if name in ("add", "sub") else [])]
+    return [(given, {}), ([normal(4, 6), 2.5], {}), *([(given, {"alpha": 3.0})] if name in ("add", "sub") else [])]
 
 
 @pytest.mark.parametrize("overload", BINDINGS, ids=str)

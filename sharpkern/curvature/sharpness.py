@@ -59,7 +59,7 @@ def sharpness(
         loss_fn: ``(output, targets) -> scalar``.
         batch: ``(inputs, targets)``; see ``HessianOperator``.
         tol: relative residual at which to stop.
-        params: names of the parameters to differentiate by; None for all trainable ones.
+        params: names of the parameters to differentiate by; None for all trainable ones, and under ``fully_shard``.
         recompute: keep less of the forward pass; see ``HessianOperator``.
         v0: ``[n]`` or ``[m, n]``, where to start; None for a random vector.
         max_matvecs: the most Hessian-vector products to spend.
@@ -78,7 +78,6 @@ def sharpness(
     >>> bool(abs(r.value - torch.linalg.eigvalsh(2 / 8 * x.T @ x)[-1]) < 1e-4)
     True
     """
-    # Both are for models that one process holds; others are refused there.
     operator = hessian_of(model, loss_fn, batch, params=params, recompute=recompute)
     return _top(lanczos(operator, tol=tol, v0=v0, max_matvecs=max_matvecs, generator=generator))
 
