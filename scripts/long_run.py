@@ -146,12 +146,16 @@ def rows_of(run: Run, steps: int) -> Iterator[Row]:
         errors.append(error)
         if step % stretch == 0:
             gc.collect()
-            tensors = sum(type(x) is Tensor or type(x) is nn.Parameter for x in gc.get_objects())
             yield Row(
-                step, _resident(), tensors, 1e3 * statistics.median(spent), statistics.fmean(products),
+                step, _resident(), tensors_alive(), 1e3 * statistics.median(spent), statistics.fmean(products),
                 len(run.tracker.hessian._engines), run.made, max(errors),
             )  # fmt: skip
             spent, products, errors = [], [], []
+
+
+def tensors_alive() -> int:
+    """Count the tensors of this process."""
+    return sum(type(x) is Tensor or type(x) is nn.Parameter for x in gc.get_objects())
 
 
 def faults(rows: list[Row]) -> list[str]:
