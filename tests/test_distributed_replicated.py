@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import sharpkern as sk
+from sharpkern.rop.recompute import RecomputedProgram
 
 LIMIT = 60.0
 
@@ -124,18 +125,24 @@ def memory_and_parameters(rank: int, world: int) -> dict[str, Any]:
     kept = torch.cat([torch.full((p.numel(),), name in names) for name, p in problem.model.named_parameters()])
     block = dense[kept][:, kept]
     options: dict[str, dict[str, Any]] = {
-        "chunk": {"chunk": 2 + rank},
+        "chunk": {"chunk": 1 + rank},
         "recompute": {"recompute": True},
-        "both": {"chunk": 3, "recompute": True},
+        "both": {"chunk": 2, "recompute": True},
         "names": {"params": names},
         "tensors": {"params": [p for name, p in model.module.named_parameters() if name in names], "chunk": 2},
     }
-    found = {}
+    found, made = {}, {}
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for name, option in options.items():
         tracker = sk.SharpnessTracker(model, problem.loss_fn, optimizer, tol=1e-6, **option)
         records = [tracker.observe(parts[rank]) for _ in range(2)]
         found[name] = [r.sharpness for r in records]
+        local = tracker.hessian.local
+        # Values alone would be the same if an option were forgotten.
+        made[name] = {
+            "pieces": len(local.batch.batches) if isinstance(local, sk.ChunkedHessian) else 1,
+            "recomputes": isinstance(local.engine.program, RecomputedProgram),
+        }
     found["sharpness"] = [
         sk.sharpness(model, problem.loss_fn, parts[rank], tol=1e-7, params=names, recompute=True).value
     ]
@@ -157,7 +164,12 @@ def memory_and_parameters(rank: int, world: int) -> dict[str, Any]:
         0
     )
     tops["sharpness"] = float(torch.linalg.eigvalsh((whole / counts.sum())[kept][:, kept])[-1])
-    return {"found": found, "tops": tops, "gradient": error(mine, theirs)}
+    rows = len(parts[rank][1])
+    wanted = {
+        name: {"pieces": -(-rows // o.get("chunk", rows)), "recomputes": o.get("recompute", False)}
+        for name, o in options.items()
+    }
+    return {"found": found, "tops": tops, "gradient": error(mine, theirs), "made": made, "wanted": wanted}
 
 
 def test_a_tracker_beside_ddp_takes_chunk_recompute_and_params(seed: int) -> None:
@@ -165,6 +177,8 @@ def test_a_tracker_beside_ddp_takes_chunk_recompute_and_params(seed: int) -> Non
     assert told[0]["found"] == told[1]["found"]
     for own in told:
         assert own["gradient"] <= 1e-12
+        assert own["made"] == own["wanted"]
+        assert own["wanted"]["chunk"]["pieces"] > 1
         assert "observe" in own["found"].pop("step")
         for name, values in own["found"].items():
             assert values == pytest.approx([own["tops"][name]] * len(values), rel=1e-6), name
